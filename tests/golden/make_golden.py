@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Makes the small goldens in this directory with transformers + PEFT (torch, CPU, float32).
+
+    python make_golden.py            # with torch, transformers 5, peft 0.21 installed; rewrites everything here
+
+The model is a two-layer Llama with random weights, small enough to be committed; the files have the same form as the
+large goldens that ESPALIER_GOLDEN names, so that one test reads both.
+"""
+import json, os, shutil
+import numpy as np, torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+MODEL = f"{HERE}/model"
+TEXTS = [
+    "The quarterly report was late because",
+    "x=10**3;\n\tif a>=b:",
+    "<|im_start|>user\nWhere is my parcel?<|im_end|>\n<|im_start|>assistant\n",
+    "A refund, ½ of it, for the customer who waited in the rain for six days and then wrote to us about it twice",
+]
+CORPUS = TEXTS + ["where is the parcel", "the customer waits for the refund", "my report was late", "in the rain the user waited"]
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+torch.manual_seed(7)
+torch.set_num_threads(1)
+
+
+def write(path, value):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as f:
+        json.dump(value, f, ensure_ascii=False, separators=(",", ":"))
+        f.write("\n")
+
+
+def short(xs, digits=6):
+    return [round(float(x), digits) for x in xs]
+
+
+def make_model():
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=CONTROL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=TEMPLATE)
+    config = LlamaConfig(vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                         rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=0, eos_token_id=2, pad_token_id=2)
+    model = LlamaForCausalLM(config).float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(1 + 0.1 * torch.randn_like(p) if "norm" in name else 0.25 * torch.randn_like(p))
+    model.save_pretrained(MODEL)
+    fast.save_pretrained(MODEL)
+    return fast
+
+
+def base():
+    return LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+def expected(model, tok, texts):
+    out = []
+    for text in texts:
+        ids = tok(text, add_special_tokens=False).input_ids
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0]
+            lp = logits.log_softmax(-1)
+            last = logits[-1]
+            top = last.topk(10)
+            index = sorted(np.random.default_rng(len(ids)).choice(last.numel(), 32, replace=False).tolist())
+            greedy, margins, seq = [], [], list(ids)
+            for _ in range(12):
+                step = model(input_ids=torch.tensor([seq])).logits[0, -1]
+                two = step.topk(2)
+                greedy.append(int(two.indices[0]))
+                margins.append(round(float(two.values[0] - two.values[1]), 4))
+                seq.append(greedy[-1])
+                if greedy[-1] == 2:
+                    break
+        out.append(dict(text=text, input_ids=ids, last_logits_index=index, last_logits=short(last[index]), top10_ids=top.indices.tolist(), top10_logits=short(top.values),
+                        prompt_logprobs=short(lp[range(len(ids) - 1), ids[1:]]), greedy_ids=greedy, greedy_margins=margins))
+    return out
+
+
+def randomise(peft, seed):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in peft.named_parameters():
+            if "lora_A" in name: p.normal_(0, 0.3)
+            if "lora_B" in name: p.normal_(0, 0.2)
+            if "magnitude" in name: p.mul_(1 + 0.2 * torch.rand_like(p))
+            if "score" in name and "modules_to_save" in name: p.normal_(0, 0.5)
+
+
+def save(peft, path, dtype=None):
+    peft.peft_config["default"].base_model_name_or_path = "espalier/tiny-golden"
+    peft.save_pretrained(path)
+    os.remove(f"{path}/README.md")
+    file = f"{path}/adapter_model.safetensors"
+    if dtype:
+        save_file({k: v.to(dtype) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def adapters(tok):
+    seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    cases = dict(
+        all_linear_r3=dict(r=3, lora_alpha=8, target_modules=seven),
+        qv_rslora_r4=dict(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_rslora=True),
+        dora_r2=dict(r=2, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj"], use_dora=True),
+        patterns=dict(r=4, lora_alpha=8, target_modules=seven, rank_pattern={"down_proj": 2, "layers.1.self_attn.q_proj": 6}, alpha_pattern={"gate_proj": 3}),
+        bf16_r3=dict(r=3, lora_alpha=5, target_modules=["q_proj", "o_proj", "up_proj"]),
+        last_layer_r2=dict(r=2, lora_alpha=7, target_modules=seven, layers_to_transform=[1]),
+    )
+    for i, (name, c) in enumerate(cases.items()):
+        peft = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", **c)).eval()
+        randomise(peft, 100 + i)
+        bf16 = name.startswith("bf16")
+        save(peft, f"{HERE}/adapters/{name}", torch.bfloat16 if bf16 else None)
+        if bf16:
+            with torch.no_grad():
+                for n, p in peft.named_parameters():
+                    if "lora_" in n: p.copy_(p.bfloat16().float())
+        write(f"{HERE}/adapters/{name}/expected.json", expected(peft, tok, TEXTS))
+    peft = classifier(5, dict(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "up_proj"])).eval()
+    randomise(peft, 200)
+    save(peft, f"{HERE}/adapters/seq_cls")
+    rows = []
+    for text in TEXTS:
+        ids = tok(text, add_special_tokens=False).input_ids
+        with torch.no_grad():
+            logits = peft(input_ids=torch.tensor([ids])).logits[0]
+        rows.append(dict(text=text, input_ids=ids, logits=short(logits), probs=short(logits.softmax(-1))))
+    write(f"{HERE}/adapters/seq_cls/expected.json", rows)
+
+
+def classifier(labels, c):
+    model = LlamaForSequenceClassification.from_pretrained(MODEL, num_labels=labels, dtype=torch.float32)
+    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **c))
+
+
+def train(peft, path, batches, loss_of):
+    """Twenty steps: AdamW with decay 0.1 on every trained tensor, five steps of warm-up, clipping at 1."""
+    lr, decay, clip = 2e-3, 0.1, 1.0
+    save(peft, f"{path}/init")
+    peft.train()
+    params = [p for p in peft.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
+    steps = []
+    for i, batch in enumerate(batches):
+        now = lr * min(1.0, (i + 1) / 5)
+        for g in opt.param_groups:
+            g["lr"] = now
+        loss = loss_of(peft, batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params, clip)
+        opt.step(), opt.zero_grad()
+        steps.append(dict(batch=batch, lr=now, loss=float(f"{loss.item():.8g}"), grad_norm=float(f"{norm.item():.8g}")))
+    peft.eval()
+    save(peft, f"{path}/final")
+    write(f"{path}/curve.json", dict(lr=lr, weight_decay=decay, betas=[0.9, 0.999], eps=1e-8, clip=clip, steps=steps))
+
+
+def sft_loss(peft, batch):
+    total, count = 0.0, 0
+    for row in batch:
+        ids = torch.tensor([row["input_ids"]])
+        lp = peft(input_ids=ids).logits[0].log_softmax(-1)
+        for t in range(row["loss_start"], ids.shape[1]):
+            total, count = total - lp[t - 1, ids[0, t]], count + 1
+    return total / count
+
+
+def cls_loss(peft, batch):
+    rows = [torch.nn.functional.cross_entropy(peft(input_ids=torch.tensor([r["input_ids"]])).logits, torch.tensor([r["label"]])) for r in batch]
+    return torch.stack(rows).mean()
+
+
+def training(tok):
+    rng = np.random.default_rng(3)
+    words = "refund parcel late report customer rain user wrote six days the of and to".split()
+    text = lambda n: " ".join(rng.choice(words, n))
+    sft, cls = [], []
+    for _ in range(20):
+        rows, labelled = [], []
+        for n in rng.integers(2, 7, 4):
+            prompt, completion = tok(text(n), add_special_tokens=False).input_ids, tok(" " + text(int(n) // 2 + 1), add_special_tokens=False).input_ids + [2]
+            rows.append(dict(input_ids=prompt + completion, loss_start=len(prompt)))
+            body = text(n)
+            labelled.append(dict(input_ids=tok(body, add_special_tokens=False).input_ids, label=0 if "refund" in body else 1 if "parcel" in body else 2))
+        sft.append(rows), cls.append(labelled)
+    torch.manual_seed(11)
+    train(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])), f"{HERE}/train_sft", sft, sft_loss)
+    torch.manual_seed(12)
+    train(classifier(3, dict(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"])), f"{HERE}/train_seq_cls", cls, cls_loss)
+
+
+if __name__ == "__main__":
+    for d in ("model", "adapters", "train_sft", "train_seq_cls"):
+        shutil.rmtree(f"{HERE}/{d}", ignore_errors=True)
+    tok = make_model()
+    chats = [[dict(role="user", content="Where is my parcel?")], [dict(role="system", content="Be brief."), dict(role="user", content="hi"), dict(role="assistant", content="yes"), dict(role="user", content="why?")]]
+    write(f"{HERE}/tokenizer.json", dict(texts=[dict(text=t, ids=tok(t, add_special_tokens=False).input_ids) for t in TEXTS + [" leading", "trailing ", "I've don't", "½ ℃ ﬁ"]],
+                                         chats=[dict(messages=c, rendered=tok.apply_chat_template(c, tokenize=False, add_generation_prompt=True)) for c in chats]))
+    write(f"{HERE}/base.json", expected(base(), tok, TEXTS))
+    adapters(tok)
+    training(tok)
