@@ -1,0 +1,874 @@
+//! One validated `Config` out of flags, environment and a TOML file: the only place that reads any of them.
+//!
+//! A setting has one name everywhere: `--max-inputs`, `ESPALIER_MAX_INPUTS`, `max_inputs = 32` in the file. The table
+//! below is the whole list; everything else here (flags, help, parsing, printing) follows from it, so a setting cannot
+//! exist in one source and not in another. A flag beats the environment, that beats the file, that beats the default.
+//! This module must not know what the settings are used for: it checks ranges, owners use the values.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use crate::setting::{ByteSize, LogFormat, MaybeAddr, MaybePath, Secret, Value};
+
+/// Declares sections of settings. One entry: name, type, default, and (for numbers) smallest and largest value, all
+/// written as a user would write them, so that defaults pass through the same parser as anything else.
+macro_rules! settings {
+    ($(
+        $(#[doc = $section_doc:literal])+
+        $section:ident: $Section:ident {
+            $( $(#[doc = $help:literal])+ $key:ident: $ty:ty = $default:literal $(in $min:literal .. $max:literal)?; )+
+        }
+    )+) => {
+        $(
+            $(#[doc = $section_doc])+
+            #[derive(Debug, Clone)]
+            pub struct $Section { $( $(#[doc = $help])+ pub $key: $ty, )+ }
+        )+
+
+        /// Everything that can be configured, validated.
+        #[derive(Debug, Clone)]
+        pub struct Config {
+            $( $(#[doc = $section_doc])+ pub $section: $Section, )+
+            sources: BTreeMap<&'static str, Source>,
+        }
+
+        /// The sections and what they are about, in the order of the printed file.
+        const SECTIONS: &[(&str, &str)] = &[ $( (stringify!($section), concat!($($section_doc),+)), )+ ];
+
+        /// Every setting, in the order of the printed file.
+        pub(crate) const SETTINGS: &[Setting] = &[
+            $($(
+                Setting {
+                    section: stringify!($section),
+                    key: stringify!($key),
+                    help: concat!($($help),+),
+                    default: $default,
+                    secret: <$ty as Value>::SECRET,
+                    switch: <$ty as Value>::SWITCH,
+                },
+            )+)+
+        ];
+
+        impl Config {
+            fn from_raw(raw: &Raw) -> Result<Config, ConfigError> {
+                let mut faults = Vec::new();
+                $(
+                    let $section = $Section {
+                        $( $key: raw.read(stringify!($key), $default, settings!(@range $($min, $max)?), &mut faults), )+
+                    };
+                )+
+                let config = Config { $($section,)+ sources: raw.sources() };
+                config.cross_check(&mut faults);
+                if faults.is_empty() { Ok(config) } else { Err(ConfigError { faults }) }
+            }
+
+            fn shown(&self, key: &str) -> String {
+                match key {
+                    $($( stringify!($key) => self.$section.$key.show(), )+)+
+                    _ => String::new(),
+                }
+            }
+        }
+    };
+    (@range) => { None };
+    (@range $min:literal, $max:literal) => { Some(($min, $max)) };
+}
+
+settings! {
+    /// What is served, where it listens and where it keeps its state.
+    server: Server {
+        /// The base model: a .gguf file, a Hugging Face directory, or tiny:SEED (a built-in random model).
+        model: String = "";
+        /// Where the database and all artifacts lie; created when absent.
+        data_dir: PathBuf = "espalier-data";
+        /// Address of the gRPC server; port 0 takes a free one.
+        listen: SocketAddr = "127.0.0.1:7411";
+        /// Address of the Prometheus page, or off.
+        metrics_listen: MaybeAddr = "127.0.0.1:7412";
+        /// A file that gets the bound gRPC address (one line) once the server is ready; removed on exit.
+        ready_file: MaybePath = "";
+        /// The credential that may act for every tenant and manage tenants; needed to listen beyond loopback.
+        service_key: Secret = "";
+        /// A file that holds the service key, instead of service_key.
+        service_key_file: MaybePath = "";
+        /// Serve gRPC reflection.
+        reflection: bool = "true";
+        /// What is logged, as a tracing filter: info, debug, espalier_engine=debug,info.
+        log: String = "info";
+        /// How log lines look: pretty or json.
+        log_format: LogFormat = "pretty";
+        /// How long health says NOT_SERVING before the server stops accepting; set it to the balancer's probe period.
+        lame_duck: Duration = "0s" in "0s" .. "5min";
+        /// How long running requests may take to end after that; then they end with SERVER_DRAINING.
+        drain_timeout: Duration = "60s" in "0s" .. "1h";
+    }
+    /// HTTP/2 limits of one connection.
+    http: Http {
+        /// Calls that one connection may have open.
+        max_concurrent_streams: u32 = "256" in "1" .. "100000";
+        /// Bytes of one request's headers.
+        max_header_list_bytes: ByteSize = "16KiB" in "4KiB" .. "1MiB";
+        /// Resets of streams not yet accepted before a connection is closed (rapid reset).
+        max_pending_resets: usize = "20" in "1" .. "10000";
+        /// How often an idle connection is pinged.
+        keepalive_interval: Duration = "60s" in "1s" .. "2h";
+        /// How long a ping may stay unanswered.
+        keepalive_timeout: Duration = "20s" in "1s" .. "5min";
+        /// Age at which a connection is asked to leave, so that clients balance again; 0s is never.
+        max_connection_age: Duration = "0s" in "0s" .. "24h";
+        /// How long an aged connection may finish its calls.
+        connection_age_grace: Duration = "10min" in "1s" .. "24h";
+    }
+    /// Who may enter: beyond these, calls are turned away at once instead of waiting.
+    admission: Admission {
+        /// Calls in flight on this server.
+        max_in_flight: usize = "256" in "1" .. "100000";
+        /// Calls in flight of one tenant.
+        max_in_flight_per_tenant: usize = "64" in "1" .. "100000";
+        /// Event streams (WatchTrainingJob) open at once; they wait rather than work, so they are counted apart.
+        max_watchers: usize = "256" in "1" .. "100000";
+        /// What a client that was turned away is told to wait.
+        retry_after: Duration = "500ms" in "1ms" .. "1min";
+        /// Deadline of a Generate or Chat call that brings none.
+        generate_deadline: Duration = "120s" in "1ms" .. "24h";
+        /// Deadline of a Classify, Embed, Score or Tokenize call that brings none.
+        classify_deadline: Duration = "30s" in "1ms" .. "24h";
+        /// Deadline of a control call (names, uploads, jobs) that brings none; streams of bytes or events have none.
+        control_deadline: Duration = "30s" in "1ms" .. "24h";
+        /// The longest deadline a client may ask of an inference call; longer ones are cut to it.
+        max_deadline: Duration = "1h" in "1ms" .. "24h";
+    }
+    /// How large one inference request may be.
+    limits: Limits {
+        /// Bytes of one request message.
+        max_message_bytes: ByteSize = "4MiB" in "64KiB" .. "64MiB";
+        /// Bytes of one prompt or text before it is tokenised.
+        max_prompt_bytes: ByteSize = "1MiB" in "1KiB" .. "64MiB";
+        /// Tokens of one prompt; 0 is the model's context length.
+        max_prompt_tokens: usize = "0" in "0" .. "10000000";
+        /// Tokens that one request may generate; 0 is what the context leaves.
+        max_output_tokens: usize = "0" in "0" .. "10000000";
+        /// Candidates of one Generate call (n).
+        max_candidates: u32 = "16" in "1" .. "128";
+        /// Stop strings of one request.
+        max_stop_strings: usize = "4" in "0" .. "64";
+        /// Bytes of one stop string.
+        max_stop_string_bytes: usize = "256" in "1" .. "4096";
+        /// Stop token ids of one request.
+        max_stop_token_ids: usize = "16" in "0" .. "1024";
+        /// Alternatives whose log-probabilities are returned for each token.
+        max_logprobs: u32 = "5" in "0" .. "64";
+        /// Entries of a logit bias.
+        max_logit_bias: usize = "256" in "0" .. "100000";
+        /// Texts of one Classify, Embed or Tokenize call.
+        max_inputs: usize = "32" in "1" .. "4096";
+        /// Labels that one Classify call may name.
+        max_labels: usize = "64" in "2" .. "4096";
+        /// Bytes of one label.
+        max_label_bytes: usize = "256" in "1" .. "4096";
+        /// Continuations of one Score call.
+        max_continuations: usize = "32" in "1" .. "4096";
+        /// Messages of one chat.
+        max_messages: usize = "256" in "1" .. "100000";
+        /// Bytes of a request id, and of other free identifiers that a client sends.
+        max_request_id_bytes: usize = "128" in "16" .. "1024";
+        /// Events that wait in a response stream before its sequence pauses for the reader.
+        stream_buffer: usize = "64" in "1" .. "65536";
+        /// How long a stream's reader may take no event before the stream is cut.
+        slow_reader_timeout: Duration = "30s" in "10ms" .. "1h";
+    }
+    /// Names, lists and what a tenant may keep.
+    catalog: Catalog {
+        /// Characters of one id in a resource name.
+        max_id_length: usize = "63" in "8" .. "63";
+        /// Items of a page when the request names no page size.
+        default_page_size: usize = "50" in "1" .. "1000";
+        /// Items of a page at most; a larger page size is cut to it.
+        max_page_size: usize = "1000" in "1" .. "10000";
+        /// Tenants on this server.
+        max_tenants: usize = "10000" in "1" .. "10000000";
+        /// API keys of one tenant.
+        max_keys_per_tenant: usize = "32" in "1" .. "10000";
+        /// Adapters of one tenant.
+        max_adapters_per_tenant: usize = "10000" in "1" .. "10000000";
+        /// Versions of one adapter.
+        max_versions_per_adapter: usize = "1000" in "1" .. "1000000";
+        /// Aliases of one adapter.
+        max_aliases_per_adapter: usize = "32" in "1" .. "1000";
+        /// Datasets of one tenant.
+        max_datasets_per_tenant: usize = "1000" in "1" .. "1000000";
+        /// Bytes of a display name or description.
+        max_description_bytes: usize = "1024" in "16" .. "65536";
+        /// Annotations (free key-value pairs) of one resource.
+        max_annotations: usize = "32" in "0" .. "1024";
+        /// Resolved names kept in memory.
+        name_cache_entries: usize = "65536" in "16" .. "10000000";
+    }
+    /// Adapter files.
+    adapters: Adapters {
+        /// Bytes of one uploaded version.
+        max_adapter_bytes: ByteSize = "1GiB" in "1KiB" .. "64GiB";
+        /// Bytes of one upload chunk.
+        max_chunk_bytes: ByteSize = "1MiB" in "1KiB" .. "16MiB";
+        /// Bytes of adapter_config.json and of labels.json.
+        max_config_bytes: ByteSize = "1MiB" in "1KiB" .. "16MiB";
+        /// Rank of an adapter.
+        max_rank: usize = "256" in "1" .. "4096";
+        /// Labels of a classification head.
+        max_head_labels: usize = "1024" in "2" .. "65536";
+        /// Uploads that one tenant may have open.
+        max_uploads_per_tenant: usize = "4" in "1" .. "1024";
+        /// How long an upload may send nothing.
+        upload_idle_timeout: Duration = "30s" in "10ms" .. "1h";
+    }
+    /// The machine: memory and batches.
+    engine: Engine {
+        /// Bytes of the KV cache.
+        kv_cache_bytes: ByteSize = "512MiB" in "1MiB" .. "16TiB";
+        /// Bytes of adapters held in memory; the least recently used leave.
+        adapter_cache_bytes: ByteSize = "1GiB" in "1MiB" .. "16TiB";
+        /// Sequences that run at once.
+        max_sequences: usize = "64" in "1" .. "65536";
+        /// Rows of one engine step.
+        max_batched_tokens: usize = "512" in "16" .. "1048576";
+        /// Requests that wait for the engine.
+        max_queue: usize = "256" in "1" .. "1000000";
+        /// How long a request may wait before it is turned away.
+        max_queue_wait: Duration = "30s" in "1ms" .. "1h";
+        /// Adapters that load at once.
+        adapter_loaders: usize = "2" in "1" .. "64";
+        /// Threads for tensors; 0 is one for each core.
+        threads: usize = "0" in "0" .. "1024";
+    }
+    /// Training beside serving, and what a job may ask.
+    training: Training {
+        /// The longest piece of training between two engine steps.
+        training_quantum: Duration = "10ms" in "1ms" .. "10s";
+        /// What training may add to a running request's mean time per output token; 0.25 is 25 %.
+        training_max_tpot_impact: f64 = "0.25" in "0" .. "100";
+        /// Bytes of saved activations of one micro-batch.
+        training_activation_bytes: ByteSize = "512MiB" in "1MiB" .. "16TiB";
+        /// Jobs that train at the same time.
+        max_active_jobs: usize = "4" in "1" .. "1024";
+        /// Jobs of one tenant that are not finished.
+        max_jobs_per_tenant: usize = "64" in "1" .. "100000";
+        /// Optimizer steps between two checkpoints.
+        checkpoint_steps: usize = "50" in "1" .. "1000000";
+        /// The longest time between two checkpoints.
+        checkpoint_interval: Duration = "60s" in "100ms" .. "24h";
+        /// Bytes of one dataset.
+        max_dataset_bytes: ByteSize = "64MiB" in "1KiB" .. "16GiB";
+        /// Rows of one dataset.
+        max_dataset_rows: usize = "100000" in "1" .. "100000000";
+        /// Rows that a job may bring inline.
+        max_inline_rows: usize = "1000" in "1" .. "1000000";
+        /// Bytes of one field of a row.
+        max_row_bytes: ByteSize = "256KiB" in "1KiB" .. "64MiB";
+        /// Findings that a data report lists; the rest is counted.
+        max_report_findings: usize = "1000" in "1" .. "100000";
+        /// Tokens of one example; 0 is the model's context length.
+        max_example_tokens: usize = "2048" in "0" .. "10000000";
+        /// Epochs of one job.
+        max_epochs: u32 = "100" in "1" .. "100000";
+        /// Optimizer steps of one job.
+        max_steps: u64 = "100000" in "1" .. "1000000000";
+        /// Rows or sequences of one optimizer step.
+        max_batch_size: u32 = "1024" in "1" .. "1048576";
+        /// Events that wait for one watcher before it is cut off; it can resume by number.
+        watch_buffer: usize = "256" in "1" .. "65536";
+        /// How often a silent watch says that it is alive.
+        watch_heartbeat: Duration = "15s" in "10ms" .. "10min";
+    }
+}
+
+/// Where a value came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// A command-line flag.
+    Flag(String),
+    /// An environment variable.
+    Environment(String),
+    /// A line of the configuration file.
+    File(PathBuf),
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Source::Flag(flag) => write!(f, "flag {flag}"),
+            Source::Environment(name) => write!(f, "environment {name}"),
+            Source::File(path) => write!(f, "file {}", path.display()),
+        }
+    }
+}
+
+/// One row of the table, as data.
+#[derive(Debug)]
+pub(crate) struct Setting {
+    section: &'static str,
+    /// The name in the file; the flag is the same with hyphens, the variable in capitals behind `ESPALIER_`.
+    pub(crate) key: &'static str,
+    help: &'static str,
+    default: &'static str,
+    secret: bool,
+    switch: bool,
+}
+
+impl Setting {
+    fn section_help(&self) -> &'static str {
+        SECTIONS
+            .iter()
+            .find(|(name, _)| *name == self.section)
+            .map_or("", |(_, help)| help.trim())
+    }
+
+    /// The command line library wants names that live as long as the process.
+    fn flag(&self) -> &'static str {
+        static FLAGS: LazyLock<BTreeMap<&'static str, String>> = LazyLock::new(|| {
+            SETTINGS
+                .iter()
+                .map(|setting| (setting.key, setting.key.replace('_', "-")))
+                .collect()
+        });
+        FLAGS.get(self.key).map_or(self.key, String::as_str)
+    }
+
+    fn variable(&self) -> String {
+        format!("ESPALIER_{}", self.key.to_uppercase())
+    }
+}
+
+/// The configuration cannot be used; lists every fault, not only the first.
+#[derive(Debug, thiserror::Error)]
+#[error("the configuration has {} fault(s):\n  - {}", faults.len(), faults.join("\n  - "))]
+pub struct ConfigError {
+    /// One line each: setting, source, value, limit, next step.
+    pub faults: Vec<String>,
+}
+
+impl ConfigError {
+    fn one(fault: impl Into<String>) -> Self {
+        ConfigError {
+            faults: vec![fault.into()],
+        }
+    }
+}
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Invocation {
+    /// Serve with this configuration.
+    Serve(Box<Config>),
+    /// Print this configuration and leave.
+    Print(Box<Config>),
+}
+
+/// The values as text, by setting, with their sources.
+#[derive(Debug, Default)]
+struct Raw(BTreeMap<&'static str, (String, Source)>);
+
+// === impl Config ===
+
+impl Config {
+    /// Reads flags (`args` with the program's name first), the process's environment and the file that `--config` or
+    /// `ESPALIER_CONFIG` names.
+    ///
+    /// Asking for help or the version prints it and ends the process, as clap does.
+    pub fn from_command_line(
+        args: impl IntoIterator<Item = std::ffi::OsString>,
+    ) -> Result<Invocation, ConfigError> {
+        let matches = command().get_matches_from(args);
+        let print = matches.subcommand_matches("config");
+        let flags = print.unwrap_or(&matches);
+        let env: BTreeMap<String, String> = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect();
+        let path = flags
+            .get_one::<String>("config")
+            .cloned()
+            .or_else(|| env.get("ESPALIER_CONFIG").cloned())
+            .filter(|path| !path.is_empty());
+        let mut raw = Raw::default();
+        if let Some(path) = path {
+            let text = std::fs::read_to_string(&path).map_err(|error| {
+                ConfigError::one(format!(
+                    "cannot read the configuration file {path}: {error}"
+                ))
+            })?;
+            raw.add_file(&text, PathBuf::from(path))?;
+        }
+        raw.add_environment(&env)?;
+        for setting in SETTINGS {
+            if let Some(value) = flags.get_one::<String>(setting.key) {
+                raw.0.insert(
+                    setting.key,
+                    (value.clone(), Source::Flag(format!("--{}", setting.flag()))),
+                );
+            }
+        }
+        let config = Config::from_raw(&raw)?;
+        if print.is_some() {
+            return Ok(Invocation::Print(Box::new(config)));
+        }
+        if config.server.model.is_empty() {
+            return Err(ConfigError::one(
+                "model: no base model is named; say --model FILE.gguf, --model DIRECTORY or --model tiny:1",
+            ));
+        }
+        Ok(Invocation::Serve(Box::new(config)))
+    }
+
+    /// A configuration from pairs of setting and text, the rest defaults: for tests and for embedding the server.
+    ///
+    /// # Errors
+    /// As for any other source; an unknown setting is an error.
+    pub fn from_pairs(pairs: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        let mut raw = Raw::default();
+        for (key, value) in pairs {
+            let setting = find(key).ok_or_else(|| ConfigError::one(unknown(key, "the caller")))?;
+            raw.0.insert(
+                setting.key,
+                (
+                    (*value).to_owned(),
+                    Source::Flag(format!("--{}", setting.flag())),
+                ),
+            );
+        }
+        Config::from_raw(&raw)
+    }
+
+    /// The effective configuration as a TOML file, each line with its source; secrets are redacted.
+    pub fn to_toml(&self) -> String {
+        let mut out = String::from(
+            "# The effective configuration of espalierd: what flags, environment, file and defaults add up to.\n",
+        );
+        let mut section = "";
+        for setting in SETTINGS {
+            if setting.section != section {
+                section = setting.section;
+                out.push_str(&format!("\n# {}\n", setting.section_help()));
+            }
+            let source = self
+                .sources
+                .get(setting.key)
+                .map_or("default".to_owned(), Source::to_string);
+            out.push_str(&format!(
+                "{} = {}  # {source}\n",
+                setting.key,
+                self.shown(setting.key)
+            ));
+        }
+        out
+    }
+
+    /// The service key, from the setting or from its file.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is empty.
+    pub fn service_key(&self) -> Result<Option<String>, ConfigError> {
+        if let Some(path) = &self.server.service_key_file.0 {
+            let key = std::fs::read_to_string(path).map_err(|error| {
+                ConfigError::one(format!(
+                    "service_key_file: cannot read {}: {error}",
+                    path.display()
+                ))
+            })?;
+            let key = key.trim().to_owned();
+            check_key(&key).map_err(|why| {
+                ConfigError::one(format!("service_key_file: {}: {why}", path.display()))
+            })?;
+            return Ok(Some(key));
+        }
+        Ok(self.server.service_key.reveal().map(str::to_owned))
+    }
+
+    fn cross_check(&self, faults: &mut Vec<String>) {
+        if let Some(key) = self.server.service_key.reveal() {
+            if let Err(why) = check_key(key) {
+                faults.push(format!("service_key: {why}"));
+            }
+            if self.server.service_key_file.0.is_some() {
+                faults.push(
+                    "service_key: service_key_file is set as well; keep one of them".to_owned(),
+                );
+            }
+        }
+        let (default, max) = (self.catalog.default_page_size, self.catalog.max_page_size);
+        if default > max {
+            faults.push(format!("default_page_size: {default} is above max_page_size {max}; lower one or raise the other"));
+        }
+        let (tenant, all) = (
+            self.admission.max_in_flight_per_tenant,
+            self.admission.max_in_flight,
+        );
+        if tenant > all && self.sources.contains_key("max_in_flight_per_tenant") {
+            faults.push(format!("max_in_flight_per_tenant: {tenant} is above max_in_flight {all}; lower one or raise the other"));
+        }
+        if self
+            .server
+            .metrics_listen
+            .0
+            .is_some_and(|addr| addr == self.server.listen && addr.port() != 0)
+        {
+            faults.push(format!(
+                "metrics_listen: {} is also listen; give it another port or turn it off",
+                self.server.listen
+            ));
+        }
+    }
+}
+
+/// Short keys can be guessed; a space or a control character would not survive a header.
+fn check_key(key: &str) -> Result<(), String> {
+    if key.len() < 24 || key.len() > 512 {
+        return Err(format!(
+            "has {} characters, allowed are 24 to 512; make one with: openssl rand -hex 32",
+            key.len()
+        ));
+    }
+    if !key.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(
+            "has characters other than printable ASCII; make one with: openssl rand -hex 32"
+                .to_owned(),
+        );
+    }
+    Ok(())
+}
+
+// === impl Raw ===
+
+impl Raw {
+    fn add_file(&mut self, text: &str, path: PathBuf) -> Result<(), ConfigError> {
+        let table: toml::Table = text.parse().map_err(|error| {
+            ConfigError::one(format!("{} is not TOML: {error}", path.display()))
+        })?;
+        let mut faults = Vec::new();
+        for (key, value) in table {
+            let Some(setting) = find(&key) else {
+                faults.push(unknown(&key, &path.display().to_string()));
+                continue;
+            };
+            let text = match value {
+                toml::Value::String(text) => text,
+                toml::Value::Integer(number) => number.to_string(),
+                toml::Value::Float(number) => number.to_string(),
+                toml::Value::Boolean(on) => on.to_string(),
+                other => {
+                    faults.push(format!(
+                        "{key}: a {} in {}, expected one value",
+                        other.type_str(),
+                        path.display()
+                    ));
+                    continue;
+                }
+            };
+            self.0
+                .insert(setting.key, (text, Source::File(path.clone())));
+        }
+        if faults.is_empty() {
+            Ok(())
+        } else {
+            Err(ConfigError { faults })
+        }
+    }
+
+    /// Variables that look like ours and are not are errors: a misspelt limit must not be silently ignored.
+    fn add_environment(&mut self, env: &BTreeMap<String, String>) -> Result<(), ConfigError> {
+        /// Read by the client and by the test harness; espalierd leaves them alone.
+        const OTHERS: &[&str] = &[
+            "CONFIG",
+            "GOLDEN",
+            "SERVER",
+            "API_KEY",
+            "TENANT",
+            "MODEL_CACHE",
+            "DEADLINE",
+            "TEST",
+            "BENCH",
+            "DEMO",
+        ];
+        let mut faults = Vec::new();
+        for (name, value) in env {
+            let Some(rest) = name.strip_prefix("ESPALIER_") else {
+                continue;
+            };
+            match SETTINGS.iter().find(|setting| setting.variable() == *name) {
+                Some(setting) => {
+                    self.0.insert(
+                        setting.key,
+                        (value.clone(), Source::Environment(name.clone())),
+                    );
+                }
+                None if OTHERS.iter().any(|other| rest.starts_with(other)) => {}
+                None => faults.push(unknown(
+                    &rest.to_lowercase(),
+                    &format!("the environment ({name})"),
+                )),
+            }
+        }
+        if faults.is_empty() {
+            Ok(())
+        } else {
+            Err(ConfigError { faults })
+        }
+    }
+
+    /// One setting; a fault is noted and the default stands in, so that all faults are found in one go.
+    fn read<T: Value>(
+        &self,
+        key: &'static str,
+        default: &str,
+        range: Option<(&str, &str)>,
+        faults: &mut Vec<String>,
+    ) -> T {
+        let (text, source) = match self.0.get(key) {
+            Some((text, source)) => (text.as_str(), Some(source)),
+            None => (default, None),
+        };
+        let from = source.map_or("the default".to_owned(), Source::to_string);
+        match T::parse(text) {
+            Ok(value) => {
+                let bounds = range.map(|(min, max)| (T::parse(min), T::parse(max)));
+                if let (Some((Ok(min), Ok(max))), Some((low, high))) = (bounds, range)
+                    && !value.within(&min, &max)
+                {
+                    faults.push(format!("{key}: {text} (from {from}) is outside {low} to {high}; choose a value between"));
+                }
+                value
+            }
+            Err(expected) => {
+                let shown = if T::SECRET { "a value" } else { text };
+                faults.push(format!(
+                    "{key}: \"{shown}\" (from {from}) is not {expected}"
+                ));
+                T::parse(default)
+                    .unwrap_or_else(|_| unreachable!("defaults parse: a test reads every one"))
+            }
+        }
+    }
+
+    fn sources(&self) -> BTreeMap<&'static str, Source> {
+        self.0
+            .iter()
+            .map(|(key, (_, source))| (*key, source.clone()))
+            .collect()
+    }
+}
+
+fn find(key: &str) -> Option<&'static Setting> {
+    let key = key.replace('-', "_");
+    SETTINGS.iter().find(|setting| setting.key == key)
+}
+
+fn unknown(key: &str, place: &str) -> String {
+    let near = SETTINGS
+        .iter()
+        .map(|setting| (distance(setting.key, key), setting.key))
+        .min()
+        .filter(|(distance, _)| *distance <= 3)
+        .map_or(
+            "espalierd config lists all settings".to_owned(),
+            |(_, near)| format!("did you mean {near}?"),
+        );
+    format!("{key}: no such setting (in {place}); {near}")
+}
+
+/// Edit distance, for "did you mean".
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let up = row[j + 1];
+            row[j + 1] = (diagonal + usize::from(x != *y))
+                .min(up + 1)
+                .min(row[j] + 1);
+            diagonal = up;
+        }
+    }
+    row[b.len()]
+}
+
+fn command() -> clap::Command {
+    let with_flags = |mut command: clap::Command| {
+        command = command.arg(
+            clap::Arg::new("config")
+                .long("config")
+                .value_name("FILE")
+                .help("A TOML file with settings [environment ESPALIER_CONFIG]"),
+        );
+        for setting in SETTINGS {
+            let default = if setting.default.is_empty() {
+                String::new()
+            } else {
+                format!(" [default {}]", setting.default)
+            };
+            let mut arg = clap::Arg::new(setting.key)
+                .long(setting.flag())
+                .value_name("VALUE")
+                .help(format!("{}{default}", setting.help.trim()))
+                .help_heading(setting.section_help().trim_end_matches('.'));
+            if setting.switch {
+                arg = arg
+                    .num_args(0..=1)
+                    .default_missing_value("true")
+                    .require_equals(true);
+            }
+            command = command.arg(arg.hide(setting.secret));
+        }
+        command
+    };
+    let root = clap::Command::new("espalierd")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Serves and trains LoRA adapters on one base model, over gRPC")
+        .after_help("Every flag is also a variable (--max-inputs, ESPALIER_MAX_INPUTS) and a line of the file (max_inputs = 32).")
+        .args_conflicts_with_subcommands(true);
+    with_flags(root)
+        .subcommand(with_flags(clap::Command::new("config").about(
+            "Print the effective configuration as TOML, with the source of every value",
+        )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid_and_printable_as_their_own_file() {
+        let config = Config::from_pairs(&[]).unwrap();
+        let mut raw = Raw::default();
+        raw.add_file(&config.to_toml(), PathBuf::from("printed.toml"))
+            .unwrap();
+        assert_eq!(
+            raw.0.len(),
+            SETTINGS
+                .iter()
+                .filter(|setting| !setting.secret || setting.default.is_empty())
+                .count()
+        );
+        let again = Config::from_raw(&raw).unwrap();
+        for setting in SETTINGS {
+            assert_eq!(
+                config.shown(setting.key),
+                again.shown(setting.key),
+                "{}",
+                setting.key
+            );
+        }
+    }
+
+    #[test]
+    fn keys_are_unique() {
+        let mut keys: Vec<_> = SETTINGS.iter().map(|setting| setting.key).collect();
+        keys.sort_unstable();
+        let all = keys.len();
+        keys.dedup();
+        assert_eq!(keys.len(), all);
+    }
+
+    #[test]
+    fn environment_beats_file_and_flag_beats_both() {
+        let mut raw = Raw::default();
+        raw.add_file(
+            "max_inputs = 7\nmax_labels = 8\nmax_messages = 9\n",
+            PathBuf::from("a.toml"),
+        )
+        .unwrap();
+        let env = BTreeMap::from([
+            ("ESPALIER_MAX_LABELS".into(), "18".into()),
+            ("ESPALIER_MAX_MESSAGES".into(), "19".into()),
+        ]);
+        raw.add_environment(&env).unwrap();
+        raw.0.insert(
+            "max_messages",
+            ("29".into(), Source::Flag("--max-messages".into())),
+        );
+        let config = Config::from_raw(&raw).unwrap();
+        assert_eq!(
+            (
+                config.limits.max_inputs,
+                config.limits.max_labels,
+                config.limits.max_messages
+            ),
+            (7, 18, 29)
+        );
+        let printed = config.to_toml();
+        assert!(
+            printed.contains("max_inputs = 7  # file a.toml"),
+            "{printed}"
+        );
+        assert!(printed.contains("max_labels = 18  # environment ESPALIER_MAX_LABELS"));
+        assert!(printed.contains("max_messages = 29  # flag --max-messages"));
+        assert!(printed.contains("max_candidates = 16  # default"));
+    }
+
+    #[test]
+    fn every_fault_is_listed_with_value_and_limit() {
+        let error = Config::from_pairs(&[
+            ("max_candidates", "129"),
+            ("max_inputs", "many"),
+            ("training_quantum", "0s"),
+        ])
+        .unwrap_err();
+        assert_eq!(error.faults.len(), 3, "{error}");
+        assert!(
+            error
+                .faults
+                .iter()
+                .any(|f| f.contains("max_candidates: 129") && f.contains("1 to 128")),
+            "{error}"
+        );
+        assert!(
+            error
+                .faults
+                .iter()
+                .any(|f| f.contains("max_inputs: \"many\"")),
+            "{error}"
+        );
+        assert!(
+            error
+                .faults
+                .iter()
+                .any(|f| f.contains("training_quantum: 0s") && f.contains("1ms")),
+            "{error}"
+        );
+        assert!(Config::from_pairs(&[("max_candidates", "128")]).is_ok());
+    }
+
+    #[test]
+    fn misspelt_names_are_errors_with_a_suggestion() {
+        let error = Config::from_pairs(&[("max_input", "3")])
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("did you mean max_inputs?"), "{error}");
+        let env = BTreeMap::from([("ESPALIER_MAX_LABLES".to_owned(), "3".to_owned())]);
+        assert!(Raw::default().add_environment(&env).is_err());
+        let env = BTreeMap::from([("ESPALIER_GOLDEN".to_owned(), "somewhere".to_owned())]);
+        assert!(Raw::default().add_environment(&env).is_ok());
+    }
+
+    #[test]
+    fn secrets_are_never_printed() {
+        let key = "0123456789abcdef0123456789abcdef";
+        let config = Config::from_pairs(&[("service_key", key)]).unwrap();
+        assert!(!config.to_toml().contains(key) && !format!("{config:?}").contains(key));
+        assert_eq!(config.service_key().unwrap().as_deref(), Some(key));
+        let error = Config::from_pairs(&[("service_key", "short-secret")])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("24 to 512") && !error.contains("short-secret"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        command().debug_assert();
+    }
+}
