@@ -1,0 +1,1 @@
+//! LoRA configuration as PEFT writes it (its owner publishes it next).

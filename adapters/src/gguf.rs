@@ -1,0 +1,1 @@
+//! GGUF files (its owner publishes it next).

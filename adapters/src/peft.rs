@@ -1,0 +1,1 @@
+//! PEFT directories in and out (its owner publishes it next).

@@ -1,0 +1,1 @@
+//! Serving profiles (its owner publishes it next).

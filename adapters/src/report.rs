@@ -1,0 +1,1 @@
+//! Reports of every finding in a file (its owner publishes it next).

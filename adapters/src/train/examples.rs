@@ -1,0 +1,1 @@
+//! Training examples (its owner publishes it next).

@@ -1,0 +1,1 @@
+//! Version digests (its owner publishes it next).

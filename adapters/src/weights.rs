@@ -1,0 +1,1 @@
+//! Adapter weights (its owner publishes it next).
