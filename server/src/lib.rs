@@ -8,4 +8,9 @@ mod setting;
 // The wire.
 pub mod status;
 
+// Who may do what to what, and where it is kept.
+pub mod database;
+pub mod names;
+pub mod principal;
+
 pub use setting::{ByteSize, LogFormat, MaybeAddr, MaybePath, Secret};
