@@ -1,1 +1,136 @@
+<<<<<<< HEAD
 //! Version digests (its owner publishes it next).
+=======
+//! What an adapter version is made of and how it is known: three byte strings and the digest over them.
+//!
+//! Bytes are kept exactly as they came, so that what goes out is what came in. This file must not interpret them.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::error::AdapterError;
+
+/// An adapter as files: the bytes that were uploaded or that training wrote.
+#[derive(Clone, PartialEq, Eq)]
+pub struct AdapterArtifact {
+    /// `adapter_config.json`.
+    pub config_json: Vec<u8>,
+    /// `adapter_model.safetensors`.
+    pub safetensors: Vec<u8>,
+    /// `labels.json`: an array of strings, index = row of `score`.
+    pub labels_json: Option<Vec<u8>>,
+}
+
+impl AdapterArtifact {
+    /// Name of the configuration in a directory.
+    pub const CONFIG_FILE: &'static str = "adapter_config.json";
+    /// Name of the tensors in a directory.
+    pub const WEIGHTS_FILE: &'static str = "adapter_model.safetensors";
+    /// Name of the labels in a directory.
+    pub const LABELS_FILE: &'static str = "labels.json";
+
+    /// Bytes of all parts.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.config_json.len()
+            + self.safetensors.len()
+            + self.labels_json.as_ref().map_or(0, Vec::len)
+    }
+
+    /// SHA-256 over `espalier-adapter-v1`, a zero byte, and each part that exists, prefixed by its length as a
+    /// little-endian u64: configuration, tensors, labels. Absent labels add nothing, so they differ from empty ones,
+    /// which add a length of zero.
+    #[must_use]
+    pub fn digest(&self) -> VersionDigest {
+        let mut hash = Sha256::new();
+        hash.update(b"espalier-adapter-v1\0");
+        for part in [
+            Some(&self.config_json),
+            Some(&self.safetensors),
+            self.labels_json.as_ref(),
+        ]
+        .into_iter()
+        .flatten()
+        {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part);
+        }
+        VersionDigest(hash.finalize().into())
+    }
+}
+
+impl fmt::Debug for AdapterArtifact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AdapterArtifact")
+            .field("config_json", &self.config_json.len())
+            .field("safetensors", &self.safetensors.len())
+            .field("labels_json", &self.labels_json.as_ref().map(Vec::len))
+            .finish()
+    }
+}
+
+/// The identity of an adapter version: the SHA-256 of its content.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct VersionDigest([u8; 32]);
+
+impl VersionDigest {
+    /// From the 32 bytes of the hash.
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// The 32 bytes of the hash.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl fmt::Display for VersionDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+impl fmt::Debug for VersionDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VersionDigest({self})")
+    }
+}
+
+impl FromStr for VersionDigest {
+    type Err = AdapterError;
+
+    /// 64 lower-case hexadecimal digits: one spelling for one version.
+    fn from_str(text: &str) -> Result<Self, AdapterError> {
+        let bad = || AdapterError::Digest {
+            found: text.chars().take(80).collect(),
+        };
+        if text.bytes().any(|b| b.is_ascii_uppercase()) {
+            return Err(bad());
+        }
+        let mut bytes = [0; 32];
+        hex::decode_to_slice(text, &mut bytes).map_err(|_| bad())?;
+        Ok(Self(bytes))
+    }
+}
+
+impl From<VersionDigest> for String {
+    fn from(digest: VersionDigest) -> Self {
+        digest.to_string()
+    }
+}
+
+impl TryFrom<String> for VersionDigest {
+    type Error = AdapterError;
+
+    fn try_from(text: String) -> Result<Self, AdapterError> {
+        text.parse()
+    }
+}
+>>>>>>> 20afe16 (Adapters: plain types for configuration, weights, versions, reports, rows and examples)

@@ -1,1 +1,92 @@
+<<<<<<< HEAD
 //! Training examples (its owner publishes it next).
+=======
+//! Rows as token ids with the mask of what is learned: exactly the ids that serving would see.
+//!
+//! This file must not know losses, batches or models; it knows the tokenizer, the chat template and the profile.
+
+use serde::{Deserialize, Serialize};
+
+/// One training example.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Example {
+    /// Next-token prediction.
+    Lm {
+        /// Token ids.
+        ids: Vec<u32>,
+        /// Whether token i is a label, predicted from the tokens before it. As long as `ids`; the first is never one.
+        learn: Vec<bool>,
+    },
+    /// Classification by the state of the last token.
+    Class {
+        /// Token ids.
+        ids: Vec<u32>,
+        /// Row of the head.
+        label: usize,
+    },
+}
+
+impl Example {
+    /// Token ids.
+    #[must_use]
+    pub fn ids(&self) -> &[u32] {
+        match self {
+            Self::Lm { ids, .. } | Self::Class { ids, .. } => ids,
+        }
+    }
+
+    /// Number of predictions that the loss sees: label tokens, or 1 class.
+    #[must_use]
+    pub fn targets(&self) -> usize {
+        match self {
+            Self::Lm { learn, .. } => learn.iter().filter(|l| **l).count(),
+            Self::Class { .. } => 1,
+        }
+    }
+}
+
+/// Counts of tokens, for estimates and reports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenStats {
+    /// Examples.
+    pub examples: u64,
+    /// Tokens read.
+    pub tokens: u64,
+    /// Tokens (or classes) learned.
+    pub targets: u64,
+    /// Tokens of the shortest example.
+    pub shortest: usize,
+    /// Tokens of the median example.
+    pub median: usize,
+    /// Tokens of the longest example.
+    pub longest: usize,
+}
+
+/// Examples of one kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Examples {
+    /// At least one, in the order of the rows.
+    pub items: Vec<Example>,
+    /// The line each came from; a chat can give several.
+    pub lines: Vec<u64>,
+    /// Names of the classes, sorted bytewise; `None` for next-token prediction.
+    pub labels: Option<Vec<String>>,
+}
+
+impl Examples {
+    /// Counts over all examples.
+    #[must_use]
+    pub fn stats(&self) -> TokenStats {
+        let mut lengths: Vec<usize> = self.items.iter().map(|e| e.ids().len()).collect();
+        lengths.sort_unstable();
+        TokenStats {
+            examples: lengths.len() as u64,
+            tokens: lengths.iter().map(|l| *l as u64).sum(),
+            targets: self.items.iter().map(|e| e.targets() as u64).sum(),
+            shortest: lengths.first().copied().unwrap_or(0),
+            median: lengths.get(lengths.len() / 2).copied().unwrap_or(0),
+            longest: lengths.last().copied().unwrap_or(0),
+        }
+    }
+}
+>>>>>>> 20afe16 (Adapters: plain types for configuration, weights, versions, reports, rows and examples)
