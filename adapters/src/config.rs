@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-//! LoRA configuration as PEFT writes it (its owner publishes it next).
-=======
 //! What an adapter adapts: the seven linear sites of a decoder layer, the shape of the base, and PEFT's `LoraConfig`.
 //!
 //! Plain values that everything else in the workspace may hold. Which module a pattern matches is decided in `targets`,
@@ -268,4 +265,3 @@ impl LoraConfig {
         (alpha / if self.use_rslora { r.sqrt() } else { r }) as f32
     }
 }
->>>>>>> 20afe16 (Adapters: plain types for configuration, weights, versions, reports, rows and examples)

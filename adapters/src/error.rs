@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-//! Errors of this crate (its owner publishes it next).
-=======
 //! What can go wrong with adapter files outside of a validation report.
 //!
 //! A file that was read and found wanting is a `Report`; these are the errors before and beside it.
@@ -69,4 +66,3 @@ pub enum AdapterError {
         expected: String,
     },
 }
->>>>>>> 20afe16 (Adapters: plain types for configuration, weights, versions, reports, rows and examples)

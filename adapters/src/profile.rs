@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-//! Serving profiles (its owner publishes it next).
-=======
 //! The serving profile of an adapter version: what was fixed around the adapter when it was trained, and what a request
 //! gets when it does not say otherwise. Training and serving both go through the helpers here, so that they cannot differ.
 //!
@@ -78,4 +75,3 @@ impl ServingProfile {
         }
     }
 }
->>>>>>> 20afe16 (Adapters: plain types for configuration, weights, versions, reports, rows and examples)

@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-//! Reports of every finding in a file (its owner publishes it next).
-=======
 //! The result of checking an adapter: every finding at once, so that a user repairs a file in one round.
 //!
 //! This file must not know how a check is done, only how findings are kept and told.
@@ -193,4 +190,3 @@ impl fmt::Display for Report {
 }
 
 impl std::error::Error for Report {}
->>>>>>> 20afe16 (Adapters: plain types for configuration, weights, versions, reports, rows and examples)

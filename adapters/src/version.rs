@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-//! Version digests (its owner publishes it next).
-=======
 //! What an adapter version is made of and how it is known: three byte strings and the digest over them.
 //!
 //! Bytes are kept exactly as they came, so that what goes out is what came in. This file must not interpret them.
@@ -133,4 +130,3 @@ impl TryFrom<String> for VersionDigest {
         text.parse()
     }
 }
->>>>>>> 20afe16 (Adapters: plain types for configuration, weights, versions, reports, rows and examples)

@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-//! Adapter weights (its owner publishes it next).
-=======
 //! An adapter's numbers: A, B and magnitude of each adapted site, and a classification head.
 //!
 //! Always f32, widened exactly from what the file stored. This file must not know files, names of tensors or devices.
@@ -97,4 +94,3 @@ impl AdapterWeights {
         })
     }
 }
->>>>>>> 20afe16 (Adapters: plain types for configuration, weights, versions, reports, rows and examples)

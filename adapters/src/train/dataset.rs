@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-//! Rows of training data (its owner publishes it next).
-=======
 //! Training data as rows: what a file may hold, and a report of every line that does not hold it.
 //!
 //! Nothing is dropped in silence: a row is taken, or its line is an error; a field that is not used is a warning.
@@ -362,4 +359,3 @@ pub struct Dataset {
     /// Warnings; no errors.
     pub report: DataReport,
 }
->>>>>>> 20afe16 (Adapters: plain types for configuration, weights, versions, reports, rows and examples)

@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-//! Training examples (its owner publishes it next).
-=======
 //! Rows as token ids with the mask of what is learned: exactly the ids that serving would see.
 //!
 //! This file must not know losses, batches or models; it knows the tokenizer, the chat template and the profile.
@@ -89,4 +86,3 @@ impl Examples {
         }
     }
 }
->>>>>>> 20afe16 (Adapters: plain types for configuration, weights, versions, reports, rows and examples)
