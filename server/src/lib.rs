@@ -1,11 +1,15 @@
 //! The shell of Espalier: tonic, tower, tenants, names, durable state. It moves requests to the engine and answers
 //! back; it touches no tensor.
 
-// How the process is set up.
+// How the process is set up, watched and taken down.
 pub mod config;
 mod setting;
+pub mod shutdown;
+pub mod telemetry;
 
 // The wire.
+pub mod method;
+pub mod middleware;
 pub mod status;
 
 // Who may do what to what, and where it is kept.

@@ -272,6 +272,55 @@ impl From<Refusal> for Status {
     }
 }
 
+/// What every error on the wire must have, whoever made it: `RequestInfo`, and an `ErrorInfo` even when tonic itself or a
+/// library below it refused the call.
+pub(crate) fn complete(found: Status, request_id: &str) -> Status {
+    let mut details = found.get_error_details();
+    let mut code = found.code();
+    if details.error_info().is_none() {
+        let reason = match code {
+            Code::OutOfRange => "MESSAGE_TOO_LARGE",
+            Code::Unimplemented => "METHOD_UNKNOWN",
+            Code::Cancelled => "CANCELLED",
+            Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+            // Bytes that are no message are the sender's fault, not ours.
+            Code::Internal if found.message().contains("decode") => {
+                code = Code::InvalidArgument;
+                "MESSAGE_MALFORMED"
+            }
+            _ => "INTERNAL",
+        };
+        details.set_error_info(reason, DOMAIN, HashMap::<String, String>::new());
+    }
+    details.set_request_info(request_id, "");
+    let mut metadata = found.metadata().clone();
+    metadata.remove("grpc-status-details-bin");
+    Status::with_error_details_and_metadata(code, found.message(), details, metadata)
+}
+
+/// A code as metrics and logs write it.
+pub(crate) fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
