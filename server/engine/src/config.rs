@@ -1,0 +1,161 @@
+//! The numbers that bound the engine. Plain data, filled in by the server; the environment is not read here.
+
+use std::time::Duration;
+
+use crate::error::EngineError;
+
+/// Tokens in one KV block.
+pub const BLOCK_SIZE: usize = 16;
+
+/// Limits and policies of one engine.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EngineConfig {
+    /// Sequences that run at the same time. A request with n candidates is n sequences.
+    pub max_num_seqs: usize,
+    /// Rows of one step: decode rows and prefill chunks together.
+    pub max_num_batched_tokens: usize,
+    /// Rows of prefill in a step that also decodes; bounds what a long prompt adds to the others' time per token.
+    pub prefill_chunk_tokens: usize,
+    /// KV blocks of 16 tokens in the cache.
+    pub kv_blocks: usize,
+    /// Tokens of one sequence, prompt and output; the model's context length bounds it too.
+    pub max_sequence_tokens: usize,
+    /// Requests that may wait, those that wait for an adapter included.
+    pub max_queue: usize,
+    /// Events that one request may have unread before its sequences pause.
+    pub event_buffer: usize,
+    /// A paused sequence whose reader takes nothing for so long is cut off, so that it cannot hold KV blocks for ever.
+    pub slow_reader_limit: Duration,
+    /// Bytes of resident adapters.
+    pub adapter_bytes: usize,
+    /// Distinct adapters that may be loading or waiting for the loader.
+    pub max_adapter_loads: usize,
+    /// Whether a new adapter runs a few tokens before it serves.
+    pub adapter_self_check: bool,
+    /// Limits of one request.
+    pub limits: RequestLimits,
+    /// Longest stretch of training between two looks at the serving queue.
+    pub training_quantum: Duration,
+    /// What training may add to the mean time per output token while requests run: 0.25 is 25 %.
+    pub training_max_tpot_impact: f64,
+    /// Training jobs that the engine holds at once; they take turns.
+    pub max_training_jobs: usize,
+}
+
+/// Bounds of what one request may ask for.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RequestLimits {
+    /// Candidates of one Generate.
+    pub max_n: usize,
+    /// Stop strings of one Generate.
+    pub max_stop_strings: usize,
+    /// Bytes of one stop string.
+    pub max_stop_bytes: usize,
+    /// Stop token ids of one Generate.
+    pub max_stop_ids: usize,
+    /// Alternatives listed per token.
+    pub max_top_logprobs: usize,
+    /// Entries of the logit bias.
+    pub max_logit_bias: usize,
+    /// Inputs of one Classify or Embed.
+    pub max_inputs: usize,
+    /// Labels of one label-likelihood Classify, continuations of one Score.
+    pub max_continuations: usize,
+    /// Sequences of one request: inputs times labels, for instance.
+    pub max_sequences: usize,
+    /// Bytes of a request id or tenant name.
+    pub max_id_bytes: usize,
+}
+
+// === impl EngineConfig ===
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        EngineConfig {
+            max_num_seqs: 64,
+            max_num_batched_tokens: 512,
+            prefill_chunk_tokens: 256,
+            kv_blocks: 2048,
+            max_sequence_tokens: 8192,
+            max_queue: 256,
+            event_buffer: 64,
+            slow_reader_limit: Duration::from_secs(30),
+            adapter_bytes: 1 << 30,
+            max_adapter_loads: 256,
+            adapter_self_check: true,
+            limits: RequestLimits::default(),
+            training_quantum: Duration::from_millis(10),
+            training_max_tpot_impact: 0.25,
+            max_training_jobs: 8,
+        }
+    }
+}
+
+impl Default for RequestLimits {
+    fn default() -> Self {
+        RequestLimits {
+            max_n: 16,
+            max_stop_strings: 4,
+            max_stop_bytes: 256,
+            max_stop_ids: 64,
+            max_top_logprobs: 20,
+            max_logit_bias: 512,
+            max_inputs: 32,
+            max_continuations: 128,
+            max_sequences: 512,
+            max_id_bytes: 256,
+        }
+    }
+}
+
+impl EngineConfig {
+    /// Checks that the numbers can work together.
+    ///
+    /// # Errors
+    /// [`EngineError::InvalidField`] with the first number that cannot.
+    pub fn validate(&self) -> Result<(), EngineError> {
+        positive("max_num_seqs", self.max_num_seqs)?;
+        positive("prefill_chunk_tokens", self.prefill_chunk_tokens)?;
+        positive("kv_blocks", self.kv_blocks)?;
+        positive("max_sequence_tokens", self.max_sequence_tokens)?;
+        positive("max_queue", self.max_queue)?;
+        positive("event_buffer", self.event_buffer)?;
+        positive("max_adapter_loads", self.max_adapter_loads)?;
+        positive("max_training_jobs", self.max_training_jobs)?;
+        if self.max_num_batched_tokens < self.max_num_seqs {
+            return Err(invalid(
+                "max_num_batched_tokens",
+                format!(
+                    "{} is below max_num_seqs = {}: a step must hold one row of every running sequence",
+                    self.max_num_batched_tokens, self.max_num_seqs
+                ),
+            ));
+        }
+        if self.training_quantum.is_zero() {
+            return Err(invalid("training_quantum", "must be above zero".to_owned()));
+        }
+        if !(self.training_max_tpot_impact.is_finite() && self.training_max_tpot_impact >= 0.0) {
+            return Err(invalid(
+                "training_max_tpot_impact",
+                format!(
+                    "{} is not a number from zero up",
+                    self.training_max_tpot_impact
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn positive(field: &'static str, value: usize) -> Result<(), EngineError> {
+    if value == 0 {
+        return Err(invalid(field, "must be above zero".to_owned()));
+    }
+    Ok(())
+}
+
+fn invalid(field: &'static str, reason: String) -> EngineError {
+    EngineError::InvalidField { field, reason }
+}

@@ -1,0 +1,252 @@
+//! The async front of the engine: nothing here waits for a step except where it says so, and nothing is held while
+//! waiting. The engine thread is reached by [`EngineCommand`] only.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use espalier_adapters::text::{ChatTemplate, Tokenizer};
+use espalier_adapters::version::VersionDigest;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::adapter_loader::AdapterSource;
+use crate::adapter_pool::AdapterResidency;
+use crate::command::{EngineCommand, Submission};
+use crate::config::EngineConfig;
+use crate::error::EngineError;
+use crate::metrics::EngineStats;
+use crate::model::{LoadedModel, ModelConfig};
+use crate::request::{Event, Request};
+use crate::train::{TrainingJob, TrainingStart, TrainingSubmission};
+
+/// When a caller that was shed may try again. A step lasts tens of milliseconds and frees several places.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// The way to one engine. Cheap to clone; the engine ends when the last clone is gone or after [`EngineHandle::drain`].
+#[derive(Clone)]
+pub struct EngineHandle {
+    shared: Arc<Shared>,
+}
+
+/// What is known of the base model without asking the engine thread.
+#[derive(Clone)]
+pub struct ModelInfo {
+    /// Name from the file.
+    pub name: String,
+    /// Digest of the source weights.
+    pub digest: String,
+    /// Sizes and options.
+    pub config: ModelConfig,
+    /// Tokens of one sequence, prompt and output: the least of context length, configuration and KV cache.
+    pub max_sequence_tokens: usize,
+    /// The tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// The chat template, if the model has one.
+    pub template: Option<Arc<ChatTemplate>>,
+    /// Ids that end a generation.
+    pub stop_ids: Vec<u32>,
+}
+
+/// State shared between handles and the engine thread. Counters only: no decision of the engine depends on a lock here.
+pub(crate) struct Shared {
+    pub(crate) config: EngineConfig,
+    pub(crate) model: ModelInfo,
+    pub(crate) commands: SyncSender<EngineCommand>,
+    pub(crate) gauges: Arc<Gauges>,
+}
+
+/// Counters that both sides touch.
+pub(crate) struct Gauges {
+    /// Requests accepted and not yet begun.
+    pub(crate) queued: AtomicUsize,
+    /// Commands sent and not yet drained: a training quantum ends early for them.
+    pub(crate) pending: AtomicUsize,
+    /// Training jobs in the engine.
+    pub(crate) training_jobs: AtomicUsize,
+    /// Set once.
+    pub(crate) draining: AtomicBool,
+    /// Refreshed after every step.
+    pub(crate) stats: Mutex<(Instant, EngineStats)>,
+}
+
+/// A place in the bounded queue, given back on drop.
+pub(crate) struct Ticket(Arc<Gauges>);
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.queued.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+// === impl Gauges ===
+
+impl Gauges {
+    pub(crate) fn new() -> Self {
+        Gauges {
+            queued: AtomicUsize::new(0),
+            pending: AtomicUsize::new(0),
+            training_jobs: AtomicUsize::new(0),
+            draining: AtomicBool::new(false),
+            stats: Mutex::new((Instant::now(), EngineStats::default())),
+        }
+    }
+
+    /// Takes a place if one is free.
+    fn ticket(self: &Arc<Self>, limit: usize) -> Result<Ticket, EngineError> {
+        let taken = self.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |queued| {
+            (queued < limit).then_some(queued + 1)
+        });
+        match taken {
+            Ok(_) => Ok(Ticket(Arc::clone(self))),
+            Err(waiting) => Err(EngineError::Overloaded { waiting, limit, retry_after: RETRY_AFTER }),
+        }
+    }
+}
+
+// === impl EngineHandle ===
+
+impl EngineHandle {
+    /// Starts the engine thread on a loaded model.
+    ///
+    /// # Errors
+    /// A configuration that cannot work, or a thread that cannot be started.
+    pub fn start(
+        config: EngineConfig,
+        model: LoadedModel,
+        source: Arc<dyn AdapterSource>,
+    ) -> Result<EngineHandle, EngineError> {
+        crate::engine::start(config, model, source).map(|shared| EngineHandle { shared: Arc::new(shared) })
+    }
+
+    /// The base model.
+    pub fn model(&self) -> &ModelInfo {
+        &self.shared.model
+    }
+
+    /// The configuration that the engine runs with.
+    pub fn config(&self) -> &EngineConfig {
+        &self.shared.config
+    }
+
+    /// Hands over a request. Never waits. Dropping the receiver cancels: the sequences leave at the next step.
+    ///
+    /// # Errors
+    /// A field outside of the limits, a full queue, or an engine that drains or has stopped.
+    pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<Event>, EngineError> {
+        self.refuse_if_draining()?;
+        request.validate(&self.shared.config, &self.shared.model)?;
+        let ticket = self.shared.gauges.ticket(self.shared.config.max_queue)?;
+        let (events, receiver) = mpsc::channel(self.shared.config.event_buffer);
+        self.send(EngineCommand::Submit(Box::new(Submission { request, events, ticket })))?;
+        Ok(receiver)
+    }
+
+    /// Hands over a training job. It begins when its turn comes; its first events tell.
+    ///
+    /// # Errors
+    /// Too many jobs, or an engine that drains or has stopped. What the trainer refuses comes as an event.
+    pub fn train(&self, submission: TrainingSubmission) -> Result<TrainingJob, EngineError> {
+        self.refuse_if_draining()?;
+        let (start, job) = TrainingStart::new(submission, self)?;
+        self.send(EngineCommand::Train(Box::new(start)))?;
+        Ok(job)
+    }
+
+    /// Loads a version now. Returns when it is resident. Waits for the loader, not for a step.
+    ///
+    /// # Errors
+    /// What a request for that version would get.
+    pub async fn activate(&self, digest: VersionDigest) -> Result<AdapterResidency, EngineError> {
+        self.refuse_if_draining()?;
+        let (reply, answer) = oneshot::channel();
+        self.send(EngineCommand::Activate { digest, reply })?;
+        answer.await.unwrap_or(Err(EngineError::Stopped))
+    }
+
+    /// Evicts a version now.
+    ///
+    /// # Errors
+    /// [`EngineError::AdapterInUse`], [`EngineError::AdapterNotResident`].
+    pub async fn deactivate(&self, digest: VersionDigest) -> Result<(), EngineError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(EngineCommand::Deactivate { digest, reply })?;
+        answer.await.unwrap_or(Err(EngineError::Stopped))
+    }
+
+    /// What is resident, loading or failed, by the engine's own book. Waits for the current step.
+    ///
+    /// # Errors
+    /// [`EngineError::Stopped`], [`EngineError::Overloaded`].
+    pub async fn residency(&self) -> Result<Vec<AdapterResidency>, EngineError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(EngineCommand::Residency(reply))?;
+        answer.await.map_err(|_| EngineError::Stopped)
+    }
+
+    /// The engine after its last step. Never waits for the engine.
+    pub fn stats(&self) -> EngineStats {
+        let guard = self.shared.gauges.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        let (seen, stats) = &*guard;
+        let heartbeat_ms = u64::try_from(seen.elapsed().as_millis()).unwrap_or(u64::MAX);
+        EngineStats {
+            heartbeat_ms,
+            queued_requests: self.shared.gauges.queued.load(Ordering::Relaxed),
+            training_jobs: self.shared.gauges.training_jobs.load(Ordering::Relaxed),
+            ..stats.clone()
+        }
+    }
+
+    /// Refuses new work, finishes what runs, stops training at checkpoints, and ends the engine thread. What still
+    /// runs after `grace` is cut off with [`EngineError::Draining`].
+    ///
+    /// # Errors
+    /// [`EngineError::Stopped`] when the thread was gone already.
+    pub async fn drain(&self, grace: Duration) -> Result<(), EngineError> {
+        self.shared.gauges.draining.store(true, Ordering::SeqCst);
+        let (reply, answer) = oneshot::channel();
+        self.send(EngineCommand::Drain { deadline: Instant::now() + grace, reply })?;
+        answer.await.map_err(|_| EngineError::Stopped)
+    }
+
+    /// Whether [`EngineHandle::drain`] was called.
+    pub fn is_draining(&self) -> bool {
+        self.shared.gauges.draining.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn gauges(&self) -> &Arc<Gauges> {
+        &self.shared.gauges
+    }
+
+    /// Makes the engine thread look at its jobs. A full channel means that it will look anyway.
+    pub(crate) fn wake(&self) {
+        let _ = self.send(EngineCommand::Wake);
+    }
+
+    fn refuse_if_draining(&self) -> Result<(), EngineError> {
+        if self.is_draining() { Err(EngineError::Draining) } else { Ok(()) }
+    }
+
+    /// The command channel has a place for every request of the queue and some for control, so it is full only when
+    /// control messages come in a flood.
+    fn send(&self, command: EngineCommand) -> Result<(), EngineError> {
+        self.shared.gauges.pending.fetch_add(1, Ordering::SeqCst);
+        self.shared.commands.try_send(command).map_err(|error| {
+            self.shared.gauges.pending.fetch_sub(1, Ordering::SeqCst);
+            match error {
+                TrySendError::Full(_) => EngineError::Overloaded {
+                    waiting: self.shared.gauges.queued.load(Ordering::Relaxed),
+                    limit: self.shared.config.max_queue,
+                    retry_after: RETRY_AFTER,
+                },
+                TrySendError::Disconnected(_) => EngineError::Stopped,
+            }
+        })
+    }
+}
+
+impl std::fmt::Debug for EngineHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EngineHandle").field("model", &self.shared.model.name).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,580 @@
+//! Who computes how many tokens in the next step. Pure policy over counts: no tensors, no clock, no text, so that it is
+//! property-tested without a model.
+//!
+//! A step first gives every running sequence its decode row, then fills what is left with prefill: running prefills in
+//! the order of their admission, then new sequences. New ones are taken first come, first served within a tenant, and
+//! between tenants from the one that has had the least service (virtual token counters, S-LoRA's `vtc_fair`: a prompt
+//! token counts 1, an output token 2; who comes back is lifted to the least among the busy). When blocks run out, the
+//! sequence admitted last loses its own and is computed again later: the oldest always goes on, so all of them end.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+use crate::block_manager::{BlockCopy, BlockManager, BlockTable, CacheKey, blocks_for};
+
+/// One sequence for its whole life; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct SequenceId(pub(crate) u64);
+
+/// What the scheduler must know of a new sequence.
+#[derive(Clone, Debug)]
+pub(crate) struct NewSequence {
+    pub(crate) id: SequenceId,
+    pub(crate) key: Arc<CacheKey>,
+    /// Tokens to compute before the first output.
+    pub(crate) tokens: usize,
+    /// Another sequence whose first tokens are the same.
+    pub(crate) prefix: Option<Prefix>,
+}
+
+/// The first `tokens` tokens are those of sequence `of`, which was added before. While that one lives and has not come
+/// so far, the new one waits for it; when it is gone, the new one computes everything itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Prefix {
+    pub(crate) of: SequenceId,
+    pub(crate) tokens: usize,
+}
+
+/// The rows of one sequence in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ScheduledSequence {
+    pub(crate) id: SequenceId,
+    /// Position of the first row.
+    pub(crate) start: usize,
+    /// Rows, at least one.
+    pub(crate) rows: usize,
+    /// The last row is the last known token: its output is the sequence's next step.
+    pub(crate) completes: bool,
+}
+
+/// One step. Sequences of one version stand together; the base model comes first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) items: Vec<ScheduledSequence>,
+    /// To be done before the step.
+    pub(crate) copies: Vec<BlockCopy>,
+    /// Sequences that begin (or begin again) with this step, with the tokens that they found computed.
+    pub(crate) admitted: Vec<(SequenceId, usize)>,
+    /// Sequences that lost their blocks.
+    pub(crate) preempted: Vec<SequenceId>,
+}
+
+/// Bounds of a step.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SchedulerLimits {
+    pub(crate) max_num_seqs: usize,
+    pub(crate) max_num_batched_tokens: usize,
+    pub(crate) prefill_chunk_tokens: usize,
+}
+
+/// Where a sequence is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Status {
+    Waiting,
+    Running,
+    /// Running, but its reader does not keep up.
+    Paused,
+    /// Finished; its blocks stay until those that share its prefix have begun.
+    Retained,
+}
+
+struct Entry {
+    key: Arc<CacheKey>,
+    status: Status,
+    tokens: usize,
+    computed: usize,
+    table: BlockTable,
+    prefix: Option<Prefix>,
+    /// Waiting sequences whose prefix this one is.
+    dependents: usize,
+}
+
+/// A tenant with at least one sequence.
+#[derive(Default)]
+struct TenantQueue {
+    waiting: VecDeque<SequenceId>,
+    /// Sequences that wait or run.
+    alive: usize,
+    /// Virtual tokens served.
+    service: u64,
+}
+
+/// Waiting and running sequences, and the blocks between them.
+pub(crate) struct Scheduler {
+    limits: SchedulerLimits,
+    blocks: BlockManager,
+    entries: HashMap<SequenceId, Entry>,
+    /// In the order of admission, paused ones included.
+    running: Vec<SequenceId>,
+    tenants: BTreeMap<Arc<str>, TenantQueue>,
+    waiting: usize,
+}
+
+const PREFILL_COST: u64 = 1;
+const DECODE_COST: u64 = 2;
+
+// === impl Entry ===
+
+impl Entry {
+    fn remaining(&self) -> usize {
+        self.tokens - self.computed
+    }
+
+    fn decodes(&self) -> bool {
+        self.computed > 0 && self.remaining() == 1
+    }
+}
+
+// === impl Scheduler ===
+
+impl Scheduler {
+    /// `blocks` must hold the longest sequence that will be added.
+    pub(crate) fn new(limits: SchedulerLimits, blocks: usize) -> Self {
+        Scheduler {
+            limits,
+            blocks: BlockManager::new(blocks),
+            entries: HashMap::new(),
+            running: Vec::new(),
+            tenants: BTreeMap::new(),
+            waiting: 0,
+        }
+    }
+
+    /// Puts a sequence at the end of its tenant's queue.
+    pub(crate) fn add(&mut self, new: NewSequence) {
+        let prefix = new.prefix.filter(|prefix| {
+            prefix.tokens > 0
+                && self
+                    .entries
+                    .get(&prefix.of)
+                    .is_some_and(|of| of.key == new.key && of.tokens >= prefix.tokens)
+        });
+        if let Some(of) = prefix.and_then(|prefix| self.entries.get_mut(&prefix.of)) {
+            of.dependents += 1;
+        }
+        let floor = self
+            .tenants
+            .values()
+            .map(|tenant| tenant.service)
+            .min()
+            .unwrap_or(0);
+        let tenant = self.tenants.entry(Arc::clone(&new.key.tenant)).or_default();
+        if tenant.alive == 0 {
+            tenant.service = tenant.service.max(floor);
+        }
+        tenant.alive += 1;
+        tenant.waiting.push_back(new.id);
+        self.waiting += 1;
+        let table = BlockTable::new(Arc::clone(&new.key));
+        let entry = Entry {
+            key: new.key,
+            status: Status::Waiting,
+            tokens: new.tokens,
+            computed: 0,
+            table,
+            prefix,
+            dependents: 0,
+        };
+        self.entries.insert(new.id, entry);
+    }
+
+    /// Plans the next step. An empty plan means that nothing can run.
+    pub(crate) fn schedule(&mut self) -> Plan {
+        let mut plan = Plan::default();
+        let decodes =
+            self.count_running(|entry| entry.status == Status::Running && entry.decodes());
+        let mut prefill_left = self.limits.max_num_batched_tokens.saturating_sub(decodes);
+        if decodes > 0 {
+            prefill_left = prefill_left.min(self.limits.prefill_chunk_tokens);
+        }
+        self.continue_running(&mut plan, &mut prefill_left);
+        if plan.preempted.is_empty() {
+            self.admit(&mut plan, &mut prefill_left);
+        }
+        plan.items.sort_by_key(|item| {
+            self.entries
+                .get(&item.id)
+                .and_then(|entry| entry.key.version)
+        });
+        plan
+    }
+
+    /// Books a step that was computed.
+    pub(crate) fn complete(&mut self, plan: &Plan) {
+        for item in &plan.items {
+            if let Some(entry) = self.entries.get_mut(&item.id) {
+                entry.computed = item.start + item.rows;
+            }
+        }
+    }
+
+    /// Adds a sampled token, to be computed next.
+    pub(crate) fn push_token(&mut self, id: SequenceId) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.tokens += 1;
+        }
+    }
+
+    /// A paused sequence keeps its blocks and gets no rows.
+    pub(crate) fn set_paused(&mut self, id: SequenceId, paused: bool) {
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.status = match entry.status {
+                Status::Running if paused => Status::Paused,
+                Status::Paused if !paused => Status::Running,
+                other => other,
+            };
+        }
+    }
+
+    /// Ends a sequence, whatever it is doing. Its blocks are free now, or when the last one that shares them began.
+    pub(crate) fn finish(&mut self, id: SequenceId) {
+        let Some(entry) = self.entries.get_mut(&id) else {
+            return;
+        };
+        let was = std::mem::replace(&mut entry.status, Status::Retained);
+        let tenant = Arc::clone(&entry.key.tenant);
+        let unused_prefix = entry.prefix.take();
+        let retain = was != Status::Waiting && entry.dependents > 0 && entry.remaining() == 0;
+        match was {
+            Status::Waiting => {
+                self.waiting -= 1;
+                if let Some(queue) = self.tenants.get_mut(&tenant) {
+                    queue.waiting.retain(|&waiting| waiting != id);
+                }
+            }
+            Status::Running | Status::Paused => self.running.retain(|&running| running != id),
+            Status::Retained => return,
+        }
+        if let Some(prefix) = unused_prefix {
+            self.drop_dependent(prefix.of);
+        }
+        if !retain {
+            self.forget(id);
+        }
+        if let Some(queue) = self.tenants.get_mut(&tenant) {
+            queue.alive -= 1;
+            if queue.alive == 0 {
+                self.tenants.remove(&tenant);
+            }
+        }
+    }
+
+    /// The blocks of a running sequence.
+    pub(crate) fn block_table(&self, id: SequenceId) -> &[u32] {
+        self.entries
+            .get(&id)
+            .map_or(&[], |entry| entry.table.blocks())
+    }
+
+    pub(crate) fn is_running(&self, id: SequenceId) -> bool {
+        self.entries
+            .get(&id)
+            .is_some_and(|entry| matches!(entry.status, Status::Running | Status::Paused))
+    }
+
+    pub(crate) fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Sequences that have computed their prompt and wait for their next output token.
+    pub(crate) fn decoding(&self) -> usize {
+        self.count_running(|entry| entry.status == Status::Running && entry.decodes())
+    }
+
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    pub(crate) fn blocks_used(&self) -> usize {
+        self.blocks.total() - self.blocks.free()
+    }
+
+    pub(crate) fn blocks_total(&self) -> usize {
+        self.blocks.total()
+    }
+
+    /// Largest minus smallest service of the tenants that wait.
+    pub(crate) fn service_gap(&self) -> u64 {
+        let waiting = || {
+            self.tenants
+                .values()
+                .filter(|tenant| !tenant.waiting.is_empty())
+                .map(|tenant| tenant.service)
+        };
+        waiting().max().unwrap_or(0) - waiting().min().unwrap_or(0)
+    }
+
+    fn count_running(&self, holds: impl Fn(&Entry) -> bool) -> usize {
+        self.running
+            .iter()
+            .filter(|id| self.entries.get(id).is_some_and(&holds))
+            .count()
+    }
+
+    /// Rows for the sequences that run, oldest first: a victim of preemption is always one that has no rows yet.
+    fn continue_running(&mut self, plan: &mut Plan, prefill_left: &mut usize) {
+        let mut index = 0;
+        while let Some(&id) = self.running.get(index) {
+            let Some(entry) = self.entries.get(&id) else {
+                break;
+            };
+            if entry.status == Status::Paused || entry.remaining() == 0 {
+                index += 1;
+                continue;
+            }
+            let rows = if entry.decodes() {
+                1
+            } else {
+                entry.remaining().min(*prefill_left)
+            };
+            if rows == 0 {
+                index += 1;
+                continue;
+            }
+            if !self.grow_or_preempt(id, plan) {
+                // The sequence itself was the victim; the next one has moved to this index.
+                continue;
+            }
+            if !self.entries.get(&id).is_some_and(Entry::decodes) {
+                *prefill_left -= rows;
+            }
+            self.give_rows(id, rows, plan);
+            // Victims that are paused may stand before this one.
+            index = self
+                .running
+                .iter()
+                .position(|&running| running == id)
+                .map_or(index, |position| position + 1);
+        }
+    }
+
+    /// Makes room for all tokens of a running sequence. False when that cost it its own place.
+    fn grow_or_preempt(&mut self, id: SequenceId, plan: &mut Plan) -> bool {
+        loop {
+            let Some(entry) = self.entries.get_mut(&id) else {
+                return false;
+            };
+            if self.blocks.grow(&mut entry.table, entry.tokens).is_ok() {
+                return true;
+            }
+            if self.drop_retained_except(None) {
+                continue;
+            }
+            let victim = self.victim().unwrap_or(id);
+            self.preempt(victim);
+            plan.preempted.push(victim);
+            if victim == id {
+                return false;
+            }
+        }
+    }
+
+    /// Who gives up blocks first: a paused sequence, else the one admitted last.
+    fn victim(&self) -> Option<SequenceId> {
+        let paused = |id: &&SequenceId| {
+            self.entries
+                .get(id)
+                .is_some_and(|entry| entry.status == Status::Paused)
+        };
+        self.running
+            .iter()
+            .rev()
+            .find(paused)
+            .or(self.running.last())
+            .copied()
+    }
+
+    fn preempt(&mut self, id: SequenceId) {
+        self.running.retain(|&running| running != id);
+        let Some(entry) = self.entries.get_mut(&id) else {
+            return;
+        };
+        entry.status = Status::Waiting;
+        entry.computed = 0;
+        let table = std::mem::replace(&mut entry.table, BlockTable::new(Arc::clone(&entry.key)));
+        self.blocks.release(table);
+        self.waiting += 1;
+        if let Some(queue) = self.tenants.get_mut(&entry.key.tenant) {
+            queue.waiting.push_front(id);
+        }
+    }
+
+    fn admit(&mut self, plan: &mut Plan, prefill_left: &mut usize) {
+        while *prefill_left > 0 && self.running.len() < self.limits.max_num_seqs {
+            let Some(id) = self.next_waiting() else {
+                return;
+            };
+            // Nobody overtakes one that does not fit, or large prompts would wait for ever.
+            if !self.begin(id, plan) {
+                return;
+            }
+            let Some(rows) = self
+                .entries
+                .get(&id)
+                .map(|entry| entry.remaining().min(*prefill_left))
+            else {
+                return;
+            };
+            *prefill_left -= rows;
+            self.give_rows(id, rows, plan);
+        }
+    }
+
+    /// The first sequence that can begin, of the tenant with the least service.
+    fn next_waiting(&self) -> Option<SequenceId> {
+        let first_ready =
+            |tenant: &TenantQueue| tenant.waiting.iter().copied().find(|&id| self.is_ready(id));
+        self.tenants
+            .values()
+            .filter_map(|tenant| Some((tenant.service, first_ready(tenant)?)))
+            .min_by_key(|&(service, _)| service)
+            .map(|(_, id)| id)
+    }
+
+    /// Not ready: the prefix is being computed by another sequence.
+    fn is_ready(&self, id: SequenceId) -> bool {
+        let prefix = self.entries.get(&id).and_then(|entry| entry.prefix);
+        let Some(prefix) = prefix else { return true };
+        self.entries
+            .get(&prefix.of)
+            .is_none_or(|of| of.computed >= prefix.tokens)
+    }
+
+    /// Moves a waiting sequence to the running ones with blocks for all its tokens. False when they are not free.
+    fn begin(&mut self, id: SequenceId, plan: &mut Plan) -> bool {
+        let Some(entry) = self.entries.get(&id) else {
+            return false;
+        };
+        let (tokens, key, prefix) = (entry.tokens, Arc::clone(&entry.key), entry.prefix);
+        let parent = prefix.and_then(|prefix| Some((prefix, self.entries.get(&prefix.of)?)));
+        let shared_blocks = parent
+            .as_ref()
+            .map_or(0, |(prefix, _)| prefix.tokens / crate::config::BLOCK_SIZE);
+        // One free block for each running sequence spares most preemptions right after an admission.
+        let reserve = self.running.len().min(self.blocks.total() / 8);
+        if blocks_for(tokens) - shared_blocks + reserve > self.blocks.free() {
+            // The shared prefix itself goes last, and only when nothing runs whose end could make room.
+            let dropped = self.drop_retained_except(prefix.map(|prefix| prefix.of))
+                || (self.running.is_empty() && self.drop_retained_except(None));
+            return dropped && self.begin(id, plan);
+        }
+        let (mut table, copy, cached) = match parent {
+            Some((prefix, of)) => match self.blocks.fork(&of.table, &key, prefix.tokens) {
+                Ok((table, copy)) => (table, copy, prefix.tokens),
+                Err(_) => return false,
+            },
+            None => (BlockTable::new(key), None, 0),
+        };
+        let fits = self.blocks.grow(&mut table, tokens).is_ok();
+        if !fits {
+            self.blocks.release(table);
+            return false;
+        }
+        plan.copies.extend(copy);
+        plan.admitted.push((id, cached));
+        self.running.push(id);
+        self.waiting -= 1;
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.status = Status::Running;
+            entry.computed = cached;
+            entry.table = table;
+            entry.prefix = None;
+            if let Some(queue) = self.tenants.get_mut(&entry.key.tenant) {
+                queue.waiting.retain(|&waiting| waiting != id);
+            }
+        }
+        if let Some(prefix) = prefix {
+            self.drop_dependent(prefix.of);
+        }
+        true
+    }
+
+    fn give_rows(&mut self, id: SequenceId, rows: usize, plan: &mut Plan) {
+        let Some(entry) = self.entries.get(&id) else {
+            return;
+        };
+        let completes = rows == entry.remaining();
+        plan.items.push(ScheduledSequence {
+            id,
+            start: entry.computed,
+            rows,
+            completes,
+        });
+        let cost = if entry.decodes() {
+            DECODE_COST
+        } else {
+            PREFILL_COST
+        };
+        if let Some(tenant) = self.tenants.get_mut(&entry.key.tenant) {
+            tenant.service += rows as u64 * cost;
+        }
+    }
+
+    fn drop_dependent(&mut self, of: SequenceId) {
+        if let Some(entry) = self.entries.get_mut(&of) {
+            entry.dependents -= 1;
+            if entry.dependents == 0 && entry.status == Status::Retained {
+                self.forget(of);
+            }
+        }
+    }
+
+    /// Frees one finished sequence's blocks, though others could still share them: they compute the prefix again.
+    fn drop_retained_except(&mut self, keep: Option<SequenceId>) -> bool {
+        let retained = self
+            .entries
+            .iter()
+            .filter(|(id, entry)| entry.status == Status::Retained && Some(**id) != keep);
+        let Some(id) = retained.map(|(id, _)| *id).min() else {
+            return false;
+        };
+        self.forget(id);
+        true
+    }
+
+    /// Waiting sequences that name it find it gone, which is to compute the prefix themselves.
+    fn forget(&mut self, id: SequenceId) {
+        if let Some(entry) = self.entries.remove(&id) {
+            self.blocks.release(entry.table);
+        }
+    }
+
+    #[cfg(test)]
+    fn check_integrity(&self) {
+        self.blocks
+            .check_integrity(self.entries.values().map(|entry| &entry.table));
+        let waiting: usize = self
+            .tenants
+            .values()
+            .map(|tenant| tenant.waiting.len())
+            .sum();
+        assert_eq!(waiting, self.waiting);
+        let alive = self
+            .entries
+            .values()
+            .filter(|entry| entry.status != Status::Retained)
+            .count();
+        assert_eq!(
+            alive,
+            self.waiting + self.running.len(),
+            "every sequence waits or runs"
+        );
+        assert_eq!(
+            alive,
+            self.tenants
+                .values()
+                .map(|tenant| tenant.alive)
+                .sum::<usize>()
+        );
+        for (id, entry) in &self.entries {
+            let named = |other: &&Entry| other.prefix.is_some_and(|prefix| prefix.of == *id);
+            assert_eq!(
+                entry.dependents,
+                self.entries.values().filter(named).count()
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
