@@ -19,10 +19,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=espalier");
     println!("cargo::rerun-if-changed=google");
     let mut descriptors = protox::compile(PROTOS, ["."])?;
+    let mut prost = tonic_prost_build::Config::new();
+    // Every message knows its full name, by which its descriptor is found.
+    prost.enable_type_names();
     tonic_prost_build::configure()
         // Maps in one order, so that replies and goldens can be compared.
         .btree_map(".")
-        .compile_fds(descriptors.clone())?;
+        .compile_fds_with_config(descriptors.clone(), prost)?;
     // Comments are for code generators; reflection does without.
     for file in &mut descriptors.file {
         file.source_code_info = None;
