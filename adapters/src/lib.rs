@@ -17,4 +17,5 @@ pub mod text;
 pub mod batch;
 pub mod linear;
 pub mod ops;
+pub mod pace;
 pub mod train;

@@ -358,3 +358,6 @@ pub trait Ops: Clone + Debug + Default + Send + Sync + 'static {
 
 /// Outputs are packed in panels of this many; a part of a matrix product begins and ends at one.
 pub const PANEL: usize = 32;
+
+/// The operations that the server runs on.
+pub type Backend = Reference<f32>;

@@ -8,6 +8,7 @@ pub mod adapter_pool;
 pub mod config;
 pub mod error;
 pub mod metrics;
+pub mod kv_cache;
 pub mod request;
 
 pub mod model;
