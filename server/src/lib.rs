@@ -13,8 +13,12 @@ pub mod middleware;
 pub mod status;
 
 // Who may do what to what, and where it is kept.
+pub mod artifact_store;
 pub mod database;
 pub mod names;
+pub mod paging;
 pub mod principal;
+pub mod registry;
+pub mod tenants;
 
 pub use setting::{ByteSize, LogFormat, MaybeAddr, MaybePath, Secret};

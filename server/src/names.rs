@@ -12,15 +12,14 @@ use std::sync::Arc;
 /// Longest id of a tenant, adapter, dataset, job or key, in bytes (a DNS label).
 pub const MAX_ID_LENGTH: usize = 63;
 /// Longest alias, in bytes.
-pub const MAX_ALIAS_LENGTH: usize = 128;
+pub const MAX_ALIAS_LENGTH: usize = 63;
 /// Longest whole resource name that is looked at; anything longer is refused before it is parsed.
 pub const MAX_NAME_LENGTH: usize = 512;
 /// The alias that a bare adapter name stands for.
 pub const DEFAULT_ALIAS: &str = "default";
 
 const ID_RULE: &str = "1 to 63 characters a-z, 0-9 and '-', with no '-' at either end";
-const ALIAS_RULE: &str =
-    "2 to 128 characters: a-z first, then a-z, A-Z, 0-9 and '-', and a-z or 0-9 last";
+const ALIAS_RULE: &str = "1 to 63 characters a-z, 0-9 and '-', a letter first and no '-' last";
 const VERSION_RULE: &str = "a positive decimal number below 2^31 without sign or leading zero";
 
 /// Why a text is not a resource name. The value shown is cut and escaped, so that a log line stays one line.
@@ -58,15 +57,10 @@ fn is_id(text: &str) -> bool {
 }
 
 fn is_alias(text: &str) -> bool {
-    let bytes = text.as_bytes();
-    (2..=MAX_ALIAS_LENGTH).contains(&bytes.len())
-        && bytes
-            .iter()
-            .all(|b| b.is_ascii_alphanumeric() || *b == b'-')
-        && bytes.first().is_some_and(u8::is_ascii_lowercase)
-        && bytes
-            .last()
-            .is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
+    // The letter in front keeps aliases and version numbers apart.
+    text.len() <= MAX_ALIAS_LENGTH
+        && is_id(text)
+        && text.as_bytes().first().is_some_and(u8::is_ascii_lowercase)
 }
 
 /// Declares an id type: a checked, cheaply cloned string.
@@ -262,10 +256,69 @@ child_name!(
     /// `tenants/{t}/trainingJobs/{j}`
     JobName, JobId, job, "trainingJobs", "tenants/{tenant}/trainingJobs/{job}"
 );
-child_name!(
-    /// `tenants/{t}/apiKeys/{k}`
-    ApiKeyName, ApiKeyId, key, "apiKeys", "tenants/{tenant}/apiKeys/{key}"
-);
+/// Whose keys: a tenant's, or the server's own (service and admin keys), written `tenants/-`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum KeyParent {
+    /// `tenants/-`
+    Server,
+    /// `tenants/{t}`
+    Tenant(TenantId),
+}
+
+impl KeyParent {
+    /// Parses `tenants/{t}` or `tenants/-`.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        match text {
+            "tenants/-" => Ok(Self::Server),
+            _ => Ok(Self::Tenant(TenantName::parse(text)?.0)),
+        }
+    }
+
+    /// The tenant, if it is one's.
+    pub fn tenant(&self) -> Option<&TenantId> {
+        match self {
+            Self::Server => None,
+            Self::Tenant(tenant) => Some(tenant),
+        }
+    }
+}
+
+impl fmt::Display for KeyParent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "tenants/{}", self.tenant().map_or("-", TenantId::as_str))
+    }
+}
+
+/// `tenants/{t}/apiKeys/{k}` or `tenants/-/apiKeys/{k}`
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ApiKeyName {
+    /// Whose key it is.
+    pub parent: KeyParent,
+    /// The id.
+    pub key: ApiKeyId,
+}
+
+impl ApiKeyName {
+    /// Parses the full resource name.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        let rule = "tenants/{tenant}/apiKeys/{key}";
+        let (tenant, key) = split(text, "apiKeys", rule)?;
+        let parent = match tenant {
+            "-" => KeyParent::Server,
+            tenant => KeyParent::Tenant(TenantId::parse(tenant)?),
+        };
+        Ok(Self {
+            parent,
+            key: ApiKeyId::parse(key)?,
+        })
+    }
+}
+
+impl fmt::Display for ApiKeyName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/apiKeys/{}", self.parent, self.key)
+    }
+}
 
 /// `tenants/{t}`
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -450,18 +503,12 @@ mod tests {
 
     #[test]
     fn aliases_never_look_like_numbers() {
-        for good in [
-            "default",
-            "canary",
-            "v2",
-            "blue-2Green3x",
-            &format!("a{}", "b".repeat(127)),
-        ] {
+        for good in ["a", "default", "canary", "v2", "blue-2", &"a".repeat(63)] {
             assert!(Alias::parse(good).is_ok(), "{good}");
         }
-        let over = format!("a{}", "b".repeat(128));
+        let over = "a".repeat(64);
         for bad in [
-            "", "a", "7", "12", "-a", "a-", "aB", "a/b", "..", "Stable", "é9", &over,
+            "", "7", "12", "7a", "-a", "a-", "aB", "a/b", "..", "Stable", "é9", &over,
         ] {
             assert!(Alias::parse(bad).is_err(), "{bad:?} was accepted");
         }

@@ -4,6 +4,9 @@
 //! key. It is asked before existence is checked, so that a refusal says nothing about what exists. This file must not know
 //! how keys are stored (`tenants`) or how refusals look on the wire (`status`).
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use crate::names::{ApiKeyId, TenantId};
 
 /// Who calls.
@@ -11,7 +14,7 @@ use crate::names::{ApiKeyId, TenantId};
 pub enum Principal {
     /// The server has no key at all and listens on loopback only: the caller is trusted with everything.
     LocalAnonymous,
-    /// Tenant keys exist but no service key yet, the server listens on loopback only, and the caller showed no key: it may
+    /// Keys exist but no admin key yet, the server listens on loopback only, and the caller showed no key: it may
     /// manage tenants and keys (otherwise the first tenant's key would lock the operator out) and nothing else.
     LocalBootstrap,
     /// A key of one tenant.
@@ -21,10 +24,17 @@ pub enum Principal {
         /// The key, for logs and limits.
         key: ApiKeyId,
     },
-    /// A service's key: acts for every tenant, which the resource's name says, and manages tenants and keys.
+    /// A service's key: acts for many tenants; which one, the resource's name says.
     Service {
         /// The key, for logs and limits.
         key: ApiKeyId,
+        /// The tenants that it may act for; `None` is all of them.
+        tenants: Option<Arc<BTreeSet<TenantId>>>,
+    },
+    /// An admin key, or the service key of the configuration: every tenant, and the management of tenants and keys.
+    Admin {
+        /// The key; `None` is the configured one.
+        key: Option<ApiKeyId>,
     },
 }
 
@@ -50,14 +60,21 @@ pub enum AccessError {
 impl Principal {
     /// May the caller use the resources of `tenant`? The answer does not depend on whether the tenant exists.
     pub fn authorize(&self, tenant: &TenantId) -> Result<(), AccessError> {
-        match self {
-            Self::LocalAnonymous | Self::Service { .. } => Ok(()),
-            Self::Tenant { tenant: own, .. } if own == tenant => Ok(()),
-            Self::LocalBootstrap => Err(AccessError::CredentialsMissing),
-            Self::Tenant { .. } => Err(AccessError::PermissionDenied {
+        let allowed = match self {
+            Self::LocalBootstrap => return Err(AccessError::CredentialsMissing),
+            Self::LocalAnonymous | Self::Admin { .. } => true,
+            Self::Tenant { tenant: own, .. } => own == tenant,
+            Self::Service { tenants, .. } => {
+                tenants.as_ref().is_none_or(|some| some.contains(tenant))
+            }
+        };
+        if allowed {
+            Ok(())
+        } else {
+            Err(AccessError::PermissionDenied {
                 permission: "tenant.use",
                 resource: format!("tenants/{tenant}"),
-            }),
+            })
         }
     }
 
@@ -69,19 +86,19 @@ impl Principal {
         }
     }
 
-    /// May the caller create tenants and service keys, and list all tenants?
+    /// May the caller create, list and delete tenants, and make keys?
     pub fn authorize_admin(&self) -> Result<(), AccessError> {
         match self {
-            Self::LocalAnonymous | Self::LocalBootstrap | Self::Service { .. } => Ok(()),
-            Self::Tenant { .. } => Err(AccessError::PermissionDenied {
+            Self::LocalAnonymous | Self::LocalBootstrap | Self::Admin { .. } => Ok(()),
+            Self::Tenant { .. } | Self::Service { .. } => Err(AccessError::PermissionDenied {
                 permission: "tenants.manage",
                 resource: "tenants".to_owned(),
             }),
         }
     }
 
-    /// May the caller make, list and revoke the keys of `tenant`?
-    pub fn authorize_keys(&self, tenant: &TenantId) -> Result<(), AccessError> {
+    /// May the caller read `tenant` and list its keys?
+    pub fn authorize_tenant_read(&self, tenant: &TenantId) -> Result<(), AccessError> {
         match self {
             Self::LocalBootstrap => Ok(()),
             _ => self.authorize(tenant),
@@ -96,11 +113,12 @@ impl Principal {
         }
     }
 
-    /// The key that was shown, if any.
+    /// The stored key that was shown, if any.
     pub fn key(&self) -> Option<&ApiKeyId> {
         match self {
-            Self::Tenant { key, .. } | Self::Service { key } => Some(key),
-            _ => None,
+            Self::Tenant { key, .. } | Self::Service { key, .. } => Some(key),
+            Self::Admin { key } => key.as_ref(),
+            Self::LocalAnonymous | Self::LocalBootstrap => None,
         }
     }
 }
@@ -126,15 +144,29 @@ mod tests {
             Err(AccessError::PermissionDenied { .. })
         ));
         assert!(caller.authorize_admin().is_err());
-        assert!(caller.authorize_keys(&id("globex")).is_err());
+        assert!(caller.authorize_tenant_read(&id("globex")).is_err());
         assert!(caller.authorize_base().is_ok());
+    }
+
+    #[test]
+    fn a_service_key_reaches_the_tenants_it_lists_and_manages_none() {
+        let key = ApiKeyId::parse("k2").unwrap();
+        let some = Principal::Service {
+            key: key.clone(),
+            tenants: Some(Arc::new([id("acme"), id("initech")].into())),
+        };
+        assert!(some.authorize(&id("initech")).is_ok());
+        assert!(some.authorize(&id("globex")).is_err());
+        assert!(some.authorize_admin().is_err());
+        let all = Principal::Service { key, tenants: None };
+        assert!(all.authorize(&id("globex")).is_ok());
     }
 
     #[test]
     fn a_bootstrap_caller_manages_tenants_and_nothing_else() {
         let caller = Principal::LocalBootstrap;
         assert!(caller.authorize_admin().is_ok());
-        assert!(caller.authorize_keys(&id("acme")).is_ok());
+        assert!(caller.authorize_tenant_read(&id("acme")).is_ok());
         assert_eq!(
             caller.authorize(&id("acme")),
             Err(AccessError::CredentialsMissing)

@@ -7,13 +7,16 @@ CREATE TABLE tenants (
     create_time  INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 
--- A key with no tenant is a service key. Only the hash of the secret is kept.
+-- A key with no tenant is a service or admin key. Only the hash of the secret is kept.
 CREATE TABLE api_keys (
     id            TEXT PRIMARY KEY,
     tenant        TEXT REFERENCES tenants (id) ON DELETE CASCADE,
+    role          TEXT NOT NULL,
+    tenants       TEXT NOT NULL,
     secret_sha256 BLOB NOT NULL,
     display_name  TEXT NOT NULL,
     create_time   INTEGER NOT NULL,
+    expire_time   INTEGER,
     revoke_time   INTEGER
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX api_keys_by_tenant ON api_keys (tenant, id);
@@ -24,8 +27,7 @@ CREATE TABLE adapters (
     tenant       TEXT NOT NULL REFERENCES tenants (id),
     adapter      TEXT NOT NULL,
     uid          TEXT NOT NULL,
-    display_name TEXT NOT NULL,
-    labels       TEXT NOT NULL,
+    description  TEXT NOT NULL,
     next_version INTEGER NOT NULL,
     revision     INTEGER NOT NULL,
     create_time  INTEGER NOT NULL,
@@ -46,7 +48,7 @@ CREATE TABLE versions (
     base_digest TEXT NOT NULL,
     profile     TEXT NOT NULL,
     summary     TEXT NOT NULL,
-    warnings    TEXT NOT NULL,
+    report      TEXT NOT NULL,
     provenance  TEXT NOT NULL,
     metrics     TEXT NOT NULL,
     create_time INTEGER NOT NULL,
@@ -85,13 +87,14 @@ CREATE TABLE jobs (
     error         TEXT,
     spec          TEXT NOT NULL,
     adapter       INTEGER REFERENCES adapters (id) ON DELETE SET NULL,
-    from_version  INTEGER,
+    from_version  TEXT,
     train_digest  BLOB NOT NULL,
     valid_digest  BLOB,
-    version       INTEGER,
+    version       TEXT,
     progress      TEXT NOT NULL,
     next_seq      INTEGER NOT NULL,
     attempt       INTEGER NOT NULL,
+    cancel_asked  INTEGER NOT NULL,
     create_time   INTEGER NOT NULL,
     start_time    INTEGER,
     end_time      INTEGER,
