@@ -3,9 +3,13 @@
 //! Plain values that everything else in the workspace may hold. Which module a pattern matches is decided in `targets`,
 //! how the file is spelled in `peft`; this file must know neither JSON nor regular expressions, and nothing of tensors.
 
+mod targets;
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+
+pub use targets::{MAX_PATTERN_BYTES, SitePlan};
 
 /// One of the seven linear projections of a decoder layer that an adapter may change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
