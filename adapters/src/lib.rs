@@ -11,6 +11,8 @@ pub mod report;
 pub mod version;
 pub mod weights;
 
+mod strict_json;
+
 pub mod gguf;
 pub mod text;
 

@@ -93,10 +93,15 @@ mod tests {
 
     #[test]
     fn equal_to_serde_json_but_for_keys_given_twice() {
-        let text = r#"{"b": [1, -2, 2.5, "x\n", null, true], "a": {"z": {}, "y": 18446744073709551615}}"#;
+        let text =
+            r#"{"b": [1, -2, 2.5, "x\n", null, true], "a": {"z": {}, "y": 18446744073709551615}}"#;
         let value = parse(text.as_bytes()).unwrap();
         assert_eq!(value, serde_json::from_str::<Value>(text).unwrap());
-        assert_eq!(value.to_string().find("\"b\""), Some(1), "the order of the file is kept");
+        assert_eq!(
+            value.to_string().find("\"b\""),
+            Some(1),
+            "the order of the file is kept"
+        );
         let twice = parse(br#"{"a": 1, "b": {"c": 1, "c": 2}}"#).unwrap_err();
         assert!(twice.contains("key 'c' is given twice"), "{twice}");
     }

@@ -41,12 +41,18 @@ impl LoraConfig {
         let sites: Vec<(usize, Site)> = (0..layers)
             .flat_map(|layer| Site::ALL.map(|site| (layer, site)))
             .collect();
-        let paths: Vec<String> = sites.iter().map(|(layer, site)| site.path(*layer)).collect();
+        let paths: Vec<String> = sites
+            .iter()
+            .map(|(layer, site)| site.path(*layer))
+            .collect();
 
         let mut targeted = self.targeted(&paths, &mut errors);
         if let Some(modules) = &self.exclude_modules {
             let excluded = matching(modules, "exclude_modules", &paths, &mut errors);
-            targeted.iter_mut().zip(&excluded).for_each(|(t, e)| *t &= !e.hit);
+            targeted
+                .iter_mut()
+                .zip(&excluded)
+                .for_each(|(t, e)| *t &= !e.hit);
         }
         let ranks = first_hits(&self.rank_pattern, "rank_pattern", &paths, &mut errors);
         let alphas = first_hits(&self.alpha_pattern, "alpha_pattern", &paths, &mut errors);
@@ -76,9 +82,17 @@ impl LoraConfig {
     }
 
     /// The layer number of each path as `layers_pattern` finds it; without a pattern, the first number in the path.
-    fn layer_numbers(&self, paths: &[String], errors: &mut Vec<AdapterError>) -> Vec<Option<usize>> {
+    fn layer_numbers(
+        &self,
+        paths: &[String],
+        errors: &mut Vec<AdapterError>,
+    ) -> Vec<Option<usize>> {
         let any = vec![r"[^.]*".to_owned()];
-        let patterns = self.layers_pattern.as_ref().filter(|p| !p.is_empty()).unwrap_or(&any);
+        let patterns = self
+            .layers_pattern
+            .as_ref()
+            .filter(|p| !p.is_empty())
+            .unwrap_or(&any);
         let mut numbers = vec![None; paths.len()];
         let mut decided = vec![false; paths.len()];
         for pattern in patterns {
@@ -86,11 +100,20 @@ impl LoraConfig {
             let Some(regex) = compile("layers_pattern", pattern, &whole, errors) else {
                 continue;
             };
-            for (i, path) in paths.iter().enumerate().filter(|(i, _)| !decided[*i]).collect::<Vec<_>>() {
+            for (i, path) in paths
+                .iter()
+                .enumerate()
+                .filter(|(i, _)| !decided[*i])
+                .collect::<Vec<_>>()
+            {
                 // The first pattern that matches decides, even when it captured no number, as in PEFT.
-                let Some(found) = regex.captures(path.as_bytes()) else { continue };
+                let Some(found) = regex.captures(path.as_bytes()) else {
+                    continue;
+                };
                 decided[i] = true;
-                let digits = found.name("idx").and_then(|m| std::str::from_utf8(m.as_bytes()).ok());
+                let digits = found
+                    .name("idx")
+                    .and_then(|m| std::str::from_utf8(m.as_bytes()).ok());
                 numbers[i] = digits.and_then(|d| d.parse().ok());
             }
         }
@@ -120,13 +143,19 @@ fn matching(
             let whole = format!(r"\A(?:{pattern})\z");
             let regex = compile(field, pattern, &whole, errors);
             let hit = |path: &String| regex.as_ref().is_some_and(|r| r.is_match(path.as_bytes()));
-            let matched = paths.iter().map(|p| Match { hit: hit(p), exact: false });
+            let matched = paths.iter().map(|p| Match {
+                hit: hit(p),
+                exact: false,
+            });
             matched.collect()
         }
         Modules::List(names) => {
             let matched = paths.iter().map(|path| {
                 let exact = names.contains(path);
-                Match { hit: exact || names.iter().any(|n| is_suffix(path, n)), exact }
+                Match {
+                    hit: exact || names.iter().any(|n| is_suffix(path, n)),
+                    exact,
+                }
             });
             matched.collect()
         }
@@ -135,7 +164,8 @@ fn matching(
 
 /// Whether `path` ends with `.` and `name`.
 fn is_suffix(path: &str, name: &str) -> bool {
-    path.strip_suffix(name).is_some_and(|head| head.ends_with('.'))
+    path.strip_suffix(name)
+        .is_some_and(|head| head.ends_with('.'))
 }
 
 /// For each path the value of the first pattern that matches its end at a module boundary.
@@ -181,11 +211,17 @@ fn compile(
             Err(regex::Error::CompiledTooBig(limit)) => {
                 format!("is too large when compiled, limit {limit} bytes")
             }
-            Err(_) => "cannot be compiled (look-around and back-references are not supported)".into(),
+            Err(_) => {
+                "cannot be compiled (look-around and back-references are not supported)".into()
+            }
         }
     };
     let pattern = pattern.chars().take(80).collect();
-    errors.push(AdapterError::Pattern { field, pattern, reason });
+    errors.push(AdapterError::Pattern {
+        field,
+        pattern,
+        reason,
+    });
     None
 }
 
@@ -200,7 +236,10 @@ mod tests {
     }
 
     fn config(target_modules: Modules) -> LoraConfig {
-        LoraConfig { target_modules, ..LoraConfig::new(4, 6.0, &[]) }
+        LoraConfig {
+            target_modules,
+            ..LoraConfig::new(4, 6.0, &[])
+        }
     }
 
     fn sites(config: &LoraConfig, layers: usize) -> Vec<(usize, Site)> {
@@ -209,15 +248,34 @@ mod tests {
 
     #[test]
     fn a_list_matches_whole_paths_and_suffixes_at_a_dot() {
-        let c = config(list(&["q_proj", "mlp.up_proj", "model.layers.1.self_attn.k_proj", "roj", "proj"]));
-        let want = [(0, Site::Q), (0, Site::Up), (1, Site::Q), (1, Site::K), (1, Site::Up)];
+        let c = config(list(&[
+            "q_proj",
+            "mlp.up_proj",
+            "model.layers.1.self_attn.k_proj",
+            "roj",
+            "proj",
+        ]));
+        let want = [
+            (0, Site::Q),
+            (0, Site::Up),
+            (1, Site::Q),
+            (1, Site::K),
+            (1, Site::Up),
+        ];
         assert_eq!(sites(&c, 2), want);
     }
 
     #[test]
     fn a_string_must_match_the_whole_path() {
-        let c = config(Modules::Pattern(r"model\.layers\.(0|11)\..*\.(q_proj|down_proj)".into()));
-        let want = [(0, Site::Q), (0, Site::Down), (11, Site::Q), (11, Site::Down)];
+        let c = config(Modules::Pattern(
+            r"model\.layers\.(0|11)\..*\.(q_proj|down_proj)".into(),
+        ));
+        let want = [
+            (0, Site::Q),
+            (0, Site::Down),
+            (11, Site::Q),
+            (11, Site::Down),
+        ];
         assert_eq!(sites(&c, 12), want);
         assert!(sites(&config(Modules::Pattern("q_proj".into())), 2).is_empty());
         // An alternation may not escape the anchors.
@@ -264,7 +322,10 @@ mod tests {
         assert_eq!(plan[&(1, Site::K)].alpha, 6.0, "'proj' is no module name");
         assert_eq!(plan[&(0, Site::Q)].scale, (6.0_f64 / 7.0) as f32);
         c.use_rslora = true;
-        assert_eq!(c.plan(3).unwrap()[&(0, Site::Q)].scale, (6.0 / 7.0_f64.sqrt()) as f32);
+        assert_eq!(
+            c.plan(3).unwrap()[&(0, Site::Q)].scale,
+            (6.0 / 7.0_f64.sqrt()) as f32
+        );
     }
 
     #[test]

@@ -1,0 +1,280 @@
+//! From configuration and weights to the bytes that PEFT 0.21 would save for them: the same bytes for the same values.
+//!
+//! This file must not know a base: the weights say how large everything is.
+
+use std::collections::{BTreeMap, HashMap};
+
+use safetensors::tensor::{Dtype, TensorView};
+use serde::Serialize as _;
+use serde_json::ser::{PrettyFormatter, Serializer};
+use serde_json::{Map, Number, Value, json};
+
+use super::config_file::NO_MODULES;
+use super::keys::{self, Part};
+use super::read::wants_score;
+use crate::config::{Init, LoraConfig, Modules};
+use crate::error::AdapterError;
+use crate::version::AdapterArtifact;
+use crate::weights::AdapterWeights;
+
+/// The version whose fields and spelling are written.
+const PEFT_VERSION: &str = "0.21.2";
+
+/// Writes an adapter. Tensors are f32; [`super::read`] gives back the same configuration and weights.
+///
+/// # Errors
+/// [`AdapterError::Inconsistent`] when the weights are not those that the configuration describes: reading the files
+/// back would give another adapter, or none.
+pub fn write(
+    config: &LoraConfig,
+    weights: &AdapterWeights,
+) -> Result<AdapterArtifact, AdapterError> {
+    consistent(config, weights)?;
+    let config_json = config_json(config);
+    let safetensors = tensors(weights)?;
+    let labels_json = weights
+        .head
+        .as_ref()
+        .map(|head| pretty(&json!(head.labels)));
+    Ok(AdapterArtifact {
+        config_json,
+        safetensors,
+        labels_json,
+    })
+}
+
+fn inconsistent(
+    subject: &str,
+    found: impl Into<String>,
+    expected: impl Into<String>,
+) -> AdapterError {
+    let (subject, found, expected) = (subject.to_owned(), found.into(), expected.into());
+    AdapterError::Inconsistent {
+        subject,
+        found,
+        expected,
+    }
+}
+
+fn consistent(config: &LoraConfig, weights: &AdapterWeights) -> Result<(), AdapterError> {
+    let layers = weights
+        .sites
+        .keys()
+        .map(|(layer, _)| layer + 1)
+        .max()
+        .unwrap_or(0);
+    let plan = config.plan(layers).map_err(|mut errors| errors.remove(0))?;
+    if let Some((layer, site)) = plan.keys().find(|key| !weights.sites.contains_key(key)) {
+        return Err(inconsistent(
+            &site.path(*layer),
+            "no weights",
+            "weights, because it is targeted",
+        ));
+    }
+    for (&(layer, site), adapter) in &weights.sites {
+        let path = site.path(layer);
+        let Some(plan) = plan.get(&(layer, site)) else {
+            return Err(inconsistent(
+                &path,
+                "weights",
+                "none, because it is not targeted",
+            ));
+        };
+        let same = adapter.r == plan.r && adapter.scale.to_bits() == plan.scale.to_bits();
+        if !same {
+            let found = format!("rank {} and scale {}", adapter.r, adapter.scale);
+            return Err(inconsistent(
+                &path,
+                found,
+                format!("rank {} and scale {}", plan.r, plan.scale),
+            ));
+        }
+        if adapter.magnitude.is_some() != config.use_dora {
+            let expected = format!("a magnitude if use_dora, which is {}", config.use_dora);
+            return Err(inconsistent(&path, "the opposite", expected));
+        }
+        let whole =
+            adapter.r > 0 && adapter.a.len() % adapter.r == 0 && adapter.b.len() % adapter.r == 0;
+        let outputs = adapter.b.len() / adapter.r.max(1);
+        if !whole
+            || adapter
+                .magnitude
+                .as_ref()
+                .is_some_and(|m| m.len() != outputs)
+        {
+            return Err(inconsistent(
+                &path,
+                "lengths of A, B or magnitude",
+                "multiples of the rank",
+            ));
+        }
+    }
+    if weights.head.is_some() != wants_score(config) {
+        let found = if weights.head.is_some() {
+            "a head"
+        } else {
+            "no head"
+        };
+        return Err(inconsistent(
+            "modules_to_save",
+            found,
+            "a head if and only if it names score",
+        ));
+    }
+    match &weights.head {
+        Some(head) if head.labels.is_empty() || head.weight.len() % head.labels.len() != 0 => {
+            let found = format!(
+                "{} values for {} labels",
+                head.weight.len(),
+                head.labels.len()
+            );
+            Err(inconsistent("score", found, "rows of one length"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// All fields that PEFT writes, sorted, indented by two. The patterns' order has a meaning and is kept.
+fn config_json(config: &LoraConfig) -> Vec<u8> {
+    let table = |entries: Vec<(&String, Value)>| {
+        Value::Object(entries.into_iter().map(|(k, v)| (k.clone(), v)).collect())
+    };
+    let ranks = config
+        .rank_pattern
+        .iter()
+        .map(|(k, r)| (k, json!(r)))
+        .collect();
+    let alphas = config
+        .alpha_pattern
+        .iter()
+        .map(|(k, a)| (k, number(*a)))
+        .collect();
+    let fields: BTreeMap<&str, Value> = [
+        ("alora_invocation_tokens", Value::Null),
+        ("alpha_pattern", table(alphas)),
+        ("arrow_config", Value::Null),
+        ("auto_mapping", Value::Null),
+        (
+            "base_model_name_or_path",
+            json!(config.base_model_name_or_path),
+        ),
+        ("bias", json!("none")),
+        ("corda_config", Value::Null),
+        ("ensure_weight_tying", json!(false)),
+        ("eva_config", Value::Null),
+        (
+            "exclude_modules",
+            config.exclude_modules.as_ref().map_or(Value::Null, modules),
+        ),
+        ("fan_in_fan_out", json!(false)),
+        ("inference_mode", json!(true)),
+        ("init_lora_weights", init(&config.init_lora_weights)),
+        ("kasa_config", Value::Null),
+        ("layer_replication", Value::Null),
+        ("layers_pattern", json!(config.layers_pattern)),
+        ("layers_to_transform", json!(config.layers_to_transform)),
+        ("loftq_config", json!({})),
+        ("lora_alpha", number(config.lora_alpha)),
+        ("lora_bias", json!(false)),
+        ("lora_dropout", json!(config.lora_dropout)),
+        ("lora_ga_config", Value::Null),
+        ("megatron_config", Value::Null),
+        ("megatron_core", json!("megatron.core")),
+        ("modules_to_save", json!(config.modules_to_save)),
+        ("monteclora_config", Value::Null),
+        ("peft_type", json!("LORA")),
+        ("peft_version", json!(PEFT_VERSION)),
+        ("qalora_group_size", json!(16)),
+        ("r", json!(config.r)),
+        ("rank_pattern", table(ranks)),
+        ("revision", Value::Null),
+        ("target_modules", modules(&config.target_modules)),
+        ("target_parameters", Value::Null),
+        ("task_type", json!(config.task_type.map(|t| t.as_str()))),
+        ("trainable_token_indices", Value::Null),
+        ("use_bdlora", Value::Null),
+        ("use_dora", json!(config.use_dora)),
+        ("use_qalora", json!(false)),
+        ("use_rslora", json!(config.use_rslora)),
+        ("velora_config", Value::Null),
+    ]
+    .into_iter()
+    .collect();
+    let object: Map<String, Value> = fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
+    pretty(&Value::Object(object))
+}
+
+fn modules(modules: &Modules) -> Value {
+    match modules {
+        Modules::List(names) => json!(names),
+        Modules::Pattern(pattern) => json!(pattern),
+        Modules::AllLinear => json!("all-linear"),
+        Modules::Nothing => json!(NO_MODULES),
+    }
+}
+
+fn init(init: &Init) -> Value {
+    match init {
+        Init::Default(value) => json!(value),
+        Init::Named(name) => json!(name),
+    }
+}
+
+/// Whole numbers as integers, as PEFT's users write alpha.
+#[expect(clippy::cast_possible_truncation, reason = "a whole number below 2^53")]
+fn number(value: f64) -> Value {
+    if value.fract() == 0.0 && value.abs() < 9e15 {
+        return json!(value as i64);
+    }
+    Number::from_f64(value).map_or(Value::Null, Value::Number)
+}
+
+/// Python's `json.dumps(value, indent=2)` for values whose text is ASCII or UTF-8.
+fn pretty(value: &Value) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut serializer =
+        Serializer::with_formatter(&mut bytes, PrettyFormatter::with_indent(b"  "));
+    // Writing a `Value` into memory has no way to fail: its keys are strings and its numbers finite.
+    let written = value.serialize(&mut serializer);
+    debug_assert!(
+        written.is_ok(),
+        "a JSON value could not be written to memory"
+    );
+    bytes
+}
+
+fn tensors(weights: &AdapterWeights) -> Result<Vec<u8>, AdapterError> {
+    let mut data: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut add = |name: String, shape: Vec<usize>, values: &[f32]| {
+        data.push((
+            name,
+            shape,
+            values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        ));
+    };
+    for (&(layer, site), s) in &weights.sites {
+        let name = |part| keys::name(layer, site, part);
+        add(name(Part::A), vec![s.r, s.a.len() / s.r], &s.a);
+        add(name(Part::B), vec![s.b.len() / s.r, s.r], &s.b);
+        if let Some(magnitude) = &s.magnitude {
+            add(name(Part::Magnitude), vec![magnitude.len()], magnitude);
+        }
+    }
+    if let Some(head) = &weights.head {
+        let rows = head.labels.len();
+        add(
+            keys::SCORE.to_owned(),
+            vec![rows, head.weight.len() / rows],
+            &head.weight,
+        );
+    }
+    let failed = |e: safetensors::SafeTensorError| {
+        inconsistent("tensors", e.to_string(), "tensors that can be saved")
+    };
+    let views = data.iter().map(|(name, shape, bytes)| {
+        TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (name.as_str(), view))
+    });
+    let views: Vec<(&str, TensorView)> = views.collect::<Result<_, _>>().map_err(failed)?;
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::serialize(views, Some(metadata)).map_err(failed)
+}
