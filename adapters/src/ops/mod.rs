@@ -13,8 +13,22 @@ use std::fmt::Debug;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Range, Sub, SubAssign};
 
+mod cpu;
+mod cpu_attention;
+mod cpu_attention_backward;
+mod cpu_buffer;
+mod cpu_lanes;
+mod cpu_matmul;
+mod cpu_rows;
+#[cfg(test)]
+mod cpu_tests;
+mod cpu_thin;
+mod cpu_tile;
+mod cpu_transpose;
 mod reference;
 
+pub use cpu::Cpu;
+pub use cpu_matmul::Panels;
 pub use reference::Reference;
 
 /// The numbers that operations work on: f32 in service, f64 in proofs.

@@ -1,0 +1,139 @@
+//! The fast operations of a CPU: f32, vectors where the machine has them, both the row rule and equal bits on every path.
+//!
+//! This file only joins the parts to the trait. `cpu_tile` is the inner loop of every product, `cpu_lanes` sixteen numbers at a time; `cpu_matmul` holds the
+//! packed base weights, `cpu_thin` the low-rank factors, `cpu_attention` and its backward the attention, `cpu_rows` what looks at one row at a time.
+
+use std::ops::Range;
+
+use super::cpu_matmul::Panels;
+use super::cpu_tile::Isa;
+use super::{AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, Ops};
+use super::{cpu_attention, cpu_attention_backward, cpu_rows, cpu_thin};
+
+/// Operations in f32 on this machine's CPU.
+#[derive(Clone, Copy, Debug)]
+pub struct Cpu {
+    isa: Isa,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Cpu {
+            isa: Isa::detected(),
+        }
+    }
+}
+
+impl Cpu {
+    /// One `Cpu` for each instruction set that this machine can run, best first: they all give the same bits.
+    pub fn every_path() -> Vec<Self> {
+        Isa::available()
+            .into_iter()
+            .map(|isa| Cpu { isa })
+            .collect()
+    }
+
+    /// What the inner loops use, for logs and benchmarks.
+    pub fn path(&self) -> &'static str {
+        match self.isa {
+            Isa::Avx512 => "avx512",
+            Isa::Avx2 => "avx2",
+            Isa::Portable => "portable",
+        }
+    }
+}
+
+impl Ops for Cpu {
+    type T = f32;
+    type Matrix = Panels;
+
+    fn pack(&self, weight: &[f32], outputs: usize, inputs: usize) -> Panels {
+        Panels::pack(self.isa, weight, outputs, inputs)
+    }
+
+    fn dims(&self, weight: &Panels) -> (usize, usize) {
+        weight.dims()
+    }
+
+    fn bytes(&self, weight: &Panels) -> usize {
+        weight.bytes()
+    }
+
+    fn gather(&self, weight: &Panels, ids: &[u32], out: &mut [f32]) {
+        weight.gather(ids, out);
+    }
+
+    fn matmul_part(&self, x: &[f32], weight: &Panels, outputs: Range<usize>, y: &mut [f32]) {
+        weight.matmul(self.isa, x, outputs, y);
+    }
+
+    fn matmul_backward_part(
+        &self,
+        dy: &[f32],
+        weight: &Panels,
+        outputs: Range<usize>,
+        dx: &mut [f32],
+    ) {
+        weight.backward(self.isa, dy, outputs, dx);
+    }
+
+    fn shrink(&self, x: &[f32], a: &[f32], rank: usize, scale: f32, h: &mut [f32]) {
+        cpu_thin::shrink(self.isa, x, a, rank, scale, h);
+    }
+
+    fn expand(&self, h: &[f32], bt: &[f32], rank: usize, scale: f32, y: &mut [f32]) {
+        cpu_thin::expand(self.isa, h, bt, rank, scale, y);
+    }
+
+    fn outer(&self, h: &[f32], x: &[f32], rank: usize, scale: f32, dw: &mut [f32]) {
+        cpu_thin::outer(self.isa, h, x, rank, scale, dw);
+    }
+
+    fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f64, y: &mut [f32]) {
+        cpu_rows::rms_norm(self.isa, x, weight, eps, y);
+    }
+
+    fn rms_norm_backward(&self, x: &[f32], weight: &[f32], eps: f64, dy: &[f32], dx: &mut [f32]) {
+        cpu_rows::rms_norm_backward(self.isa, x, weight, eps, dy, dx);
+    }
+
+    fn rope(&self, x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32], inverse: bool) {
+        cpu_rows::rope(self.isa, x, head_dim, cos, sin, inverse);
+    }
+
+    fn swiglu(&self, gate: &[f32], up: &[f32], y: &mut [f32]) {
+        cpu_rows::swiglu(self.isa, gate, up, y);
+    }
+
+    fn swiglu_backward(&self, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+        cpu_rows::swiglu_backward(self.isa, gate, up, dy);
+    }
+
+    fn attention(
+        &self,
+        shape: AttentionShape,
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        spans: &[AttentionSpan<'_>],
+        out: &mut [f32],
+        lse: Option<&mut [f32]>,
+    ) {
+        cpu_attention::attention(self.isa, shape, q, k, v, spans, out, lse);
+    }
+
+    fn attention_backward(
+        &self,
+        shape: AttentionShape,
+        saved: AttentionSaved<'_, f32>,
+        spans: &[AttentionSpan<'_>],
+        dout: &[f32],
+        grads: AttentionGrads<'_, f32>,
+    ) {
+        cpu_attention_backward::attention_backward(self.isa, shape, saved, spans, dout, grads);
+    }
+
+    fn cross_entropy(&self, logits: &mut [f32], labels: &[u32], scale: f32, losses: &mut [f32]) {
+        cpu_rows::cross_entropy(self.isa, logits, labels, scale, losses);
+    }
+}
