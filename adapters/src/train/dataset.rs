@@ -3,8 +3,15 @@
 //! Nothing is dropped in silence: a row is taken, or its line is an error; a field that is not used is a warning.
 //! This file must not know tokens, templates or models.
 
+mod check;
+mod parse;
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 
+pub use check::from_rows;
+pub use parse::parse;
 use serde::{Deserialize, Serialize};
 
 /// Who speaks in a chat.
@@ -77,6 +84,18 @@ pub enum Kind {
     Chat,
     /// [`Row::Class`].
     Class,
+}
+
+impl Kind {
+    /// The name in messages.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Completion => "prompt/completion",
+            Self::Chat => "chat",
+            Self::Class => "classification",
+        }
+    }
 }
 
 impl Row {
