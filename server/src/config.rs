@@ -151,6 +151,8 @@ settings! {
         max_prompt_tokens: usize = "0" in "0" .. "10000000";
         /// Tokens that one request may generate; 0 is what the context leaves.
         max_output_tokens: usize = "0" in "0" .. "10000000";
+        /// Tokens generated when neither request nor serving profile names a number.
+        default_max_tokens: usize = "512" in "1" .. "10000000";
         /// Candidates of one Generate call (n).
         max_candidates: u32 = "16" in "1" .. "128";
         /// Stop strings of one request.
@@ -163,14 +165,12 @@ settings! {
         max_logprobs: u32 = "5" in "0" .. "64";
         /// Entries of a logit bias.
         max_logit_bias: usize = "256" in "0" .. "100000";
-        /// Texts of one Classify, Embed or Tokenize call.
+        /// Texts of one Classify or Embed call, items of one Score call.
         max_inputs: usize = "32" in "1" .. "4096";
         /// Labels that one Classify call may name.
         max_labels: usize = "64" in "2" .. "4096";
         /// Bytes of one label.
         max_label_bytes: usize = "256" in "1" .. "4096";
-        /// Continuations of one Score call.
-        max_continuations: usize = "32" in "1" .. "4096";
         /// Messages of one chat.
         max_messages: usize = "256" in "1" .. "100000";
         /// Bytes of a request id, and of other free identifiers that a client sends.
@@ -238,8 +238,10 @@ settings! {
         max_queue: usize = "256" in "1" .. "1000000";
         /// How long a request may wait before it is turned away.
         max_queue_wait: Duration = "30s" in "1ms" .. "1h";
-        /// Adapters that load at once.
-        adapter_loaders: usize = "2" in "1" .. "64";
+        /// Adapters that may be loading or waiting for the loader.
+        max_adapter_loads: usize = "256" in "1" .. "100000";
+        /// Rows of one prompt in a step that also generates for others; bounds what a long prompt adds to their wait.
+        prefill_chunk_tokens: usize = "256" in "1" .. "1048576";
         /// Threads for tensors; 0 is one for each core.
         threads: usize = "0" in "0" .. "1024";
     }
@@ -506,6 +508,13 @@ impl Config {
         );
         if tenant > all && self.sources.contains_key("max_in_flight_per_tenant") {
             faults.push(format!("max_in_flight_per_tenant: {tenant} is above max_in_flight {all}; lower one or raise the other"));
+        }
+        let (rows, sequences) = (self.engine.max_batched_tokens, self.engine.max_sequences);
+        if rows < sequences {
+            faults.push(format!(
+                "max_batched_tokens: {rows} is below max_sequences {sequences}; a step holds one row of every \
+                 sequence, so raise one or lower the other"
+            ));
         }
         if self
             .server

@@ -8,8 +8,10 @@ pub mod shutdown;
 pub mod telemetry;
 
 // The wire.
+mod convert;
 pub mod method;
 pub mod middleware;
+mod stack;
 pub mod status;
 
 // Who may do what to what, and where it is kept.
@@ -19,6 +21,7 @@ pub mod names;
 pub mod paging;
 pub mod principal;
 pub mod registry;
+mod source;
 pub mod tenants;
 
 pub use setting::{ByteSize, LogFormat, MaybeAddr, MaybePath, Secret};

@@ -5,6 +5,8 @@
 //! a place in the table. The request id is added by the outermost layer (`middleware::trace`), because it alone knows it.
 //! This file must not decide what is an error, only how one looks.
 
+mod domain;
+
 use std::collections::HashMap;
 use std::time::Duration;
 

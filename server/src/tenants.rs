@@ -236,6 +236,11 @@ impl TenantStore {
         })
     }
 
+    /// Whether any key is stored, of a tenant or of the server; a key in the configuration does not count.
+    pub fn has_keys(&self) -> bool {
+        self.inner.door.load(Ordering::SeqCst) != Door::Open as u8
+    }
+
     /// Whether a caller without a key is let in at all, for the start-up log.
     pub fn is_open(&self) -> bool {
         self.anonymous_door(self.inner.door.load(Ordering::SeqCst)) != Door::Closed

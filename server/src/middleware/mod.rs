@@ -3,7 +3,7 @@
 //! what a call means; `stack` says in which order the layers stand and why.
 
 pub(crate) mod admission;
-// auth follows with tenants
+pub(crate) mod auth;
 pub(crate) mod deadline;
 pub(crate) mod trace;
 

@@ -1,0 +1,499 @@
+//! The server put together: state opened, model loaded, engine started, services behind their layers; then run until it
+//! is told to stop, and taken down in order. Tests start it in their own process with `serve` on port 0.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use espalier_engine::EngineHandle;
+use espalier_engine::config::{BLOCK_SIZE, EngineConfig, RequestLimits};
+use espalier_engine::error::EngineError;
+use espalier_engine::model::config::ModelConfig;
+use espalier_engine::model::error::ModelError;
+use espalier_proto::v1;
+use tokio::net::TcpListener;
+use tokio::runtime::Handle;
+use tonic::codec::CompressionEncoding;
+use tonic::service::Routes;
+use tonic::transport::server::TcpIncoming;
+use tonic_health::ServingStatus;
+
+use crate::artifact_store::{ArtifactStore, StoreError};
+use crate::config::{Config, ConfigError};
+use crate::convert::reply::Base;
+use crate::database::{Database, DatabaseError};
+use crate::middleware::Gate;
+use crate::registry::{Registry, RegistryLimits};
+use crate::services::Shell;
+use crate::services::inference::InferenceService;
+use crate::services::model::ModelService;
+use crate::shutdown::{Lifecycle, Phase, within};
+use crate::source::StoredAdapters;
+use crate::tenants::{AccessPolicy, TenantError, TenantLimits, TenantStore};
+use crate::{health, stack};
+
+/// After the cut, connections only have to close.
+const CLOSING: Duration = Duration::from_secs(2);
+/// Messages carry a little more than the bytes they are about.
+const ENVELOPE: usize = 64 * 1024;
+
+/// Why the server could not start or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// An address that others can reach, and no key to keep them out.
+    #[error(
+        "listen: {addr} can be reached from other machines, but no API key is configured; set service_key_file (or \
+         ESPALIER_SERVICE_KEY), or listen on 127.0.0.1 and create a key first with: espalier tenants create NAME"
+    )]
+    OpenToTheWorld {
+        /// The address.
+        addr: SocketAddr,
+    },
+    /// The model's files.
+    #[error("model: {0}")]
+    Model(#[from] ModelError),
+    /// The engine.
+    #[error("engine: {0}")]
+    Engine(#[from] EngineError),
+    /// The database under the data directory.
+    #[error("data_dir: {0}")]
+    Database(#[from] DatabaseError),
+    /// The artifacts under the data directory.
+    #[error("data_dir: {0}")]
+    Store(#[from] StoreError),
+    /// The keys in the database.
+    #[error("data_dir: {0}")]
+    Tenants(#[from] TenantError),
+    /// The operating system.
+    #[error("{action}: {cause}")]
+    Io {
+        /// What was being done.
+        action: String,
+        /// What it said.
+        cause: std::io::Error,
+    },
+    /// The transport.
+    #[error("the gRPC server failed: {0}")]
+    Transport(#[from] tonic::transport::Error),
+    /// A thread of the runtime.
+    #[error("a task of the server failed: {0}")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+/// A server that is ready to run.
+pub struct Server {
+    shell: Shell,
+    routes: Routes,
+    keys: TenantStore,
+    health: tonic_health::server::HealthReporter,
+    about: About,
+}
+
+/// What an operator wants to see at once; its `Display` is the start-up block.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// Name of the base model.
+    pub model: String,
+    /// SHA-256 (hex) of its source weights.
+    pub digest: String,
+    /// Tokens of one sequence.
+    pub context: usize,
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// The metrics page.
+    pub metrics: Option<SocketAddr>,
+    /// Where its state lies.
+    pub data_dir: PathBuf,
+    /// Whether a call without a key is answered.
+    pub open: bool,
+    /// Time from start to ready.
+    pub startup: Duration,
+}
+
+/// Builds a server on the listener and runs it until `shutdown` resolves; returns when everything is down.
+///
+/// # Errors
+/// As [`Server::build`] and [`Server::run`].
+pub async fn serve(
+    config: Config,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    Server::build(config, &listener)
+        .await?
+        .run(listener, shutdown)
+        .await
+}
+
+// === impl Server ===
+
+impl Server {
+    /// Opens the state, loads the model, starts the engine and puts the services together. Nothing is answered yet.
+    ///
+    /// # Errors
+    /// Whatever keeps the server from starting, with the setting that it comes from.
+    pub async fn build(config: Config, listener: &TcpListener) -> Result<Server, ServeError> {
+        let began = Instant::now();
+        let config = Arc::new(config);
+        let listen = listener.local_addr().map_err(|cause| ServeError::Io {
+            action: "listen".to_owned(),
+            cause,
+        })?;
+        let loopback = is_loopback(listen.ip());
+        let database = Database::open(&config.server.data_dir)?;
+        let store = ArtifactStore::open(&config.server.data_dir)?;
+        let policy = AccessPolicy {
+            service_key: config.service_key()?,
+            loopback_only: loopback,
+        };
+        let keys = TenantStore::open(database.clone(), tenant_limits(&config), &policy).await?;
+        if !loopback && policy.service_key.is_none() && !keys.has_keys() {
+            return Err(ServeError::OpenToTheWorld { addr: listen });
+        }
+        let registry = Registry::new(database.clone(), store.clone(), registry_limits(&config));
+        let source = StoredAdapters::new(store, registry.clone(), Handle::current());
+        let engine = start_engine(&config, source).await?;
+        let lifecycle = Lifecycle::default();
+        let shell = Shell {
+            base: Base {
+                name: model_name(&engine.model().name),
+                digest: engine.model().digest.clone(),
+            },
+            gate: Gate::new(&config.admission, lifecycle.clone()),
+            registry,
+            engine,
+            lifecycle,
+            config: Arc::clone(&config),
+        };
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health::report(&health, ServingStatus::NotServing).await;
+        let routes = routes(&shell, &keys, Routes::new(health_service));
+        let about = About {
+            model: shell.engine.model().name.clone(),
+            digest: shell.base.digest.clone(),
+            context: shell.engine.model().max_sequence_tokens,
+            listen,
+            metrics: config.server.metrics_listen.0,
+            data_dir: config.server.data_dir.clone(),
+            open: keys.is_open(),
+            startup: began.elapsed(),
+        };
+        Ok(Server {
+            shell,
+            routes,
+            keys,
+            health,
+            about,
+        })
+    }
+
+    /// What to tell the operator.
+    pub fn about(&self) -> &About {
+        &self.about
+    }
+
+    /// Answers calls until `shutdown` resolves, then drains within the configured times.
+    ///
+    /// # Errors
+    /// A transport that fails, or a ready file that cannot be written.
+    pub async fn run(
+        self,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<(), ServeError> {
+        let Server {
+            shell,
+            routes,
+            keys,
+            health,
+            about,
+        } = self;
+        let config = Arc::clone(&shell.config);
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let router = stack::server(&config.http)
+            .layer(stack::layers(&config, keys, shell.gate.clone()))
+            .add_routes(routes);
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let mut serving = tokio::spawn(router.serve_with_incoming_shutdown(incoming, async {
+            let _ = stopped.await;
+        }));
+        shell.lifecycle.advance(Phase::Serving);
+        let probe = tokio::spawn(health::watch(
+            health,
+            shell.engine.clone(),
+            shell.lifecycle.clone(),
+        ));
+        let ready = ReadyFile::write(&config, about.listen)?;
+        tokio::select! {
+            ended = &mut serving => return Ok(ended??),
+            () = shutdown => {}
+        }
+        drop(ready);
+        shell.lifecycle.advance(Phase::LameDuck);
+        tokio::time::sleep(config.server.lame_duck).await;
+        shell.lifecycle.advance(Phase::Draining);
+        let _ = stop.send(());
+        drain(&shell, config.server.drain_timeout).await;
+        shell.lifecycle.advance(Phase::Cut);
+        let _ = probe.await;
+        match tokio::time::timeout(CLOSING, &mut serving).await {
+            Ok(ended) => ended??,
+            Err(_) => serving.abort(),
+        }
+        Ok(())
+    }
+}
+
+/// Lets running calls finish and training reach a checkpoint; whatever is left after `limit` is cut by the caller.
+async fn drain(shell: &Shell, limit: Duration) {
+    let engine = async {
+        if let Err(error) = shell.engine.drain(limit).await {
+            tracing::warn!(%error, "the engine did not drain");
+        }
+    };
+    // The engine ends its own work at the limit; a moment more, so that its last events reach their streams.
+    let both = async {
+        tokio::join!(engine, shell.gate.idle());
+    };
+    if !within(limit + Duration::from_millis(500), both).await {
+        tracing::warn!(
+            limit_ms = limit.as_millis(),
+            "calls were still running at the end of drain_timeout and are cut"
+        );
+    }
+}
+
+fn routes(shell: &Shell, keys: &TenantStore, routes: Routes) -> Routes {
+    let bytes = shell.config.limits.max_message_bytes.as_usize();
+    let keys = keys.clone();
+    let inference = v1::inference_service_server::InferenceServiceServer::new(
+        InferenceService::new(shell.clone()),
+    )
+    .max_decoding_message_size(bytes)
+    .accept_compressed(CompressionEncoding::Gzip);
+    let model = v1::model_service_server::ModelServiceServer::new(ModelService::new(
+        shell.clone(),
+        move || !keys.is_open(),
+    ))
+    .max_decoding_message_size(bytes)
+    .accept_compressed(CompressionEncoding::Gzip);
+    let mut routes = routes.add_service(inference).add_service(model);
+    if shell.config.server.reflection {
+        routes = with_reflection(routes);
+    }
+    routes
+}
+
+/// Both protocol versions: older tools only speak v1alpha.
+fn with_reflection(mut routes: Routes) -> Routes {
+    let builder = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(espalier_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    match (builder().build_v1(), builder().build_v1alpha()) {
+        (Ok(v1), Ok(v1alpha)) => routes = routes.add_service(v1).add_service(v1alpha),
+        (Err(error), _) | (_, Err(error)) => {
+            tracing::error!(%error, "reflection is off: the descriptor set does not read back")
+        }
+    }
+    routes
+}
+
+/// Loading a model takes seconds of reading and multiplying, so it happens off the runtime's threads.
+async fn start_engine(
+    config: &Arc<Config>,
+    source: StoredAdapters,
+) -> Result<EngineHandle, ServeError> {
+    let config = Arc::clone(config);
+    let started = tokio::task::spawn_blocking(move || -> Result<EngineHandle, ServeError> {
+        let model = espalier_engine::model::load(&config.server.model)?;
+        let engine = engine_config(&config, &model.config);
+        Ok(EngineHandle::start(engine, model, Arc::new(source))?)
+    });
+    started.await?
+}
+
+/// The engine's numbers out of the configuration; KV blocks are counted from bytes, because operators think in memory.
+fn engine_config(config: &Config, model: &ModelConfig) -> EngineConfig {
+    let (limits, engine, training) = (&config.limits, &config.engine, &config.training);
+    let row_bytes = 2 * model.layers * model.kv_heads * model.head_dim * size_of::<f32>();
+    let blocks = (engine.kv_cache_bytes.as_usize() / (row_bytes * BLOCK_SIZE).max(1)).max(1);
+    EngineConfig {
+        max_num_seqs: engine.max_sequences,
+        max_num_batched_tokens: engine.max_batched_tokens,
+        prefill_chunk_tokens: engine.prefill_chunk_tokens.min(engine.max_batched_tokens),
+        kv_blocks: blocks,
+        max_sequence_tokens: model.context_length.min(blocks * BLOCK_SIZE),
+        max_queue: engine.max_queue,
+        event_buffer: limits.stream_buffer,
+        slow_reader_limit: limits.slow_reader_timeout,
+        adapter_bytes: engine.adapter_cache_bytes.as_usize(),
+        max_adapter_loads: engine.max_adapter_loads,
+        limits: RequestLimits {
+            max_n: limits.max_candidates as usize,
+            // A serving profile adds its own to the request's.
+            max_stop_strings: 2 * limits.max_stop_strings + PROFILE_STOPS,
+            max_stop_bytes: limits.max_stop_string_bytes,
+            max_stop_ids: limits.max_stop_token_ids,
+            max_top_logprobs: limits.max_logprobs as usize,
+            max_logit_bias: limits.max_logit_bias,
+            max_inputs: limits.max_inputs,
+            max_continuations: limits.max_labels.max(limits.max_inputs),
+            max_sequences: limits.max_inputs * limits.max_labels.max(limits.max_inputs),
+            max_id_bytes: limits.max_request_id_bytes.max(128),
+        },
+        training_quantum: training.training_quantum,
+        training_max_tpot_impact: training.training_max_tpot_impact,
+        max_training_jobs: training.max_active_jobs,
+        ..EngineConfig::default()
+    }
+}
+
+/// Stop strings that a profile may bring.
+const PROFILE_STOPS: usize = 16;
+
+fn tenant_limits(config: &Config) -> TenantLimits {
+    TenantLimits {
+        max_tenants: config.catalog.max_tenants,
+        max_keys: config.catalog.max_keys_per_tenant,
+        max_display_name_bytes: config.catalog.max_description_bytes,
+        max_id_length: config.catalog.max_id_length,
+    }
+}
+
+fn registry_limits(config: &Config) -> RegistryLimits {
+    RegistryLimits {
+        max_adapters: config.catalog.max_adapters_per_tenant,
+        max_versions: config.catalog.max_versions_per_adapter,
+        max_aliases: config.catalog.max_aliases_per_adapter,
+        max_description_bytes: config.catalog.max_description_bytes,
+        max_id_length: config.catalog.max_id_length,
+        cache_entries: config.catalog.name_cache_entries,
+    }
+}
+
+/// `models/{m}` from the name in the file, whose spelling is anybody's.
+fn model_name(name: &str) -> String {
+    let mut id = String::new();
+    for character in name.to_lowercase().chars() {
+        match character {
+            'a'..='z' | '0'..='9' | '.' => id.push(character),
+            _ if id.ends_with('-') || id.is_empty() => {}
+            _ => id.push('-'),
+        }
+    }
+    let id: String = id.chars().take(63).collect();
+    let id = id.trim_matches(['-', '.']);
+    format!("models/{}", if id.is_empty() { "base" } else { id })
+}
+
+fn is_loopback(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_loopback(),
+        IpAddr::V6(ip) => {
+            ip.is_loopback() || ip.to_ipv4_mapped().is_some_and(|ip| ip.is_loopback())
+        }
+    }
+}
+
+// === impl About ===
+
+impl fmt::Display for About {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let short = self.digest.get(..12).unwrap_or(&self.digest);
+        writeln!(
+            f,
+            "espalierd {} is ready after {:.1} s",
+            env!("CARGO_PKG_VERSION"),
+            self.startup.as_secs_f64()
+        )?;
+        writeln!(
+            f,
+            "  model    {} ({short}..., {} tokens a sequence)",
+            self.model, self.context
+        )?;
+        writeln!(f, "  listens  {}", self.listen)?;
+        match self.metrics {
+            Some(addr) => writeln!(f, "  metrics  http://{addr}/metrics")?,
+            None => writeln!(f, "  metrics  off")?,
+        }
+        writeln!(f, "  data     {}", self.data_dir.display())?;
+        if self.open {
+            write!(
+                f,
+                "  access   open, because no key is configured: only this machine can connect (see service_key)"
+            )
+        } else {
+            write!(f, "  access   every call needs an API key")
+        }
+    }
+}
+
+/// The file that tells scripts where the server listens; gone again when the server stops taking calls.
+struct ReadyFile(Option<PathBuf>);
+
+impl ReadyFile {
+    fn write(config: &Config, listen: SocketAddr) -> Result<ReadyFile, ServeError> {
+        let Some(path) = &config.server.ready_file.0 else {
+            return Ok(ReadyFile(None));
+        };
+        let fail = |cause| ServeError::Io {
+            action: format!("ready_file: cannot write {}", path.display()),
+            cause,
+        };
+        // Renamed into place, so that a script that waits for the file never reads half a line.
+        let part = path.with_extension("part");
+        std::fs::write(&part, format!("{listen}\n")).map_err(fail)?;
+        std::fs::rename(&part, path).map_err(fail)?;
+        Ok(ReadyFile(Some(path.clone())))
+    }
+}
+
+impl Drop for ReadyFile {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn model_names_are_made_of_plain_characters() {
+        assert_eq!(
+            model_name("SmolLM2 135M Instruct"),
+            "models/smollm2-135m-instruct"
+        );
+        assert_eq!(model_name("tiny:7"), "models/tiny-7");
+        assert_eq!(model_name("../../etc"), "models/etc");
+        assert_eq!(model_name("名"), "models/base");
+        assert_eq!(model_name(&"a".repeat(100)).len(), "models/".len() + 63);
+    }
+
+    #[test]
+    fn loopback_is_recognised_in_both_families() {
+        for (ip, expected) in [
+            ("127.0.0.1", true),
+            ("::1", true),
+            ("::ffff:127.0.0.1", true),
+            ("0.0.0.0", false),
+            ("::", false),
+            ("10.0.0.1", false),
+        ] {
+            assert_eq!(
+                is_loopback(ip.parse().unwrap_or(IpAddr::from([0, 0, 0, 0]))),
+                expected,
+                "{ip}"
+            );
+        }
+    }
+}

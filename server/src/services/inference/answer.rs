@@ -1,0 +1,340 @@
+//! The way back: one request's events, either gathered into a reply or passed on as a stream. Dropping `Events` drops
+//! the engine's receiver, which is how a client that went away cancels its work; the deadline is watched here too,
+//! because a stuck step must not keep a client waiting beyond it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use espalier_adapters::text::Tokenizer;
+use espalier_engine::error::EngineError;
+use espalier_engine::request::{
+    Candidate, Event, FinishReason, Output, Timings, TokenLogprob, Usage,
+};
+use espalier_proto::v1;
+use espalier_proto::v1::generate_chunk::Event as Chunk;
+use futures::Stream;
+use tokio::sync::mpsc;
+
+use crate::convert::{count, reply};
+use crate::services::Call;
+use crate::status::Refusal;
+use crate::telemetry::metric;
+
+/// What is done, as the OpenTelemetry conventions name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Operation {
+    Generate,
+    Chat,
+    Classify,
+    Embed,
+    Score,
+}
+
+/// The events of one request, with its deadline and its numbers.
+pub(super) struct Events {
+    receiver: mpsc::Receiver<Event>,
+    deadline: Option<Instant>,
+    started: bool,
+    output_tokens: usize,
+    record: Record,
+}
+
+/// Written down when the request ends, however it ends.
+struct Record {
+    operation: Operation,
+    model: String,
+    received: Instant,
+    longest: usize,
+    error: Option<&'static str>,
+    finished: bool,
+}
+
+/// Everything that a request gave, gathered.
+#[derive(Debug, Default)]
+pub(super) struct Collected {
+    pub(super) candidates: BTreeMap<usize, Gathered>,
+    outputs: BTreeMap<usize, Output>,
+    pub(super) usage: Usage,
+    pub(super) timings: Timings,
+}
+
+/// One candidate, gathered.
+#[derive(Debug, Default)]
+pub(super) struct Gathered {
+    text: String,
+    pub(super) tokens: Vec<u32>,
+    logprobs: Vec<TokenLogprob>,
+    end: Option<Candidate>,
+}
+
+// === impl Events ===
+
+impl Events {
+    pub(super) fn new(
+        receiver: mpsc::Receiver<Event>,
+        call: &Call,
+        operation: Operation,
+        model: &str,
+    ) -> Self {
+        let record = Record {
+            operation,
+            model: model.to_owned(),
+            received: call.received,
+            longest: 0,
+            error: None,
+            finished: false,
+        };
+        Events {
+            receiver,
+            deadline: call.deadline,
+            started: false,
+            output_tokens: 0,
+            record,
+        }
+    }
+
+    /// The next event; an error is the last thing that comes.
+    async fn next(&mut self) -> Result<Event, Refusal> {
+        let event = match self.deadline {
+            None => self.receiver.recv().await,
+            Some(deadline) => tokio::select! {
+                biased;
+                event = self.receiver.recv() => event,
+                () = tokio::time::sleep_until(deadline.into()) => return Err(self.fail(self.late())),
+            },
+        };
+        match event {
+            Some(Event::Failed(error)) => Err(self.fail(Refusal::from(error))),
+            None => Err(self.fail(Refusal::from(EngineError::Stopped))),
+            Some(event) => {
+                self.note(&event);
+                Ok(event)
+            }
+        }
+    }
+
+    fn late(&self) -> Refusal {
+        Refusal::from(if self.started {
+            EngineError::DeadlineInDecode {
+                output_tokens: self.output_tokens,
+            }
+        } else {
+            EngineError::DeadlineInQueue {
+                waited_ms: u64::try_from(self.record.received.elapsed().as_millis())
+                    .unwrap_or(u64::MAX),
+            }
+        })
+    }
+
+    fn fail(&mut self, refusal: Refusal) -> Refusal {
+        self.record.error = Some(refusal.reason());
+        self.receiver.close();
+        refusal
+    }
+
+    fn note(&mut self, event: &Event) {
+        match event {
+            Event::Started(_) => self.started = true,
+            Event::Finished(end) => {
+                self.record.longest = self.record.longest.max(end.output_tokens)
+            }
+            Event::Delta(delta) => self.output_tokens += delta.tokens.len(),
+            Event::Done { timings, .. } => self.record.done(*timings),
+            Event::Output { .. } | Event::Failed(_) => {}
+        }
+    }
+
+    /// Waits for the end.
+    pub(super) async fn collect(mut self) -> Result<Collected, Refusal> {
+        let mut all = Collected::default();
+        loop {
+            match self.next().await? {
+                Event::Started(_) | Event::Failed(_) => {}
+                Event::Delta(delta) => {
+                    let candidate = all.candidates.entry(delta.candidate).or_default();
+                    candidate.text.push_str(&delta.text);
+                    candidate.tokens.extend(delta.tokens);
+                    candidate.logprobs.extend(delta.logprobs);
+                }
+                Event::Finished(end) => {
+                    let candidate = all.candidates.entry(end.candidate).or_default();
+                    candidate.end = Some(end);
+                }
+                Event::Output { index, output } => {
+                    all.outputs.insert(index, output);
+                }
+                Event::Done { usage, timings } => {
+                    all.usage = usage;
+                    all.timings = timings;
+                    return Ok(all);
+                }
+            }
+        }
+    }
+
+    /// The events as chunks; ends after `ended` or after the first error.
+    pub(super) fn into_stream(
+        self,
+        tokenizer: Arc<Tokenizer>,
+    ) -> impl Stream<Item = Result<Chunk, Refusal>> + Send {
+        futures::stream::unfold(Some((self, 0usize)), move |state| {
+            let tokenizer = Arc::clone(&tokenizer);
+            async move {
+                let (mut events, mut longest) = state?;
+                loop {
+                    let chunk = match events.next().await {
+                        Err(refusal) => return Some((Err(refusal), None)),
+                        Ok(Event::Delta(delta)) => Chunk::Delta(reply::delta(delta, &tokenizer)),
+                        Ok(Event::Finished(end)) => {
+                            longest = longest.max(end.output_tokens);
+                            Chunk::Finished(reply::finished(end))
+                        }
+                        Ok(Event::Done { usage, timings }) => {
+                            let ended = v1::StreamEnded {
+                                usage: Some(reply::usage(usage)),
+                                timings: Some(reply::timings(timings, longest)),
+                            };
+                            return Some((Ok(Chunk::Ended(ended)), None));
+                        }
+                        // The stream's own first message has said that it began.
+                        Ok(Event::Started(_) | Event::Output { .. } | Event::Failed(_)) => continue,
+                    };
+                    return Some((Ok(chunk), Some((events, longest))));
+                }
+            }
+        })
+    }
+}
+
+// === impl Collected ===
+
+impl Collected {
+    /// Adds another request's numbers; requests of one call run side by side, so times are not summed.
+    pub(super) fn add(&mut self, other: &Collected) {
+        self.usage.input_tokens += other.usage.input_tokens;
+        self.usage.output_tokens += other.usage.output_tokens;
+        self.usage.cached_input_tokens += other.usage.cached_input_tokens;
+        self.usage.adapter_loads += other.usage.adapter_loads;
+        let longer = |a: Duration, b: Duration| a.max(b);
+        self.timings = Timings {
+            queue: longer(self.timings.queue, other.timings.queue),
+            adapter_load: longer(self.timings.adapter_load, other.timings.adapter_load),
+            time_to_first_token: longer(
+                self.timings.time_to_first_token,
+                other.timings.time_to_first_token,
+            ),
+            total: longer(self.timings.total, other.timings.total),
+        };
+    }
+
+    pub(super) fn classes(&self) -> Result<Vec<v1::Classification>, Refusal> {
+        self.each(|output| match output {
+            Output::Classes {
+                labels,
+                probabilities,
+                logits,
+            } => Some(reply::classes(labels, probabilities, logits)),
+            Output::Embedding(_) | Output::Score(_) => None,
+        })
+    }
+
+    pub(super) fn embeddings(&self) -> Result<Vec<Vec<f32>>, Refusal> {
+        self.each(|output| match output {
+            Output::Embedding(vector) => Some(vector.clone()),
+            Output::Classes { .. } | Output::Score(_) => None,
+        })
+    }
+
+    pub(super) fn scores(&self) -> Result<Vec<Vec<TokenLogprob>>, Refusal> {
+        self.each(|output| match output {
+            Output::Score(tokens) => Some(tokens.clone()),
+            Output::Classes { .. } | Output::Embedding(_) => None,
+        })
+    }
+
+    /// Outputs in the order of the inputs.
+    fn each<T>(&self, read: impl Fn(&Output) -> Option<T>) -> Result<Vec<T>, Refusal> {
+        self.outputs
+            .values()
+            .map(|output| {
+                read(output)
+                    .ok_or_else(|| Refusal::internal("the engine gave an output of another kind"))
+            })
+            .collect()
+    }
+}
+
+// === impl Gathered ===
+
+impl Gathered {
+    pub(super) fn to_proto(&self, index: usize, tokenizer: &Tokenizer) -> v1::Candidate {
+        let reason = self
+            .end
+            .as_ref()
+            .map_or(FinishReason::Length, |end| end.finish_reason);
+        v1::Candidate {
+            index: count(index),
+            text: self.text.clone(),
+            token_ids: self.tokens.clone(),
+            finish_reason: reply::finish_reason(reason).into(),
+            stop_match: self
+                .end
+                .as_ref()
+                .and_then(|end| end.stop_string.clone())
+                .unwrap_or_default(),
+            logprobs: self
+                .logprobs
+                .iter()
+                .map(|entry| reply::logprob(entry, tokenizer))
+                .collect(),
+        }
+    }
+}
+
+// === impl Record ===
+
+impl Operation {
+    fn name(self) -> &'static str {
+        match self {
+            Operation::Generate => "text_completion",
+            Operation::Chat => "chat",
+            Operation::Classify => "classify",
+            Operation::Embed => "embeddings",
+            Operation::Score => "score",
+        }
+    }
+}
+
+impl Record {
+    fn done(&mut self, timings: Timings) {
+        self.finished = true;
+        if !matches!(self.operation, Operation::Generate | Operation::Chat) {
+            return;
+        }
+        let (name, model) = (self.operation.name(), self.model.clone());
+        metrics::histogram!(metric::GEN_AI_TTFT, "gen_ai_operation_name" => name, "gen_ai_request_model" => model.clone())
+            .record(timings.time_to_first_token.as_secs_f64());
+        if let Some(each) = reply::per_token(timings, self.longest) {
+            metrics::histogram!(metric::GEN_AI_TPOT, "gen_ai_operation_name" => name, "gen_ai_request_model" => model)
+                .record(each.as_secs_f64());
+        }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        let outcome = match self.error {
+            Some(reason) => reason,
+            None if self.finished => "",
+            None => "CANCELLED",
+        };
+        metrics::histogram!(
+            metric::GEN_AI_DURATION,
+            "gen_ai_operation_name" => self.operation.name(),
+            "gen_ai_request_model" => self.model.clone(),
+            "error_type" => outcome
+        )
+        .record(self.received.elapsed().as_secs_f64());
+    }
+}

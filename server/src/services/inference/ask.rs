@@ -1,0 +1,456 @@
+//! The way to the engine: from a message's target to a resolved version, from texts to ids, from both to a running
+//! request. Long texts are tokenised on the blocking threads, so that one caller's novel does not stop the others.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use espalier_adapters::profile::ServingProfile;
+use espalier_adapters::text::{
+    ChatTemplate, Message, TemplateSource, TextError, Tokenizer, encode_chat,
+};
+use espalier_adapters::version::VersionDigest;
+use espalier_engine::request::{Request, RequestKind, TargetVersion};
+use espalier_proto::v1;
+use tonic::Code;
+
+use super::answer::{Events, Operation};
+use crate::convert::request::{Prompt, Settings, Target, fits, target};
+use crate::convert::{Faults, reply};
+use crate::middleware::TenantPermit;
+use crate::registry::ResolvedVersion;
+use crate::services::{Call, Shell};
+use crate::status::Refusal;
+
+/// Texts of more bytes than this are tokenised elsewhere: about a millisecond of work.
+const LONG_TEXT_BYTES: usize = 16 * 1024;
+/// Compiled templates of profiles; beyond that all are forgotten at once.
+const MAX_TEMPLATES: usize = 256;
+
+/// Shared by all calls.
+#[derive(Clone)]
+pub(super) struct Asker {
+    pub(super) shell: Shell,
+    templates: Arc<Mutex<HashMap<VersionDigest, Arc<ChatTemplate>>>>,
+}
+
+/// What a call resolved, held until its end.
+pub(super) struct Held {
+    pub(super) version: Option<Arc<ResolvedVersion>>,
+    tenant: Arc<str>,
+    _permit: Option<TenantPermit>,
+}
+
+/// A generation that is ready to be submitted.
+pub(super) struct Plan {
+    pub(super) held: Held,
+    pub(super) prompt: Vec<u32>,
+    pub(super) settings: Settings,
+    pub(super) id: Arc<str>,
+}
+
+impl Held {
+    /// The version's serving profile; the base has none.
+    pub(super) fn profile(&self) -> ServingProfile {
+        self.version
+            .as_ref()
+            .map(|version| version.profile.clone())
+            .unwrap_or_default()
+    }
+}
+
+impl Call {
+    /// The call's name in reply and engine: the message's own, else the header's or the drawn one.
+    pub(super) fn named(&self, given: &str) -> Arc<str> {
+        if given.is_empty() {
+            self.id.clone()
+        } else {
+            Arc::from(given)
+        }
+    }
+}
+
+impl Asker {
+    pub(super) fn new(shell: Shell) -> Self {
+        Asker {
+            shell,
+            templates: Arc::default(),
+        }
+    }
+
+    /// Tokens that one sequence may have, prompt and output.
+    pub(super) fn context(&self) -> usize {
+        self.shell.engine.model().max_sequence_tokens
+    }
+
+    fn tokenizer(&self) -> Arc<Tokenizer> {
+        Arc::clone(&self.shell.engine.model().tokenizer)
+    }
+
+    pub(super) fn effective(&self, held: &Held) -> v1::EffectiveTarget {
+        reply::effective(&self.shell.base, held.version.as_deref())
+    }
+
+    /// Checks the caller's right, takes its tenant's place and fixes the version for the call's life.
+    ///
+    /// # Errors
+    /// An unknown adapter is NOT_FOUND, one made for another base is ADAPTER_INCOMPATIBLE; never the base instead.
+    pub(super) async fn resolve(
+        &self,
+        call: &Call,
+        message: Option<v1::InferenceTarget>,
+    ) -> Result<Held, Refusal> {
+        let Target { adapter, tenant } = target(message, &call.principal)?;
+        // A tenant's own key was counted at the gate; a service's call is counted here, where its tenant is known.
+        let counted = tenant
+            .as_ref()
+            .filter(|_| call.principal.tenant().is_none());
+        let permit = counted
+            .map(|tenant| self.shell.gate.enter_tenant(tenant.as_str()))
+            .transpose()?;
+        let version = match &adapter {
+            Some(reference) => Some(
+                self.shell
+                    .registry
+                    .resolve(&call.principal, reference)
+                    .await?,
+            ),
+            None => None,
+        };
+        if let Some(version) = &version
+            && version.base_digest != self.shell.base.digest
+        {
+            let message = format!(
+                "{} was made for another base model than the one served here",
+                version.name
+            );
+            return Err(
+                Refusal::new(Code::FailedPrecondition, "ADAPTER_INCOMPATIBLE", message)
+                    .with("adapter_version", &version.name)
+                    .with("expected", &self.shell.base.digest)
+                    .with("found", &version.base_digest),
+            );
+        }
+        let tenant = tenant.map_or_else(|| Arc::from("-"), |tenant| Arc::from(tenant.as_str()));
+        Ok(Held {
+            version,
+            tenant,
+            _permit: permit,
+        })
+    }
+
+    /// Hands a request over to the engine.
+    pub(super) fn submit(
+        &self,
+        call: &Call,
+        held: &Held,
+        id: &str,
+        kind: RequestKind,
+        operation: Operation,
+    ) -> Result<Events, Refusal> {
+        let request = Request {
+            id: id.to_owned(),
+            tenant: Arc::clone(&held.tenant),
+            target: held
+                .version
+                .iter()
+                .map(|version| TargetVersion {
+                    digest: version.digest,
+                    weight: 1.0,
+                })
+                .collect(),
+            require_resident: false,
+            kind,
+            deadline: call.deadline,
+            received: call.received,
+        };
+        match self.shell.engine.submit(request) {
+            Ok(events) => Ok(Events::new(events, call, operation, &self.shell.base.name)),
+            Err(error) => Err(refused(error, held)),
+        }
+    }
+
+    /// A prompt's ids, with BOS only if the tokenizer adds it.
+    pub(super) async fn encode(
+        &self,
+        field: &'static str,
+        prompt: Prompt,
+    ) -> Result<Vec<u32>, Refusal> {
+        let ids = match prompt {
+            Prompt::Ids(ids) => ids,
+            Prompt::Text(text) => self.encode_raw(text, true).await?,
+        };
+        if ids.is_empty() {
+            return Err(Refusal::invalid_field(
+                field,
+                "is empty; at least one token is needed",
+            ));
+        }
+        self.prompt_limit(field, ids.len())?;
+        Ok(ids)
+    }
+
+    fn prompt_limit(&self, field: &str, tokens: usize) -> Result<(), Refusal> {
+        let limit = self.shell.config.limits.max_prompt_tokens;
+        if limit > 0 && tokens > limit {
+            return Err(Refusal::over_limit(
+                field,
+                format!("{tokens} tokens"),
+                format!("{limit} tokens"),
+            ));
+        }
+        fits(tokens, self.context())
+    }
+
+    /// Raw text; with `parse` control tokens written in it become control tokens.
+    pub(super) async fn encode_raw(&self, text: String, parse: bool) -> Result<Vec<u32>, Refusal> {
+        let tokenizer = self.tokenizer();
+        off_thread(text.len(), move || {
+            if parse {
+                tokenizer.encode(&text)
+            } else {
+                tokenizer.encode_plain(&text)
+            }
+        })
+        .await?
+        .map_err(|error| text_refusal("text", &error))
+    }
+
+    /// The texts of Classify and Embed; each must fit a sequence, nothing is cut.
+    pub(super) async fn encode_texts(&self, texts: Vec<String>) -> Result<Vec<Vec<u32>>, Refusal> {
+        let tokenizer = self.tokenizer();
+        let bytes = texts.iter().map(String::len).sum();
+        let encoded = off_thread(bytes, move || {
+            texts
+                .iter()
+                .map(|text| tokenizer.encode(text))
+                .collect::<Vec<_>>()
+        })
+        .await?;
+        let mut all = Vec::with_capacity(encoded.len());
+        for (index, ids) in encoded.into_iter().enumerate() {
+            let field = format!("texts[{index}]");
+            let ids = ids.map_err(|error| text_refusal(&field, &error))?;
+            self.prompt_limit(&field, ids.len())?;
+            all.push(ids);
+        }
+        Ok(all)
+    }
+
+    /// A conversation's ids, by the profile's template or else the model's.
+    ///
+    /// # Errors
+    /// UNIMPLEMENTED when there is neither.
+    pub(super) async fn encode_chat(
+        &self,
+        held: &Held,
+        messages: Vec<Message>,
+        open: bool,
+    ) -> Result<Vec<u32>, Refusal> {
+        let Some(template) = self.template(held)? else {
+            let message = "the base model has no chat template and the adapter's profile names none; use Generate, or give the profile a template";
+            return Err(
+                Refusal::new(Code::Unimplemented, "UNSUPPORTED_BY_MODEL", message)
+                    .with("feature", "chat"),
+            );
+        };
+        let tokenizer = self.tokenizer();
+        let bytes = messages.iter().map(|message| message.content.len()).sum();
+        let ids = off_thread(bytes, move || {
+            encode_chat(&tokenizer, &template, &messages, open)
+        })
+        .await?
+        .map_err(|error| text_refusal("messages", &error))?;
+        self.prompt_limit("messages", ids.len())?;
+        Ok(ids)
+    }
+
+    fn template(&self, held: &Held) -> Result<Option<Arc<ChatTemplate>>, Refusal> {
+        let own = held
+            .version
+            .as_ref()
+            .and_then(|version| Some((version.digest, version.profile.chat_template.as_ref()?)));
+        let Some((digest, source)) = own else {
+            return Ok(self.shell.engine.model().template.clone());
+        };
+        let mut templates = self
+            .templates
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(template) = templates.get(&digest) {
+            return Ok(Some(Arc::clone(template)));
+        }
+        let tokenizer = &self.shell.engine.model().tokenizer;
+        let source = TemplateSource {
+            jinja: source.clone(),
+            bos_token: tokenizer.bos_token(),
+            eos_token: tokenizer.eos_token(),
+        };
+        let template = ChatTemplate::new(source).map_err(|error| {
+            Refusal::precondition(
+                "PROFILE_INVALID",
+                "TEMPLATE",
+                "chat_template",
+                error.to_string(),
+            )
+        })?;
+        if templates.len() >= MAX_TEMPLATES {
+            templates.clear();
+        }
+        let template = Arc::new(template);
+        templates.insert(digest, Arc::clone(&template));
+        Ok(Some(template))
+    }
+
+    /// How Classify answers: the version's head, else the likelihood of the request's labels, else of the profile's.
+    pub(super) async fn classification(
+        &self,
+        held: &Held,
+        texts: Vec<String>,
+        asked: Vec<String>,
+    ) -> Result<(RequestKind, v1::ClassifyMethod), Refusal> {
+        let own = held
+            .version
+            .as_ref()
+            .map(|version| version.labels.as_slice())
+            .unwrap_or_default();
+        if !own.is_empty() {
+            if !asked.is_empty() && !same_set(own, &asked) {
+                let why = format!(
+                    "are not the labels of the adapter's head ({}); leave them out",
+                    own.join(", ")
+                );
+                return Err(Refusal::invalid_field("labels", why));
+            }
+            let inputs = self.encode_texts(texts).await?;
+            return Ok((RequestKind::Classify { inputs }, v1::ClassifyMethod::Head));
+        }
+        let profile = held.profile();
+        let labels = if asked.is_empty() {
+            profile.labels.clone().unwrap_or_default()
+        } else {
+            asked
+        };
+        if labels.len() < 2 {
+            let why = "the target has no classification head and no labels; name at least 2 labels, or an adapter with a head";
+            return Err(Refusal::invalid_field("labels", why));
+        }
+        let tokenizer = self.tokenizer();
+        let mut label_tokens = Vec::with_capacity(labels.len());
+        let mut faults = Faults::default();
+        for (index, label) in labels.iter().enumerate() {
+            match tokenizer.encode_plain(label) {
+                Ok(ids) if !ids.is_empty() => label_tokens.push(ids),
+                Ok(_) => faults.add(format!("labels[{index}]"), "has no tokens"),
+                Err(error) => faults.add(format!("labels[{index}]"), error.to_string()),
+            }
+        }
+        faults.finish()?;
+        let texts = texts.iter().map(|text| profile.raw_prompt(text)).collect();
+        let prompts = self.encode_texts(texts).await?;
+        let longest = label_tokens.iter().map(Vec::len).max().unwrap_or(0);
+        for prompt in &prompts {
+            fits(prompt.len() + longest, self.context())?;
+        }
+        Ok((
+            RequestKind::LabelLikelihood {
+                prompts,
+                labels,
+                label_tokens,
+            },
+            v1::ClassifyMethod::Likelihood,
+        ))
+    }
+
+    /// Score's items as engine requests: one for each run of items with the same context, which is computed once.
+    pub(super) async fn scores(
+        &self,
+        items: Vec<(Option<Prompt>, Prompt)>,
+    ) -> Result<Vec<RequestKind>, Refusal> {
+        let opening = self.encode_raw(String::new(), true).await?;
+        let mut runs: Vec<(Vec<u32>, Vec<Vec<u32>>)> = Vec::new();
+        for (index, (context, continuation)) in items.into_iter().enumerate() {
+            let context = match context {
+                Some(Prompt::Text(text)) => self.encode_raw(text, true).await?,
+                Some(Prompt::Ids(ids)) => ids,
+                None if opening.is_empty() => {
+                    let why = "is empty and this tokenizer adds no BOS; the first token needs something before it";
+                    return Err(Refusal::invalid_field(
+                        format!("items[{index}].context"),
+                        why,
+                    ));
+                }
+                None => opening.clone(),
+            };
+            let continuation = match continuation {
+                Prompt::Ids(ids) => ids,
+                // What the tokenizer puts in front of a text belongs to the context, not to its continuation.
+                Prompt::Text(text) => {
+                    let ids = self.encode_raw(text, true).await?;
+                    ids.strip_prefix(opening.as_slice())
+                        .map(<[u32]>::to_vec)
+                        .unwrap_or(ids)
+                }
+            };
+            if continuation.is_empty() {
+                return Err(Refusal::invalid_field(
+                    format!("items[{index}].continuation"),
+                    "has no tokens",
+                ));
+            }
+            fits(context.len() + continuation.len(), self.context())?;
+            match runs.last_mut() {
+                Some((last, continuations)) if *last == context => continuations.push(continuation),
+                _ => runs.push((context, vec![continuation])),
+            }
+        }
+        Ok(runs
+            .into_iter()
+            .map(|(prompt, continuations)| RequestKind::Score {
+                prompt,
+                continuations,
+            })
+            .collect())
+    }
+
+    /// Ids to text.
+    pub(super) async fn decode(
+        &self,
+        ids: Vec<u32>,
+        skip_control: bool,
+    ) -> Result<String, Refusal> {
+        let tokenizer = self.tokenizer();
+        off_thread(ids.len() * 4, move || tokenizer.decode(&ids, skip_control))
+            .await?
+            .map_err(|error| text_refusal("token_ids", &error))
+    }
+}
+
+fn same_set(own: &[String], asked: &[String]) -> bool {
+    own.len() == asked.len() && own.iter().all(|label| asked.contains(label))
+}
+
+/// Runs work whose cost grows with `bytes` where it does not stop other calls.
+async fn off_thread<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Refusal> {
+    if bytes <= LONG_TEXT_BYTES {
+        return Ok(work());
+    }
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Refusal::internal(format!("a tokenising thread failed: {error}")))
+}
+
+fn text_refusal(field: &str, error: &TextError) -> Refusal {
+    Refusal::invalid_field(field, error.to_string())
+}
+
+/// The engine knows a version by its digest; a reply names it as the client knows it.
+fn refused(error: espalier_engine::error::EngineError, held: &Held) -> Refusal {
+    let refusal = Refusal::from(error);
+    match &held.version {
+        Some(version) => refusal.with("adapter_version", &version.name),
+        None => refusal,
+    }
+}
