@@ -300,3 +300,6 @@ impl<T: Real> Ops for Reference<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,234 +3,374 @@
 //! What a micro-batch holds, and in what order, is a pure function of the plan; pauses move only the moments at which
 //! it goes on. The trainer must not know serving, jobs or storage: it breathes, and it reports.
 
+mod learner;
+mod plan;
+mod start;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
 use espalier_adapters::config::LoraConfig;
-use espalier_adapters::train::examples::Examples;
-use espalier_adapters::version::AdapterArtifact;
+use espalier_adapters::linear::ResidentAdapter;
+use espalier_adapters::peft;
+use espalier_adapters::train::checkpoint::{BestEval, Bits, Checkpoint, RunState};
+use espalier_adapters::train::examples::Example;
+use espalier_adapters::train::loss::LossSum;
+use espalier_adapters::train::optimizer::{AdamW, Group, clip, norm};
+use espalier_adapters::train::schedule::Schedule;
 use espalier_adapters::weights::AdapterWeights;
+use rand::seq::SliceRandom;
+
+use crate::model::Model;
+use learner::{Learner, Numbered};
 
 pub use espalier_adapters::pace::{Pace, Stopped};
+pub use espalier_adapters::train::schedule::Decay;
+pub use plan::{
+    EvalReport, Finished, HyperParameters, Method, StepReport, Summary, TrainError, TrainEvent, TrainPlan,
+};
 
-/// How the learning rate moves after the warmup.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Decay {
-    /// Stays.
-    Constant,
-    /// Falls in a line to zero at the last step.
-    #[default]
-    Linear,
-    /// Falls along half a cosine to zero at the last step.
-    Cosine,
+/// Parameters that the optimizer updates between two breaths.
+const UPDATE_CHUNK: usize = 1 << 19;
+
+/// Steps between two checkpoints where the plan says nothing.
+const CHECKPOINT_STEPS: u64 = 50;
+
+/// A training run between two steps.
+pub struct Trainer {
+    plan: Arc<TrainPlan>,
+    learner: Learner,
+    optimizer: AdamW,
+    state: RunState,
+    best: Option<Vec<f32>>,
+    schedule: Schedule,
+    /// `[examples, hidden]` of the training and validation examples, when the head trains alone; computed when first needed.
+    states: Option<(Vec<f32>, Vec<f32>)>,
 }
 
-/// The numbers of a training run.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct HyperParameters {
-    /// Peak learning rate of A and B.
-    pub learning_rate: f64,
-    /// Peak learning rate of the classification head; `None` is `learning_rate`, or 1e-2 when the head trains alone.
-    pub head_learning_rate: Option<f64>,
-    /// What the learning rate does after the warmup.
-    pub decay: Decay,
-    /// Steps in which the learning rate rises in a line; `None` is a twentieth of all steps.
-    pub warmup_steps: Option<u64>,
-    /// Decoupled decay per unit of learning rate, on every trained tensor.
-    pub weight_decay: f64,
-    /// AdamW's first decay rate.
-    pub beta1: f64,
-    /// AdamW's second decay rate.
-    pub beta2: f64,
-    /// AdamW's epsilon.
-    pub epsilon: f64,
-    /// The global gradient norm is scaled down to this; `None` never.
-    pub max_grad_norm: Option<f64>,
-    /// Passes over the training examples.
-    pub epochs: u64,
-    /// Stops after so many steps at the latest.
-    pub max_steps: Option<u64>,
-    /// Examples of one optimizer step.
-    pub batch_size: usize,
-    /// Steps between two evaluations; `None` is once an epoch. Nothing is evaluated without validation examples.
-    pub eval_steps: Option<u64>,
-    /// Evaluations without a better one after which training stops; `None` never stops early.
-    pub early_stopping_patience: Option<u64>,
-    /// Steps between two checkpoints; `None` is every 50. 0 makes none.
-    pub checkpoint_steps: Option<u64>,
-    /// Bytes that saved activations may take: bounds the tokens of a micro-batch.
-    pub activation_bytes: usize,
-}
-
-impl Default for HyperParameters {
-    fn default() -> Self {
-        Self {
-            learning_rate: 1e-3,
-            head_learning_rate: None,
-            decay: Decay::Linear,
-            warmup_steps: None,
-            weight_decay: 0.0,
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            max_grad_norm: Some(1.0),
-            epochs: 3,
-            max_steps: None,
-            batch_size: 8,
-            eval_steps: None,
-            early_stopping_patience: None,
-            checkpoint_steps: None,
-            activation_bytes: 512 << 20,
-        }
+impl std::fmt::Debug for Trainer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Trainer").field("state", &self.state).field("schedule", &self.schedule).finish_non_exhaustive()
     }
 }
 
-/// What is learnt.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Method {
-    /// The next token, where an example says so.
-    Lm,
-    /// A label from the last token's state.
-    Class {
-        /// Names of the head's rows, in their order; `Example::Class` holds indices into it.
-        labels: Vec<String>,
-        /// Train the head alone, on states of the frozen base that are computed once.
-        head_only: bool,
-    },
-}
+// === impl Trainer ===
 
-/// All that decides what a training run computes.
-#[derive(Clone, Debug)]
-pub struct TrainPlan {
-    /// What is learnt.
-    pub method: Method,
-    /// The adapter's shape; `None` only with `head_only`.
-    pub lora: Option<LoraConfig>,
-    /// The numbers.
-    pub hp: HyperParameters,
-    /// Decides initial values, order and dropout.
-    pub seed: u64,
-    /// What it learns from.
-    pub train: Examples,
-    /// What it is judged on.
-    pub valid: Option<Examples>,
-    /// Where it starts; `None` is A uniform and B zero.
-    pub init: Option<AdapterWeights>,
-}
+impl Trainer {
+    /// A run before its first step.
+    ///
+    /// # Errors
+    /// [`TrainError::Plan`] when the plan cannot be carried out on this model.
+    pub fn new(model: Arc<Model>, plan: TrainPlan) -> Result<Self, TrainError> {
+        plan.validate(model.config().vocab, model.config().context_length)?;
+        let weights = start::initial(&plan, &model)?;
+        let adapter = ResidentAdapter::build(&weights, model.as_ref())
+            .map_err(|misfit| TrainError::plan("init", misfit.to_string()))?;
+        let state = RunState { plan: plan.digest(model.config()), ..RunState::default() };
+        let optimizer = AdamW::new(adapter.parameters().len());
+        let dropout = plan.lora.as_ref().map_or(0.0, |lora| lora.lora_dropout as f32);
+        let limits = (plan.hp.activation_bytes, dropout);
+        let learner = Learner::new(model, adapter, limits, plan.seed);
+        let schedule = schedule(&plan);
+        Ok(Self { plan: Arc::new(plan), learner, optimizer, state, best: None, schedule, states: None })
+    }
 
-/// What a run reports, in order.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub enum TrainEvent {
-    /// Head-only: so many of the examples' states are computed.
-    Embedded {
-        /// Done.
-        done: usize,
-        /// Of.
-        total: usize,
-    },
-    /// An optimizer step is done.
-    Step(StepReport),
-    /// The validation examples were judged after `step` steps.
-    Eval(EvalReport),
-    /// All that is needed to go on after `step` steps.
-    Checkpoint {
-        /// Steps done.
-        step: u64,
-        /// For [`Trainer::resume`].
-        bytes: Vec<u8>,
-    },
-}
+    /// A run that goes on after a checkpoint's steps. It ends bit-equal to one without a break.
+    ///
+    /// # Errors
+    /// [`TrainError::Checkpoint`] when the bytes are broken or another plan's.
+    pub fn resume(model: Arc<Model>, plan: TrainPlan, checkpoint: &[u8]) -> Result<Self, TrainError> {
+        let mut trainer = Self::new(model, plan)?;
+        let broken = |error: &dyn std::fmt::Display| TrainError::Checkpoint(error.to_string());
+        let checkpoint = Checkpoint::from_bytes(checkpoint).map_err(|error| broken(&error))?;
+        if checkpoint.state.plan != trainer.state.plan {
+            return Err(broken(&"it was made with another plan, data set or base"));
+        }
+        let (params, _) = trainer.learner.parameters_and_gradients();
+        if params.len() != checkpoint.params.len() {
+            return Err(broken(&format!("{} parameters, not {}", checkpoint.params.len(), params.len())));
+        }
+        params.copy_from_slice(&checkpoint.params);
+        trainer.optimizer =
+            AdamW { step: checkpoint.state.step, mean: checkpoint.mean, square: checkpoint.square };
+        trainer.state = checkpoint.state;
+        trainer.best = checkpoint.best;
+        Ok(trainer)
+    }
 
-/// One optimizer step.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct StepReport {
-    /// Steps done, this one included.
-    pub step: u64,
+    /// Steps done.
+    pub fn steps_done(&self) -> u64 {
+        self.state.step
+    }
+
     /// Steps in all, without early stopping.
-    pub total: u64,
-    /// Passes over the data done, this step included.
-    pub epoch: f64,
-    /// Mean over the batch's targets.
-    pub loss: f64,
-    /// Before clipping.
-    pub grad_norm: f64,
-    /// Learning rate of A and B (of the head when it trains alone).
-    pub learning_rate: f64,
-    /// Targets of this batch: label tokens, or examples.
-    pub targets: u64,
-    /// Tokens of this batch.
-    pub tokens: u64,
-    /// Tokens of the run so far.
-    pub total_tokens: u64,
+    pub fn total_steps(&self) -> u64 {
+        self.schedule.total
+    }
+
+    /// The adapter as it is now.
+    pub fn weights(&self) -> AdapterWeights {
+        self.learner.adapter.weights().unwrap_or_default()
+    }
+
+    /// All remaining steps. After [`Stopped`] it may be called again: the interrupted step starts anew.
+    ///
+    /// # Errors
+    /// [`TrainError::Stopped`] when the pace says so, [`TrainError::NotFinite`] when the run diverged.
+    pub fn run(&mut self, pace: &dyn Pace, events: &mut dyn FnMut(TrainEvent)) -> Result<Finished, TrainError> {
+        self.embed(pace, events)?;
+        while self.state.step < self.schedule.total && !self.state.stopped_early {
+            let report = self.next_step(pace)?;
+            let step = report.step;
+            events(TrainEvent::Step(report));
+            if self.eval_due(step) {
+                let report = self.evaluate(pace)?;
+                events(TrainEvent::Eval(report));
+            }
+            let every = self.plan.hp.checkpoint_steps.unwrap_or(CHECKPOINT_STEPS);
+            let running = step < self.schedule.total && !self.state.stopped_early;
+            if every > 0 && step.is_multiple_of(every) && running {
+                events(TrainEvent::Checkpoint { step, bytes: self.checkpoint()? });
+            }
+        }
+        self.finish()
+    }
+
+    /// The run as bytes, for [`Trainer::resume`].
+    ///
+    /// # Errors
+    /// [`TrainError::Checkpoint`] when the numbers cannot be written.
+    pub fn checkpoint(&self) -> Result<Vec<u8>, TrainError> {
+        let checkpoint = Checkpoint {
+            state: self.state.clone(),
+            params: self.learner.adapter.parameters().to_vec(),
+            mean: self.optimizer.mean.clone(),
+            square: self.optimizer.square.clone(),
+            best: self.best.clone(),
+        };
+        checkpoint.to_bytes().map_err(|error| TrainError::Checkpoint(error.to_string()))
+    }
+
+    /// One optimizer step on a batch of the caller's choice, which need not be of the plan's data.
+    ///
+    /// # Errors
+    /// As [`Trainer::run`]; [`TrainError::Plan`] on an empty batch.
+    pub fn step_on(&mut self, batch: &[Example], pace: &dyn Pace) -> Result<StepReport, TrainError> {
+        let numbered: Vec<Numbered<'_>> = batch.iter().enumerate().map(|(i, e)| (i as u64, e)).collect();
+        if numbered.is_empty() {
+            return Err(TrainError::plan("batch", "holds no example"));
+        }
+        let states = match self.plan.head_only() {
+            true => Some(self.learner.last_states(&numbered, pace, &mut |_| ())?),
+            false => None,
+        };
+        self.step(&numbered, states.as_deref(), pace)
+    }
+
+    /// States of all examples, once, when the head trains alone.
+    fn embed(&mut self, pace: &dyn Pace, events: &mut dyn FnMut(TrainEvent)) -> Result<(), TrainError> {
+        if !self.plan.head_only() || self.states.is_some() {
+            return Ok(());
+        }
+        let plan = Arc::clone(&self.plan);
+        let valid = plan.valid.as_ref().map_or(&[][..], |valid| &valid.items);
+        let total = plan.train.items.len() + valid.len();
+        let mut before = 0;
+        let mut cached = Vec::new();
+        for items in [&plan.train.items[..], valid] {
+            let mut report = |done: usize| events(TrainEvent::Embedded { done: before + done, total });
+            cached.push(self.learner.last_states(&numbered(items), pace, &mut report)?);
+            before += items.len();
+        }
+        self.states = cached.pop().and_then(|valid| Some((cached.pop()?, valid)));
+        Ok(())
+    }
+
+    /// The examples of step `step`, counted from 0, in order: each epoch is a permutation of its own, drawn by seed.
+    fn batch(&self, step: u64) -> Vec<usize> {
+        let count = self.plan.train.items.len();
+        let (epoch, first) = position(&self.plan, step);
+        let mut order: Vec<usize> = (0..count).collect();
+        order.shuffle(&mut start::order(self.plan.seed, epoch));
+        order[first..(first + self.plan.hp.batch_size).min(count)].to_vec()
+    }
+
+    fn next_step(&mut self, pace: &dyn Pace) -> Result<StepReport, TrainError> {
+        let plan = Arc::clone(&self.plan);
+        let chosen = self.batch(self.state.step);
+        let batch: Vec<Numbered<'_>> = chosen.iter().map(|i| (*i as u64, &plan.train.items[*i])).collect();
+        let states = self.states.as_ref().map(|(train, _)| {
+            let width = train.len() / plan.train.items.len();
+            chosen.iter().flat_map(|i| &train[i * width..][..width]).copied().collect::<Vec<f32>>()
+        });
+        self.step(&batch, states.as_deref(), pace)
+    }
+
+    /// One optimizer step. The loss is the mean over all targets of the batch, however it is cut.
+    fn step(
+        &mut self,
+        batch: &[Numbered<'_>],
+        states: Option<&[f32]>,
+        pace: &dyn Pace,
+    ) -> Result<StepReport, TrainError> {
+        let step = self.state.step + 1;
+        let targets: usize = batch.iter().map(|(_, example)| example.targets()).sum();
+        let scale = 1.0 / targets.max(1) as f32;
+        self.learner.clear_gradients();
+        let sum = match states {
+            Some(states) => self.learner.head_pass(states, &labels(batch), Some(scale)),
+            None => self.learner.learn(batch, (step, scale), pace)?,
+        };
+        pace.breathe()?;
+        let grad_norm = norm(self.learner.gradients());
+        for (what, value) in [("the loss", sum.mean()), ("the gradient norm", grad_norm)] {
+            if !value.is_finite() {
+                return Err(TrainError::NotFinite { what, value, step });
+            }
+        }
+        let learning_rate = self.update(step, grad_norm, pace);
+        let tokens: usize = batch.iter().map(|(_, example)| example.ids().len()).sum();
+        Ok(self.advance(step, sum, tokens as u64, (grad_norm, learning_rate)))
+    }
+
+    /// The optimizer's step. It is not left half done: whether the run was stopped meanwhile is asked again soon.
+    fn update(&mut self, step: u64, grad_norm: f64, pace: &dyn Pace) -> f64 {
+        let hp = &self.plan.hp;
+        let share = self.schedule.share(step.min(self.schedule.total));
+        let (rate, head_rate) = hp.rates(self.plan.head_only());
+        let len = self.learner.adapter.parameters().len();
+        let head = self.learner.adapter.head_range().unwrap_or(len..len);
+        let groups = [(0..head.start, rate * share), (head.clone(), head_rate * share)];
+        let scale = clip(grad_norm, hp.max_grad_norm);
+        let config = hp.optimizer();
+        self.optimizer.step += 1;
+        let (params, grads) = self.learner.parameters_and_gradients();
+        for (range, learning_rate) in groups {
+            for start in range.clone().step_by(UPDATE_CHUNK) {
+                let range = start..(start + UPDATE_CHUNK).min(range.end);
+                self.optimizer.update(&config, &Group { range, learning_rate }, scale, params, grads);
+                let _asked_again_at_the_next_step = pace.breathe();
+            }
+        }
+        if self.plan.head_only() { head_rate * share } else { rate * share }
+    }
+
+    fn advance(&mut self, step: u64, sum: LossSum, tokens: u64, (grad_norm, learning_rate): (f64, f64)) -> StepReport {
+        let (epoch, next_index) = position(&self.plan, step);
+        let first = if step == 1 { Bits(sum.mean()) } else { self.state.first_loss };
+        self.state.step = step;
+        self.state.epoch = epoch;
+        self.state.next_index = next_index as u64;
+        self.state.tokens += tokens;
+        self.state.first_loss = first;
+        self.state.last_loss = Bits(sum.mean());
+        StepReport {
+            step,
+            total: self.schedule.total,
+            epoch: step as f64 / steps_per_epoch(&self.plan) as f64,
+            loss: sum.mean(),
+            grad_norm,
+            learning_rate,
+            targets: sum.targets,
+            tokens,
+            total_tokens: self.state.tokens,
+        }
+    }
+
+    fn eval_due(&self, step: u64) -> bool {
+        let every = self.plan.hp.eval_steps.unwrap_or_else(|| steps_per_epoch(&self.plan));
+        self.plan.valid.is_some() && (step.is_multiple_of(every) || step == self.schedule.total)
+    }
+
+    /// Judges the validation examples, keeps the weights if they are the best so far, and says when patience has run out.
+    fn evaluate(&mut self, pace: &dyn Pace) -> Result<EvalReport, TrainError> {
+        let plan = Arc::clone(&self.plan);
+        let items = plan.valid.as_ref().map_or(&[][..], |valid| &valid.items);
+        let examples = numbered(items);
+        let sum = match self.states.take() {
+            Some(states) => {
+                let sum = self.learner.head_pass(&states.1, &labels(&examples), None);
+                self.states = Some(states);
+                sum
+            }
+            None => self.learner.judge(&examples, pace)?,
+        };
+        let (step, loss, accuracy) = (self.state.step, sum.mean(), sum.accuracy());
+        if !loss.is_finite() {
+            return Err(TrainError::NotFinite { what: "the validation loss", value: loss, step });
+        }
+        let best = self.state.best.is_none_or(|best| loss < best.loss.0);
+        if best {
+            self.state.best = Some(BestEval { step, loss: Bits(loss), accuracy: Bits(accuracy) });
+            self.best = Some(self.learner.adapter.parameters().to_vec());
+            self.state.evals_without_better = 0;
+        } else {
+            self.state.evals_without_better += 1;
+        }
+        let patience = plan.hp.early_stopping_patience;
+        self.state.stopped_early = patience.is_some_and(|patience| self.state.evals_without_better >= patience);
+        Ok(EvalReport { step, loss, accuracy, best })
+    }
+
+    fn finish(&mut self) -> Result<Finished, TrainError> {
+        let mut kept = self.learner.adapter.as_ref().clone();
+        if let Some(best) = &self.best {
+            kept.parameters_mut().copy_from_slice(best);
+        }
+        let weights = kept.weights().unwrap_or_default();
+        let config = match (&self.plan.lora, &self.plan.method) {
+            (Some(lora), Method::Lm) => lora.clone(),
+            (Some(lora), Method::Class { .. }) => lora.clone().with_score_head(),
+            (None, _) => LoraConfig::head_only(),
+        };
+        let artifact =
+            peft::write(&config, &weights).map_err(|error| TrainError::plan("lora", error.to_string()))?;
+        let best = self.state.best.map(|best| EvalReport {
+            step: best.step,
+            loss: best.loss.0,
+            accuracy: best.accuracy.0,
+            best: true,
+        });
+        let summary = Summary {
+            steps: self.state.step,
+            tokens: self.state.tokens,
+            first_loss: self.state.first_loss.0,
+            last_loss: self.state.last_loss.0,
+            kept_step: best.map_or(self.state.step, |best| best.step),
+            best,
+            stopped_early: self.state.stopped_early,
+        };
+        Ok(Finished { artifact, summary })
+    }
 }
 
-/// One evaluation.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct EvalReport {
-    /// Steps done.
-    pub step: u64,
-    /// Mean over the validation set's targets.
-    pub loss: f64,
-    /// Share of examples with the right label; of targets whose token is the likeliest in `Lm`.
-    pub accuracy: f64,
-    /// Better than all before.
-    pub best: bool,
+fn numbered(items: &[Example]) -> Vec<Numbered<'_>> {
+    items.iter().enumerate().map(|(i, example)| (i as u64, example)).collect()
 }
 
-/// What came out.
-#[derive(Clone, Debug)]
-pub struct Finished {
-    /// The adapter, as it is uploaded and served. That of the best evaluation where there was one, else the last.
-    pub artifact: AdapterArtifact,
-    /// How it went.
-    pub summary: Summary,
+fn labels(examples: &[Numbered<'_>]) -> Vec<u32> {
+    let label = |example: &Example| match example {
+        Example::Class { label, .. } => Some(*label as u32),
+        Example::Lm { .. } => None,
+    };
+    examples.iter().filter_map(|(_, example)| label(example)).collect()
 }
 
-/// How a run went.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Summary {
-    /// Steps done.
-    pub steps: u64,
-    /// Tokens seen.
-    pub tokens: u64,
-    /// Of the first step.
-    pub first_loss: f64,
-    /// Of the last step.
-    pub last_loss: f64,
-    /// The step whose weights the artifact holds.
-    pub kept_step: u64,
-    /// Its evaluation.
-    pub best: Option<EvalReport>,
-    /// Patience ran out.
-    pub stopped_early: bool,
+fn steps_per_epoch(plan: &TrainPlan) -> u64 {
+    plan.train.items.len().div_ceil(plan.hp.batch_size) as u64
 }
 
-/// Why a run cannot start or go on.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TrainError {
-    /// The pace ended it.
-    #[error(transparent)]
-    Stopped(#[from] Stopped),
-    /// The plan cannot be carried out.
-    #[error("{field}: {reason}")]
-    Plan {
-        /// Which part of the plan.
-        field: &'static str,
-        /// What is wrong, with value and limit.
-        reason: String,
-    },
-    /// The checkpoint is broken or belongs to another plan.
-    #[error("checkpoint: {0}")]
-    Checkpoint(String),
-    /// A loss or gradient is not a number any more.
-    #[error("{what} is {value} at step {step}; a lower learning rate may help")]
-    NotFinite {
-        /// Loss or gradient norm.
-        what: &'static str,
-        /// NaN or infinite.
-        value: f64,
-        /// Counted from 1.
-        step: u64,
-    },
+/// The epoch of the step after `done` steps, and the index in its order where that step begins.
+fn position(plan: &TrainPlan, done: u64) -> (u64, usize) {
+    let per_epoch = steps_per_epoch(plan);
+    (done / per_epoch, (done % per_epoch) as usize * plan.hp.batch_size)
+}
+
+fn schedule(plan: &TrainPlan) -> Schedule {
+    let epochs = plan.hp.epochs.unwrap_or(if plan.head_only() { 100 } else { 3 });
+    let all = steps_per_epoch(plan).saturating_mul(epochs);
+    let total = plan.hp.max_steps.map_or(all, |limit| limit.min(all));
+    let warmup = plan.hp.warmup_steps.unwrap_or(total / 20);
+    Schedule { warmup, total, decay: plan.hp.decay }
 }

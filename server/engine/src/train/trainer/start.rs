@@ -1,0 +1,83 @@
+//! Where a run starts: given weights, or A uniform and B zero, drawn by seed and site so that every site's numbers are its own.
+
+use espalier_adapters::config::{LoraConfig, Site};
+use espalier_adapters::linear::BaseSites;
+use espalier_adapters::ops::Ops;
+use espalier_adapters::weights::{AdapterWeights, ScoreHead, SiteAdapter};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::plan::{Method, TrainError, TrainPlan};
+use crate::model::Model;
+
+/// Streams of the seed: sites use their number, what is no site a number that no model reaches.
+const HEAD_STREAM: u64 = 1 << 40;
+const ORDER_STREAM: u64 = 1 << 41;
+
+/// The random numbers of one purpose.
+fn stream(seed: u64, stream: u64) -> ChaCha8Rng {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    random.set_stream(stream);
+    random
+}
+
+/// The random numbers of an epoch's order.
+pub(super) fn order(seed: u64, epoch: u64) -> ChaCha8Rng {
+    stream(seed, ORDER_STREAM + epoch)
+}
+
+/// The plan's first weights: its own, completed by drawn ones.
+pub(super) fn initial(plan: &TrainPlan, model: &Model) -> Result<AdapterWeights, TrainError> {
+    let mut weights = match (&plan.init, &plan.lora) {
+        (Some(init), _) if plan.head_only() && !init.sites.is_empty() => {
+            return Err(TrainError::plan("init", "has LoRA sites, but the head is to be trained alone"));
+        }
+        (Some(init), _) => init.clone(),
+        (None, Some(lora)) => drawn(lora, plan.seed, model)?,
+        (None, None) => AdapterWeights::default(),
+    };
+    if weights.sites.is_empty() && !plan.head_only() {
+        return Err(TrainError::plan("lora", "adapts no module of this base"));
+    }
+    if weights.sites.values().any(|site| site.magnitude.is_some()) {
+        return Err(TrainError::plan("init", "is a DoRA adapter; these are served, not trained"));
+    }
+    match &plan.method {
+        Method::Lm if weights.head.is_some() => Err(TrainError::plan("init", "has a head, but tokens are learnt")),
+        Method::Lm => Ok(weights),
+        Method::Class { labels, .. } => {
+            let head = weights.head.get_or_insert_with(|| head(labels, plan, model));
+            if head.labels != *labels {
+                return Err(TrainError::plan("init", "its head has other labels than the plan"));
+            }
+            Ok(weights)
+        }
+    }
+}
+
+/// A uniform within `1 / sqrt(in)`, which is PEFT's `kaiming_uniform_(a = sqrt(5))`, and B zero.
+fn drawn(lora: &LoraConfig, seed: u64, model: &Model) -> Result<AdapterWeights, TrainError> {
+    let plans = lora.plan(model.config().layers).map_err(|errors| {
+        let reasons: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        TrainError::plan("lora", reasons.join("; "))
+    })?;
+    let mut weights = AdapterWeights::default();
+    for ((layer, site), plan) in plans {
+        let (outputs, inputs) = model.ops().dims(model.weight(layer, site));
+        let bound = 1.0 / (inputs as f32).sqrt();
+        let mut random = stream(seed, (layer * Site::ALL.len() + site.index()) as u64);
+        let a = (0..plan.r * inputs).map(|_| random.random_range(-bound..bound)).collect();
+        let b = vec![0.0; outputs * plan.r];
+        weights.sites.insert((layer, site), SiteAdapter { r: plan.r, scale: plan.scale, a, b, magnitude: None });
+    }
+    Ok(weights)
+}
+
+/// A head drawn within `1 / sqrt(hidden)` below LoRA; alone on frozen states its loss is convex and zero is as good.
+fn head(labels: &[String], plan: &TrainPlan, model: &Model) -> ScoreHead {
+    let width = model.config().hidden;
+    let bound = if plan.head_only() { 0.0 } else { 1.0 / (width as f32).sqrt() };
+    let mut random = stream(plan.seed, HEAD_STREAM);
+    let weight = (0..labels.len() * width).map(|_| bound * random.random_range(-1.0f32..1.0)).collect();
+    ScoreHead { labels: labels.to_vec(), weight }
+}
