@@ -374,4 +374,4 @@ pub trait Ops: Clone + Debug + Default + Send + Sync + 'static {
 pub const PANEL: usize = 32;
 
 /// The operations that the server runs on.
-pub type Backend = Reference<f32>;
+pub type Backend = Cpu;

@@ -17,3 +17,8 @@ mod block_manager;
 mod detokenizer;
 mod sampler;
 mod scheduler;
+
+/// Training; `train/mod.rs` takes this place when the engine thread is there.
+pub mod train {
+    pub mod trainer;
+}

@@ -6,8 +6,6 @@
 mod learner;
 mod plan;
 mod start;
-#[cfg(test)]
-mod tests;
 
 use std::sync::Arc;
 
