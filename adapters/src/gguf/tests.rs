@@ -339,7 +339,7 @@ fn lies_are_refused_with_place_and_rule() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(512) })]
     #[test]
     fn flipped_bytes_never_panic(flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6), front in any::<bool>()) {
         static FILE: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();

@@ -197,9 +197,10 @@ fn without_generation_tags(jinja: &str) -> String {
     while let Some(open) = rest.find("{%") {
         out.push_str(&rest[..open]);
         rest = &rest[open..];
-        let Some(close) = rest.find("%}") else { break };
-        let (tag, after) = rest.split_at(close + 2);
-        let inner = &tag[2..close];
+        let Some(close) = rest[2..].find("%}") else {
+            break;
+        };
+        let (inner, tag, after) = (&rest[2..2 + close], &rest[..close + 4], &rest[close + 4..]);
         match inner.trim_matches(['-', '+']).trim() {
             "generation" => out.push_str(&tag.replace("generation", "if true")),
             "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
