@@ -11,7 +11,7 @@ pub mod report;
 pub mod version;
 pub mod weights;
 
-mod strict_json;
+pub mod strict_json;
 
 pub mod gguf;
 pub mod text;

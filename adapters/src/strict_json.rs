@@ -12,7 +12,7 @@ use serde_json::{Map, Number, Value};
 ///
 /// # Errors
 /// What is wrong and where, in words that hold at most one key of the text.
-pub(crate) fn parse(bytes: &[u8]) -> Result<Value, String> {
+pub fn parse(bytes: &[u8]) -> Result<Value, String> {
     let strict: Strict = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
     Ok(strict.0)
 }

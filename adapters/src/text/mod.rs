@@ -13,7 +13,7 @@ mod tests;
 
 pub use stream::StreamDecoder;
 pub use template::{ChatTemplate, Message, TemplateSource};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Tokenizer, byte_spelling};
 
 use added::Protected;
 

@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use proptest::prelude::*;
 use tokenizers::Tokenizer as Inner;
 
-use super::{ChatTemplate, Message, TemplateSource, Tokenizer, encode_chat};
+use super::{ChatTemplate, Message, TemplateSource, Tokenizer, byte_spelling, encode_chat};
 use crate::gguf::{Array, Gguf, Metadata, Value};
 
 const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
@@ -24,11 +24,9 @@ fn strings(values: &[&str]) -> Value {
 
 /// GPT-2's alphabet, by byte.
 fn alphabet() -> Vec<String> {
-    let inverse: BTreeMap<u8, char> = (0x21..0x144)
-        .filter_map(char::from_u32)
-        .filter_map(|c| Some((super::tokenizer::byte_of(c)?, c)))
-        .collect();
-    (0..=255u8).map(|byte| inverse[&byte].to_string()).collect()
+    (0..=255u8)
+        .map(|byte| byte_spelling(byte).to_string())
+        .collect()
 }
 
 fn byte_level_metadata(pre: &str) -> Metadata {

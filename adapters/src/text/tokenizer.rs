@@ -443,7 +443,7 @@ impl Spelling {
 }
 
 /// The byte that a character of GPT-2's alphabet stands for: printable Latin-1 is itself, the other 68 follow from U+0100.
-pub(super) fn byte_of(character: char) -> Option<u8> {
+fn byte_of(character: char) -> Option<u8> {
     match u32::from(character) {
         code @ (0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF) => u8::try_from(code).ok(),
         code @ 0x100..=0x120 => u8::try_from(code - 0x100).ok(),
@@ -451,6 +451,17 @@ pub(super) fn byte_of(character: char) -> Option<u8> {
         0x143 => Some(0xAD),
         _ => None,
     }
+}
+
+/// The character that spells a byte in byte-level vocabularies, for building one.
+pub fn byte_spelling(byte: u8) -> char {
+    let code = match byte {
+        0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF => u32::from(byte),
+        0x00..=0x20 => 0x100 + u32::from(byte),
+        0x7F..=0xA0 => 0x121 + u32::from(byte) - 0x7F,
+        0xAD => 0x143,
+    };
+    char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER)
 }
 
 /// Which alphabet a `tokenizer.json`'s decoder undoes.

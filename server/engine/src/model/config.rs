@@ -1,6 +1,8 @@
 //! What a decoder-only base model looks like: sizes, norms, rope, biases. The loaders fill it in from GGUF metadata or `config.json`;
 //! the decoder reads it and never asks which file it came from.
 
+use espalier_adapters::config::BaseShape;
+
 use super::error::ModelError;
 
 /// The families whose blocks the decoder can run. They differ in biases and norms only, which [`ModelConfig`] states field by
@@ -157,6 +159,19 @@ impl ModelConfig {
     /// Width of k and of v: `kv_heads * head_dim`.
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
+    }
+
+    /// The sizes that an adapter has to fit.
+    pub fn base_shape(&self) -> BaseShape {
+        BaseShape {
+            layers: self.layers,
+            hidden: self.hidden,
+            intermediate: self.intermediate,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            vocab: self.vocab,
+        }
     }
 
     /// Checks what the decoder relies on.

@@ -3,6 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
+use espalier_adapters::gguf::GgufError;
+use espalier_adapters::text::TextError;
+
 /// A model that cannot be loaded, and why.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -24,6 +27,17 @@ pub enum ModelError {
         spec: String,
         /// What is wrong with it.
         rule: String,
+    },
+    /// A GGUF file breaks a rule of its format.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The tokenizer or the chat template cannot be built.
+    #[error("{file}: {source}")]
+    Text {
+        /// The file that holds the tokenizer or the template.
+        file: String,
+        /// What is wrong in it.
+        source: TextError,
     },
     /// A configuration field is missing, malformed or not supported.
     #[error("{file}: {field} {found}: {rule}")]

@@ -7,6 +7,15 @@ pub mod config;
 pub mod error;
 pub mod weights;
 
+mod hf_config;
+mod load;
+mod load_gguf;
+mod load_hf;
+#[cfg(test)]
+mod load_tests;
+mod safetensors_file;
+mod tiny;
+
 mod attention;
 mod decoder;
 mod mlp;
@@ -22,6 +31,7 @@ use espalier_adapters::ops::Backend;
 pub use config::{Family, ModelConfig, RopeConfig, RopeScaling};
 pub use decoder::{Decoder, Workspace};
 pub use error::ModelError;
+pub use load::{LoadedModel, load};
 pub use train::{Saved, TrainRows};
 pub use weights::{LayerWeights, ModelWeights};
 
