@@ -1,6 +1,14 @@
 //! Rows as token ids with the mask of what is learned: exactly the ids that serving would see.
 //!
-//! This file must not know losses, batches or models; it knows the tokenizer, the chat template and the profile.
+//! Tokenizer, chat template and profile meet the rows in `encode`; what is held out for validation is decided in `split`.
+//! This file must not know losses, batches or models.
+
+mod encode;
+mod split;
+#[cfg(test)]
+mod tests;
+
+pub use encode::{Encoding, build};
 
 use serde::{Deserialize, Serialize};
 

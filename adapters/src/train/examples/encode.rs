@@ -1,0 +1,324 @@
+//! Rows to ids, by the same steps that a request goes through: whatever would differ would be learned and never met.
+//!
+//! This file must not know files or what a loss does with the ids.
+
+use std::collections::BTreeSet;
+
+use super::{Example, Examples};
+use crate::profile::ServingProfile;
+use crate::text::{ChatTemplate, Message, TextError, Tokenizer, encode_chat};
+use crate::train::dataset::{
+    ChatMessage, DataFinding, DataReport, DataRule, Dataset, Kind, Role, Row,
+};
+
+/// Everything that turns a row into ids.
+#[derive(Clone, Copy, Debug)]
+pub struct Encoding<'a> {
+    /// The base's tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// The template that Chat renders with: the base's, or the profile's where the server accepts one.
+    pub template: Option<&'a ChatTemplate>,
+    /// System prompt and prompt template.
+    pub profile: &'a ServingProfile,
+    /// Ids that end a generation.
+    pub stop_ids: &'a [u32],
+    /// Tokens of one example at most.
+    pub max_tokens: usize,
+    /// The classes in the order of the head's rows, when they are given: the job's, or the training part's for the
+    /// validation part. Otherwise the rows' own labels, sorted bytewise.
+    pub labels: Option<&'a [String]>,
+    /// Findings listed in the report.
+    pub max_findings: usize,
+}
+
+/// Ids and what is learned of them, or the rule that the row breaks, its field and the reason.
+type Encoded = Result<Vec<Example>, (DataRule, &'static str, String)>;
+
+/// Encodes every row.
+///
+/// A completion's prompt is encoded as Generate would encode it, and its completion ends with a stop id, so that the model learns to
+/// stop. A chat is encoded as Chat would: each learned answer follows the very ids from which it would be generated. Classes are
+/// encoded as Classify would.
+///
+/// # Errors
+/// The report of every row that cannot be learned whole; none is cut or left out.
+pub fn build(data: &Dataset, encoding: &Encoding) -> Result<Examples, DataReport> {
+    let mut report = DataReport::default();
+    if data.kind == Kind::Chat && encoding.template.is_none() {
+        let reason = "this base has no chat template; use prompt/completion rows".to_owned();
+        let finding = DataFinding {
+            line: 0,
+            field: "messages".to_owned(),
+            rule: DataRule::Template,
+            reason,
+        };
+        report.error(finding, encoding.max_findings);
+        return Err(report);
+    }
+    let labels = (data.kind == Kind::Class).then(|| labels(data, encoding));
+    let (mut items, mut lines) = (Vec::new(), Vec::new());
+    for (row, line) in data.rows.iter().zip(&data.lines) {
+        match encoding.row(row, labels.as_deref()) {
+            Ok(examples) => {
+                lines.extend(examples.iter().map(|_| *line));
+                items.extend(examples);
+            }
+            Err((rule, field, reason)) => {
+                let finding = DataFinding {
+                    line: *line,
+                    field: field.to_owned(),
+                    rule,
+                    reason,
+                };
+                report.error(finding, encoding.max_findings);
+            }
+        }
+    }
+    if report.error_count() > 0 {
+        return Err(report);
+    }
+    Ok(Examples {
+        items,
+        lines,
+        labels,
+    })
+}
+
+fn labels(data: &Dataset, encoding: &Encoding) -> Vec<String> {
+    if let Some(labels) = encoding.labels {
+        return labels.to_vec();
+    }
+    let found: BTreeSet<&String> = data
+        .rows
+        .iter()
+        .filter_map(|row| match row {
+            Row::Class { label, .. } => Some(label),
+            _ => None,
+        })
+        .collect();
+    found.into_iter().cloned().collect()
+}
+
+/// A text that the tokenizer cannot encode, or a chat that the template refuses.
+fn unencodable(field: &'static str) -> impl Fn(TextError) -> (DataRule, &'static str, String) {
+    move |error| (DataRule::Template, field, error.to_string())
+}
+
+impl Encoding<'_> {
+    fn row(&self, row: &Row, labels: Option<&[String]>) -> Encoded {
+        match row {
+            Row::Completion { prompt, completion } => self.completion(prompt, completion),
+            Row::Chat { messages } => self.chat(messages),
+            Row::Class { text, label } => self.class(text, label, labels.unwrap_or_default()),
+        }
+    }
+
+    fn class(&self, text: &str, label: &str, labels: &[String]) -> Encoded {
+        let Some(label) = labels.iter().position(|l| l == label) else {
+            let reason = format!("{label:?} is not among the {} labels", labels.len());
+            return Err((DataRule::UnknownLabel, "label", reason));
+        };
+        let ids = self.tokenizer.encode(text).map_err(unencodable("text"))?;
+        if ids.is_empty() {
+            return Err((DataRule::Empty, "text", "has no tokens".to_owned()));
+        }
+        self.fits("text", ids.len())?;
+        Ok(vec![Example::Class { ids, label }])
+    }
+
+    fn completion(&self, prompt: &str, completion: &str) -> Encoded {
+        let encode = |text: &str| {
+            self.tokenizer
+                .encode(text)
+                .map_err(unencodable("completion"))
+        };
+        let prompt = self.profile.raw_prompt(prompt);
+        let mut ids = encode(&prompt)?;
+        let around = Around::of(self.tokenizer).map_err(unencodable("completion"))?;
+        // Together first: a tokenizer that puts a space in front of every text would put one in front of the completion.
+        let together = encode(&format!("{prompt}{completion}"))?;
+        let read = around.inside(&ids).len();
+        let tail = if around.inside(&together).starts_with(around.inside(&ids)) {
+            around.inside(&together)[read..].to_vec()
+        } else {
+            // Characters from both sides make one token; a request would not see that token either.
+            around.inside(&encode(completion)?).to_vec()
+        };
+        if tail.is_empty() {
+            let reason = "has no tokens: there is nothing to learn".to_owned();
+            return Err((DataRule::NothingToLearn, "completion", reason));
+        }
+        let start = ids.len();
+        ids.extend(tail);
+        self.end(&mut ids);
+        self.fits("completion", ids.len())?;
+        let learn: Vec<bool> = (0..ids.len()).map(|i| i >= start.max(1)).collect();
+        if !learn.contains(&true) {
+            let reason = "is one token without any before it: there is nothing to learn".to_owned();
+            return Err((DataRule::NothingToLearn, "completion", reason));
+        }
+        Ok(vec![Example::Lm { ids, learn }])
+    }
+
+    /// One example for the conversation when every answer stands in it as it was generated; otherwise (a template that renders
+    /// earlier turns in another way once later ones follow) one example for each learned answer.
+    fn chat(&self, messages: &[ChatMessage]) -> Encoded {
+        let first = messages.first().map(|m| m.role.as_str());
+        let system = self
+            .profile
+            .system_for(first)
+            .map(|text| Message::new("system", text));
+        let offset = usize::from(system.is_some());
+        let spoken = messages
+            .iter()
+            .map(|m| Message::new(m.role.as_str(), m.content.as_str()));
+        let spoken: Vec<Message> = system.into_iter().chain(spoken).collect();
+        let mut whole = self.rendered(&spoken, false)?;
+        // Before the turns are rendered, each with all that went before it.
+        self.fits("messages", whole.len())?;
+
+        let learned = messages
+            .iter()
+            .enumerate()
+            .filter(|(_, m)| m.role == Role::Assistant && m.learn);
+        let turns: Vec<Turn> = learned
+            .map(|(i, _)| self.turn(&spoken, i + offset))
+            .collect::<Result<_, _>>()?;
+        if turns.is_empty() {
+            return Err((
+                DataRule::NothingToLearn,
+                "messages",
+                "there is no answer to learn".to_owned(),
+            ));
+        }
+        if turns.iter().all(|turn| whole.starts_with(&turn.ids)) {
+            let mut learn = vec![false; whole.len()];
+            for turn in &turns {
+                learn[turn.start..turn.end].fill(true);
+            }
+            if let Some(last) = turns.last().filter(|t| t.ids.len() == whole.len()) {
+                learn.resize(last.ended.len(), true);
+                whole.clone_from(&last.ended);
+            }
+            self.fits("messages", whole.len())?;
+            return Ok(vec![Example::Lm { ids: whole, learn }]);
+        }
+        turns
+            .into_iter()
+            .map(|turn| {
+                let mut learn = vec![false; turn.ids.len()];
+                learn[turn.start..turn.end].fill(true);
+                learn.resize(turn.ended.len(), true);
+                self.fits("messages", turn.ended.len())?;
+                Ok(Example::Lm {
+                    ids: turn.ended,
+                    learn,
+                })
+            })
+            .collect()
+    }
+
+    /// The answer at `i` behind the ids from which it would be generated.
+    fn turn(&self, spoken: &[Message], i: usize) -> Result<Turn, (DataRule, &'static str, String)> {
+        let before = self.rendered(&spoken[..i], true)?;
+        let ids = self.rendered(&spoken[..=i], false)?;
+        let start = before.len().max(1);
+        if !ids.starts_with(&before) || ids.len() <= start {
+            let reason = format!(
+                "the chat template renders message {i} differently from what it is generated after, so that it cannot be learned as it would be served"
+            );
+            return Err((DataRule::Template, "messages", reason));
+        }
+        // What the template writes behind the stop id is never generated.
+        let stop = ids[start..]
+            .iter()
+            .rposition(|id| self.stop_ids.contains(id));
+        let end = stop.map_or(ids.len(), |at| start + at + 1);
+        let mut ended = ids.clone();
+        if stop.is_none() {
+            self.end(&mut ended);
+        }
+        Ok(Turn {
+            ids,
+            ended,
+            start,
+            end,
+        })
+    }
+
+    fn rendered(
+        &self,
+        messages: &[Message],
+        open: bool,
+    ) -> Result<Vec<u32>, (DataRule, &'static str, String)> {
+        let Some(template) = self.template else {
+            return Err((
+                DataRule::Template,
+                "messages",
+                "this base has no chat template".to_owned(),
+            ));
+        };
+        encode_chat(self.tokenizer, template, messages, open).map_err(unencodable("messages"))
+    }
+
+    /// Puts a stop id at the end unless one is there: the model must learn where to stop.
+    fn end(&self, ids: &mut Vec<u32>) {
+        if ids.last().is_some_and(|id| self.stop_ids.contains(id)) {
+            return;
+        }
+        let eos = self.tokenizer.eos_id();
+        let stops = eos.filter(|id| self.stop_ids.is_empty() || self.stop_ids.contains(id));
+        ids.extend(stops.or(self.stop_ids.first().copied()));
+    }
+
+    fn fits(
+        &self,
+        field: &'static str,
+        tokens: usize,
+    ) -> Result<(), (DataRule, &'static str, String)> {
+        let limit = self.max_tokens;
+        if tokens <= limit {
+            return Ok(());
+        }
+        let reason = format!("the row has {tokens} tokens, limit {limit}; shorten it or split it");
+        Err((DataRule::TooLong, field, reason))
+    }
+}
+
+/// A learned answer.
+struct Turn {
+    /// The conversation up to and with it.
+    ids: Vec<u32>,
+    /// The same with a stop id where the template writes none.
+    ended: Vec<u32>,
+    /// Its first id.
+    start: usize,
+    /// Behind its last learned one in `ids`.
+    end: usize,
+}
+
+/// What the tokenizer puts around every text, such as BOS.
+struct Around {
+    before: usize,
+    behind: usize,
+}
+
+impl Around {
+    fn of(tokenizer: &Tokenizer) -> Result<Self, TextError> {
+        // Between the two stands one text, so the lengths tell.
+        let (plain, around) = (tokenizer.encode_plain("a")?, tokenizer.encode("a")?);
+        let before = around
+            .windows(plain.len().max(1))
+            .position(|w| w == plain)
+            .unwrap_or(0);
+        Ok(Self {
+            before,
+            behind: around.len().saturating_sub(before + plain.len()),
+        })
+    }
+
+    fn inside<'a>(&self, ids: &'a [u32]) -> &'a [u32] {
+        ids.get(self.before..ids.len().saturating_sub(self.behind))
+            .unwrap_or_default()
+    }
+}
