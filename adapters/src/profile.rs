@@ -75,3 +75,43 @@ impl ServingProfile {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn a_prompt_is_put_in_once_and_is_never_a_template_itself() {
+        let mut profile = ServingProfile::default();
+        assert_eq!(profile.raw_prompt("x {prompt}"), "x {prompt}");
+        profile.prompt_template = Some("Q: {prompt}\nA:".to_owned());
+        assert_eq!(profile.raw_prompt("x {prompt}"), "Q: x {prompt}\nA:");
+    }
+
+    #[test]
+    fn a_chat_with_its_own_system_message_keeps_it() {
+        let mut profile = ServingProfile::default();
+        assert_eq!(profile.system_for(Some("user")), None);
+        profile.system_prompt = Some("be brief".to_owned());
+        assert_eq!(profile.system_for(Some("user")), Some("be brief"));
+        assert_eq!(profile.system_for(None), Some("be brief"));
+        assert_eq!(profile.system_for(Some("system")), None);
+    }
+
+    #[test]
+    fn only_what_is_set_is_written_and_a_misspelt_field_is_an_error() {
+        let profile = ServingProfile {
+            temperature: Some(0.0),
+            ..ServingProfile::default()
+        };
+        let text = serde_json::to_string(&profile).unwrap();
+        assert_eq!(text, r#"{"temperature":0.0}"#);
+        assert_eq!(
+            serde_json::from_str::<ServingProfile>(&text).unwrap(),
+            profile
+        );
+        assert!(serde_json::from_str::<ServingProfile>(r#"{"temprature":0.0}"#).is_err());
+    }
+}

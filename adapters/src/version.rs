@@ -130,3 +130,69 @@ impl TryFrom<String> for VersionDigest {
         text.parse()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    fn artifact(labels: Option<&[u8]>) -> AdapterArtifact {
+        AdapterArtifact {
+            config_json: b"{\"r\": 4}".to_vec(),
+            safetensors: b"tensors\x00\xff".to_vec(),
+            labels_json: labels.map(<[u8]>::to_vec),
+        }
+    }
+
+    /// Computed with Python's hashlib and struct from the definition: other tools must find the same digest.
+    #[test]
+    fn the_digest_is_the_one_that_is_defined() {
+        let digest = |labels| artifact(labels).digest().to_string();
+        assert_eq!(
+            digest(Some(b"[\"a\"]")),
+            "77fffa420ad1a5227ef4122652b304c8bbc7ed17a847514b4ff9ed394d0c45d4"
+        );
+        assert_eq!(
+            digest(None),
+            "6a23061a87ed5182f72f552ac0803616a977c6ed5e72f66363933e87604d4eb7"
+        );
+        assert_eq!(
+            digest(Some(b"")),
+            "f0f60892d103e91008a07564f86aed38b09a0b04c53b874aac76b80ac88bef0e"
+        );
+    }
+
+    #[test]
+    fn a_byte_that_moves_between_parts_changes_the_digest() {
+        let whole = artifact(None);
+        let mut moved = whole.clone();
+        let byte = moved.safetensors.remove(0);
+        moved.config_json.push(byte);
+        assert_eq!(moved.bytes(), whole.bytes());
+        assert_ne!(moved.digest(), whole.digest());
+    }
+
+    #[test]
+    fn a_digest_has_one_spelling() {
+        let digest = artifact(None).digest();
+        let text = digest.to_string();
+        assert_eq!(text.parse::<VersionDigest>().unwrap(), digest);
+        let json = serde_json::to_string(&digest).unwrap();
+        assert_eq!(
+            serde_json::from_str::<VersionDigest>(&json).unwrap(),
+            digest
+        );
+        for bad in [
+            "",
+            "ab",
+            &text[1..],
+            &text.to_uppercase(),
+            &format!("{text}0"),
+            &"é".repeat(64),
+        ] {
+            let error = bad.parse::<VersionDigest>().unwrap_err().to_string();
+            assert!(error.contains("64 lower-case"), "{error}");
+        }
+    }
+}
