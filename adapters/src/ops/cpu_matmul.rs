@@ -11,12 +11,15 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::cpu_buffer::{Aligned, spread, with_scratch};
+use super::cpu_buffer::{Aligned, spread, with_scratch, worth_threads};
 use super::cpu_tile::{Isa, Out, PANEL, Tile};
-use super::cpu_transpose::transpose;
+use super::cpu_transpose::{prefetch, transpose};
 
 /// Numbers of `x` that one task keeps in L2 beside a panel.
 const ROWS_IN_CACHE: usize = 96 * 1024;
+
+/// Up to this many rows, the way back is bound by reading the weights.
+const FEW_ROWS: usize = 32;
 
 /// Outputs whose weights are transposed at a time on the way back: 128 bytes each, so a chunk stays in L2.
 const CHUNK: usize = 1536;
@@ -81,13 +84,27 @@ impl Panels {
     pub(super) fn gather(&self, ids: &[u32], out: &mut [f32]) {
         assert_eq!(out.len(), ids.len() * self.inputs, "one row for each id");
         let panels = self.panels.as_slice();
-        for (id, out) in ids.iter().zip(out.chunks_exact_mut(self.inputs)) {
+        if self.inputs == 0 {
+            return;
+        }
+        let row = |(id, out): (&u32, &mut [f32])| {
             let id = *id as usize;
             assert!(id < self.outputs, "row {id} of {}", self.outputs);
             let lane = &panels[id / PANEL * PANEL * self.inputs + id % PANEL..];
             for (out, x) in out.iter_mut().zip(lane.iter().step_by(PANEL)) {
                 *out = *x;
             }
+        };
+        // Each number of a row lies in a cache line of its own.
+        if worth_threads(16 * out.len()) {
+            ids.par_iter()
+                .zip(out.par_chunks_exact_mut(self.inputs))
+                .with_min_len(4)
+                .for_each(row);
+        } else {
+            ids.iter()
+                .zip(out.chunks_exact_mut(self.inputs))
+                .for_each(row);
         }
     }
 
@@ -155,40 +172,66 @@ impl Panels {
         if rows == 0 || outputs.is_empty() {
             return;
         }
+        // With few rows the weights' bytes are the cost: they are walked panel by panel, as they lie in memory. With many rows arithmetic is: a chunk of
+        // outputs is turned once and meets all rows. The chains are the same.
+        let few = rows <= FEW_ROWS;
+        let (blocks, chunk) = if few {
+            (self.inputs.div_ceil(PANEL).div_ceil(8), PANEL)
+        } else {
+            (1, CHUNK)
+        };
         let out = Out(dx.as_mut_ptr());
         spread(
-            self.inputs.div_ceil(PANEL),
+            self.inputs.div_ceil(PANEL * blocks),
             rows * self.inputs * outputs.len(),
             |task| {
-                let first = task * PANEL;
-                let cols = PANEL.min(self.inputs - first);
+                let own = task * blocks * PANEL..self.inputs.min((task + 1) * blocks * PANEL);
                 with_scratch(|scratch| {
-                    let turned = scratch.0[0].first(CHUNK.min(outputs.len()) * PANEL);
-                    for start in outputs.clone().step_by(CHUNK) {
-                        let end = outputs.end.min(start + CHUNK);
-                        self.turn(isa, start..end, first..first + cols, turned);
-                        // SAFETY: columns `first..first + cols` of `dx` belong to this task alone; `dy` has as many rows, `check` proved both; `turned`
-                        // holds (end - start) * 32 numbers.
-                        unsafe {
-                            Tile {
-                                x: dy.as_ptr().add(start),
-                                x_row: self.outputs,
-                                x_k: 1,
-                                w: turned.as_ptr(),
-                                w_k: PANEL,
-                                k: end - start,
-                                y: out.at(first),
-                                y_row: self.inputs,
-                                rows,
-                                cols,
-                                accumulate: true,
-                            }
-                            .run(isa);
+                    let turned = scratch.0[0].first(chunk.min(outputs.len()) * PANEL);
+                    for start in outputs.clone().step_by(chunk) {
+                        let part = start..outputs.end.min(start + chunk);
+                        for first in own.clone().step_by(PANEL) {
+                            let inputs = first..self.inputs.min(first + PANEL);
+                            self.turn(isa, part.clone(), inputs.clone(), turned);
+                            // SAFETY: columns `inputs` of `dx` belong to this task alone, and `turned` holds the part of the weights that leads there.
+                            unsafe { self.back_tile(isa, dy, part.clone(), inputs, turned, out) }
                         }
                     }
                 });
             },
         );
+    }
+
+    /// `dx[:, inputs] += dy[:, outputs] turned`.
+    ///
+    /// # Safety
+    /// No other thread touches columns `inputs` of `dx`; `turned` is `[outputs, 32]`; `dy` and `dx` were checked to be whole rows.
+    unsafe fn back_tile(
+        &self,
+        isa: Isa,
+        dy: &[f32],
+        outputs: Range<usize>,
+        inputs: Range<usize>,
+        turned: &[f32],
+        dx: Out,
+    ) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            Tile {
+                x: dy.as_ptr().add(outputs.start),
+                x_row: self.outputs,
+                x_k: 1,
+                w: turned.as_ptr(),
+                w_k: PANEL,
+                k: outputs.len(),
+                y: dx.at(inputs.start),
+                y_row: self.inputs,
+                rows: dy.len() / self.outputs,
+                cols: inputs.len(),
+                accumulate: true,
+            }
+            .run(isa);
+        }
     }
 
     /// `turned[o][i] = W[outputs.start + o][inputs.start + i]`, rows of 32.
@@ -198,6 +241,9 @@ impl Panels {
             let block = &panels[start * self.inputs + inputs.start * PANEL..];
             let count = PANEL.min(outputs.end - start);
             let into = &mut turned[(start - outputs.start) * PANEL..][..count * PANEL];
+            if start + PANEL < outputs.end {
+                prefetch(&panels[(start + PANEL) * self.inputs + inputs.start * PANEL..]);
+            }
             assert!(block.len() >= inputs.len() * PANEL && inputs.len() <= PANEL);
             // SAFETY: `block` is [inputs, 32] of one panel, `into` is [count, 32]; both lengths were just checked.
             unsafe {

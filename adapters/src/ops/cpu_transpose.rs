@@ -6,6 +6,20 @@
 
 use super::cpu_tile::Isa;
 
+/// Asks for the first 4 KiB of `ahead`, one block of a panel: the hardware does not look across the page to the next panel.
+pub(super) fn prefetch(ahead: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in ahead.chunks(16).take(64) {
+        // SAFETY: a prefetch reads nothing, and SSE is part of x86-64.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = ahead;
+}
+
 /// `to[j * to_row + i] = from[i * from_row + j]` for `i < rows`, `j < cols`.
 ///
 /// # Safety

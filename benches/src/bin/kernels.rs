@@ -51,12 +51,18 @@ fn peak_flops() -> f64 {
 fn read_bandwidth(memory: &[f32]) -> f64 {
     let seconds = fastest(|| {
         let parts: f32 = memory
-            .par_chunks(1 << 18)
+            .par_chunks(1 << 20)
             .map(|part| {
-                let mut sums = [0.0_f32; 64];
-                for line in part.chunks_exact(64) {
-                    for (sum, x) in sums.iter_mut().zip(line) {
-                        *sum += x;
+                // Four streams a thread, so that the hardware's prefetchers are not the limit.
+                let (left, right) = part.split_at(part.len() / 2);
+                let (a, b) = left.split_at(left.len() / 2);
+                let (c, d) = right.split_at(right.len() / 2);
+                let mut sums = [0.0_f32; 16];
+                let lines = a.chunks_exact(16).zip(b.chunks_exact(16));
+                let lines = lines.zip(c.chunks_exact(16).zip(d.chunks_exact(16)));
+                for ((a, b), (c, d)) in lines {
+                    for i in 0..16 {
+                        sums[i] += (a[i] + b[i]) + (c[i] + d[i]);
                     }
                 }
                 sums.iter().sum::<f32>()
@@ -82,11 +88,7 @@ impl Ceilings {
     fn line(&self, what: &str, flops: f64, bytes: f64, seconds: f64, rival: Option<f64>) {
         let bound = (flops / self.flops).max(bytes / self.bytes);
         let rival = rival.map_or(String::new(), |rival| {
-            format!(
-                "  candle {:9.3} ms, {:5.2} x",
-                rival * 1e3,
-                rival / seconds
-            )
+            format!("  candle {:9.3} ms, {:5.2} x", rival * 1e3, rival / seconds)
         });
         println!(
             "{what:44} {:9.3} ms {:7.1} GFLOP/s {:6.1} GB/s  {:4.0} % of the ceiling{rival}",
@@ -141,11 +143,18 @@ fn matmul(cpu: &Cpu, ceilings: &Ceilings, outputs: usize, inputs: usize, rows: &
 fn thin(cpu: &Cpu, ceilings: &Ceilings, rows: usize) {
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let (rank, width) = (16, 1536);
-    let copies = if rows < 16 { COLD_BYTES / (4 * rank * width) } else { 1 };
+    let copies = if rows < 16 {
+        COLD_BYTES / (4 * rank * width)
+    } else {
+        1
+    };
     let factors: Vec<_> = (0..copies)
         .map(|_| random(&mut rng, rank * width))
         .collect();
-    let (x, mut h) = (random(&mut rng, rows * width), random(&mut rng, rows * rank));
+    let (x, mut h) = (
+        random(&mut rng, rows * width),
+        random(&mut rng, rows * rank),
+    );
     let (mut y, mut dw) = (vec![0.0; rows * width], vec![0.0; rank * width]);
     let flops = 2.0 * (rows * rank * width) as f64;
     let moved = (4 * (rank * width + rows * width)) as f64;
@@ -172,7 +181,11 @@ fn attention(cpu: &Cpu, ceilings: &Ceilings, length: usize, decode: bool) {
         window: None,
     };
     let sequences = 8;
-    let rows = if decode { sequences } else { sequences * length };
+    let rows = if decode {
+        sequences
+    } else {
+        sequences * length
+    };
     let per_sequence = rows / sequences;
     let q = random(&mut rng, rows * shape.q_width());
     let k = random(&mut rng, sequences * length * shape.kv_width());
@@ -185,7 +198,11 @@ fn attention(cpu: &Cpu, ceilings: &Ceilings, length: usize, decode: bool) {
         })
         .collect();
     let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; rows * shape.heads]);
-    let pairs = if decode { length } else { length * (length + 1) / 2 } * sequences;
+    let pairs = if decode {
+        length
+    } else {
+        length * (length + 1) / 2
+    } * sequences;
     let flops = 4.0 * (pairs * shape.q_width()) as f64;
     let moved = 4.0 * (2 * k.len() + 2 * q.len()) as f64;
     let seconds = fastest(|| {
@@ -213,7 +230,13 @@ fn attention(cpu: &Cpu, ceilings: &Ceilings, length: usize, decode: bool) {
         };
         cpu.attention_backward(shape, saved, &spans, &dout, grads);
     });
-    ceilings.line(&format!("{name} backward"), 2.5 * flops, moved, seconds, None);
+    ceilings.line(
+        &format!("{name} backward"),
+        2.5 * flops,
+        moved,
+        seconds,
+        None,
+    );
 }
 
 fn rows(cpu: &Cpu, ceilings: &Ceilings, rows: usize) {
@@ -225,11 +248,29 @@ fn rows(cpu: &Cpu, ceilings: &Ceilings, rows: usize) {
     let narrow = rows * hidden;
     let norm = fastest(|| cpu.rms_norm(&x[..narrow], &weight, 1e-5, &mut y[..narrow]));
     let bytes = |n: usize| (4 * n) as f64;
-    ceilings.line(&format!("rms_norm {hidden} x {rows}"), 0.0, bytes(2 * narrow), norm, None);
+    ceilings.line(
+        &format!("rms_norm {hidden} x {rows}"),
+        0.0,
+        bytes(2 * narrow),
+        norm,
+        None,
+    );
     let swiglu = fastest(|| cpu.swiglu(&x, &up, &mut y));
-    ceilings.line(&format!("swiglu {inner} x {rows}"), 0.0, bytes(3 * x.len()), swiglu, None);
+    ceilings.line(
+        &format!("swiglu {inner} x {rows}"),
+        0.0,
+        bytes(3 * x.len()),
+        swiglu,
+        None,
+    );
     let back = fastest(|| cpu.swiglu_backward(&mut y, &mut up, &x));
-    ceilings.line(&format!("swiglu_backward {inner} x {rows}"), 0.0, bytes(5 * x.len()), back, None);
+    ceilings.line(
+        &format!("swiglu_backward {inner} x {rows}"),
+        0.0,
+        bytes(5 * x.len()),
+        back,
+        None,
+    );
     let vocab = 49152;
     let labels: Vec<u32> = (0..rows.min(64) as u32).collect();
     let mut logits = random(&mut rng, labels.len() * vocab);
@@ -254,11 +295,21 @@ fn report(quick: bool) {
         ceilings.flops * 1e-9,
         ceilings.bytes * 1e-9
     );
-    let all: &[usize] = if quick { &[1, 8, 128] } else { &[1, 8, 16, 32, 128, 512, 1024] };
+    let all: &[usize] = if quick {
+        &[1, 8, 128]
+    } else {
+        &[1, 8, 16, 32, 128, 512, 1024]
+    };
     for (outputs, inputs) in [(576, 576), (192, 576), (1536, 576), (576, 1536)] {
         matmul(&cpu, &ceilings, outputs, inputs, all);
     }
-    matmul(&cpu, &ceilings, 49152, 576, if quick { &[1, 8] } else { &[1, 8, 16, 32, 128] });
+    matmul(
+        &cpu,
+        &ceilings,
+        49152,
+        576,
+        if quick { &[1, 8] } else { &[1, 8, 16, 32, 128] },
+    );
     for rows in [1, 8, 128, 1024] {
         thin(&cpu, &ceilings, rows);
     }
