@@ -2,7 +2,12 @@
 
 use std::time::Duration;
 
+use espalier_adapters::peft::Limits;
+
 use crate::error::EngineError;
+
+/// Events that a request needs room for, whatever it is: see `sequence`.
+const LEAST_EVENT_BUFFER: usize = 8;
 
 /// Tokens in one KV block.
 pub const BLOCK_SIZE: usize = 16;
@@ -31,6 +36,8 @@ pub struct EngineConfig {
     pub adapter_bytes: usize,
     /// Distinct adapters that may be loading or waiting for the loader.
     pub max_adapter_loads: usize,
+    /// Bounds of an adapter's files.
+    pub adapter_limits: Limits,
     /// Whether a new adapter runs a few tokens before it serves.
     pub adapter_self_check: bool,
     /// Limits of one request.
@@ -76,7 +83,7 @@ impl Default for EngineConfig {
         EngineConfig {
             max_num_seqs: 64,
             max_num_batched_tokens: 512,
-            prefill_chunk_tokens: 256,
+            prefill_chunk_tokens: 128,
             kv_blocks: 2048,
             max_sequence_tokens: 8192,
             max_queue: 256,
@@ -84,6 +91,7 @@ impl Default for EngineConfig {
             slow_reader_limit: Duration::from_secs(30),
             adapter_bytes: 1 << 30,
             max_adapter_loads: 256,
+            adapter_limits: Limits::default(),
             adapter_self_check: true,
             limits: RequestLimits::default(),
             training_quantum: Duration::from_millis(10),
@@ -121,7 +129,13 @@ impl EngineConfig {
         positive("kv_blocks", self.kv_blocks)?;
         positive("max_sequence_tokens", self.max_sequence_tokens)?;
         positive("max_queue", self.max_queue)?;
-        positive("event_buffer", self.event_buffer)?;
+        if self.event_buffer < LEAST_EVENT_BUFFER {
+            let reason = format!(
+                "{} is below the least, {LEAST_EVENT_BUFFER}",
+                self.event_buffer
+            );
+            return Err(invalid("event_buffer", reason));
+        }
         positive("max_adapter_loads", self.max_adapter_loads)?;
         positive("max_training_jobs", self.max_training_jobs)?;
         if self.max_num_batched_tokens < self.max_num_seqs {

@@ -153,10 +153,16 @@ pub enum EngineError {
         /// The configured bound.
         limit: usize,
     },
-    /// A training job could not be started from its plan or checkpoint (reason `INVALID_FIELD`).
-    #[error("the training job cannot start: {detail}")]
-    TrainingRefused {
+    /// The trainer refused its plan or checkpoint, or its numbers ran away (reason `TRAINING_FAILED`).
+    #[error("training failed: {detail}")]
+    TrainingFailed {
         /// The trainer's reason.
+        detail: String,
+    },
+    /// The engine cannot start on this model (no wire reason: the server does not start).
+    #[error("the engine cannot start: {detail}")]
+    CannotStart {
+        /// What the model or the system refused.
         detail: String,
     },
     /// The engine thread is gone (reason `BACKEND_FAILED`).

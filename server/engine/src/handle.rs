@@ -2,7 +2,6 @@
 //! waiting. The engine thread is reached by [`EngineCommand`] only.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::adapter_loader::AdapterSource;
 use crate::adapter_pool::AdapterResidency;
-use crate::command::{EngineCommand, Submission};
+use crate::command::{CommandSender, EngineCommand, SendRefused, Submission};
 use crate::config::EngineConfig;
 use crate::error::EngineError;
 use crate::metrics::EngineStats;
@@ -21,7 +20,7 @@ use crate::request::{Event, Request};
 use crate::train::{TrainingJob, TrainingStart, TrainingSubmission};
 
 /// When a caller that was shed may try again. A step lasts tens of milliseconds and frees several places.
-const RETRY_AFTER: Duration = Duration::from_millis(500);
+pub(crate) const RETRY_AFTER: Duration = Duration::from_millis(500);
 
 /// The way to one engine. Cheap to clone; the engine ends when the last clone is gone or after [`EngineHandle::drain`].
 #[derive(Clone)]
@@ -52,7 +51,7 @@ pub struct ModelInfo {
 pub(crate) struct Shared {
     pub(crate) config: EngineConfig,
     pub(crate) model: ModelInfo,
-    pub(crate) commands: SyncSender<EngineCommand>,
+    pub(crate) commands: CommandSender,
     pub(crate) gauges: Arc<Gauges>,
 }
 
@@ -94,12 +93,18 @@ impl Gauges {
 
     /// Takes a place if one is free.
     fn ticket(self: &Arc<Self>, limit: usize) -> Result<Ticket, EngineError> {
-        let taken = self.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |queued| {
-            (queued < limit).then_some(queued + 1)
-        });
+        let taken = self
+            .queued
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |queued| {
+                (queued < limit).then_some(queued + 1)
+            });
         match taken {
             Ok(_) => Ok(Ticket(Arc::clone(self))),
-            Err(waiting) => Err(EngineError::Overloaded { waiting, limit, retry_after: RETRY_AFTER }),
+            Err(waiting) => Err(EngineError::Overloaded {
+                waiting,
+                limit,
+                retry_after: RETRY_AFTER,
+            }),
         }
     }
 }
@@ -116,7 +121,9 @@ impl EngineHandle {
         model: LoadedModel,
         source: Arc<dyn AdapterSource>,
     ) -> Result<EngineHandle, EngineError> {
-        crate::engine::start(config, model, source).map(|shared| EngineHandle { shared: Arc::new(shared) })
+        crate::engine::start(config, model, source).map(|shared| EngineHandle {
+            shared: Arc::new(shared),
+        })
     }
 
     /// The base model.
@@ -138,7 +145,12 @@ impl EngineHandle {
         request.validate(&self.shared.config, &self.shared.model)?;
         let ticket = self.shared.gauges.ticket(self.shared.config.max_queue)?;
         let (events, receiver) = mpsc::channel(self.shared.config.event_buffer);
-        self.send(EngineCommand::Submit(Box::new(Submission { request, events, ticket })))?;
+        self.send(EngineCommand::Submit(Box::new(Submission {
+            request,
+            events,
+            ticket,
+            submitted: Instant::now(),
+        })))?;
         Ok(receiver)
     }
 
@@ -186,7 +198,12 @@ impl EngineHandle {
 
     /// The engine after its last step. Never waits for the engine.
     pub fn stats(&self) -> EngineStats {
-        let guard = self.shared.gauges.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        let guard = self
+            .shared
+            .gauges
+            .stats
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let (seen, stats) = &*guard;
         let heartbeat_ms = u64::try_from(seen.elapsed().as_millis()).unwrap_or(u64::MAX);
         EngineStats {
@@ -205,7 +222,10 @@ impl EngineHandle {
     pub async fn drain(&self, grace: Duration) -> Result<(), EngineError> {
         self.shared.gauges.draining.store(true, Ordering::SeqCst);
         let (reply, answer) = oneshot::channel();
-        self.send(EngineCommand::Drain { deadline: Instant::now() + grace, reply })?;
+        self.send(EngineCommand::Drain {
+            deadline: Instant::now() + grace,
+            reply,
+        })?;
         answer.await.map_err(|_| EngineError::Stopped)
     }
 
@@ -224,29 +244,46 @@ impl EngineHandle {
     }
 
     fn refuse_if_draining(&self) -> Result<(), EngineError> {
-        if self.is_draining() { Err(EngineError::Draining) } else { Ok(()) }
+        if self.is_draining() {
+            Err(EngineError::Draining)
+        } else {
+            Ok(())
+        }
     }
 
     /// The command channel has a place for every request of the queue and some for control, so it is full only when
     /// control messages come in a flood.
     fn send(&self, command: EngineCommand) -> Result<(), EngineError> {
-        self.shared.gauges.pending.fetch_add(1, Ordering::SeqCst);
-        self.shared.commands.try_send(command).map_err(|error| {
-            self.shared.gauges.pending.fetch_sub(1, Ordering::SeqCst);
-            match error {
-                TrySendError::Full(_) => EngineError::Overloaded {
+        self.shared
+            .commands
+            .send(command)
+            .map_err(|refused| match refused {
+                SendRefused::Full => EngineError::Overloaded {
                     waiting: self.shared.gauges.queued.load(Ordering::Relaxed),
                     limit: self.shared.config.max_queue,
                     retry_after: RETRY_AFTER,
                 },
-                TrySendError::Disconnected(_) => EngineError::Stopped,
-            }
-        })
+                SendRefused::Stopped => EngineError::Stopped,
+            })
+    }
+}
+
+/// The last handle is gone: nobody can ask for anything any more.
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.gauges.draining.store(true, Ordering::SeqCst);
+        let (reply, _) = oneshot::channel();
+        let _ = self.commands.send(EngineCommand::Drain {
+            deadline: Instant::now(),
+            reply,
+        });
     }
 }
 
 impl std::fmt::Debug for EngineHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("EngineHandle").field("model", &self.shared.model.name).finish_non_exhaustive()
+        f.debug_struct("EngineHandle")
+            .field("model", &self.shared.model.name)
+            .finish_non_exhaustive()
     }
 }

@@ -1,24 +1,45 @@
 //! The machine: one thread owns model, KV cache, adapters and training, and everybody else talks to it.
 //!
+//! ```text
+//! EngineHandle ==commands==> engine: loop { drain commands; schedule; run; postprocess; lend to training }
+//!                              |        adapter_pool <== adapter_loader (threads of its own)
+//!                              |        scheduler + block_manager (pure)  model_runner -> model   sampler, detokenizer
+//!   events <===================+        train/worker <-> train/trainer (threads of their own, one baton)
+//! ```
+//!
 //! Knows no proto, no transport, no layout of files, no names and no authorization: a tenant is a string to be fair to,
 //! an adapter version is its digest.
 
-pub mod adapter_loader;
-pub mod adapter_pool;
 pub mod config;
 pub mod error;
-pub mod metrics;
-pub mod kv_cache;
+pub mod handle;
 pub mod request;
 
-pub mod model;
+mod command;
+mod engine;
+mod sequence;
+mod validate;
 
 mod block_manager;
-mod detokenizer;
-mod sampler;
 mod scheduler;
 
-/// Training; `train/mod.rs` takes this place when the engine thread is there.
-pub mod train {
-    pub mod trainer;
-}
+pub mod adapter_loader;
+pub mod adapter_pool;
+
+pub mod kv_cache;
+pub mod model;
+mod model_runner;
+
+mod classify;
+mod detokenizer;
+mod sampler;
+
+pub mod train;
+
+pub mod metrics;
+
+pub use adapter_loader::{AdapterSource, SourceError};
+pub use config::EngineConfig;
+pub use error::EngineError;
+pub use handle::{EngineHandle, ModelInfo};
+pub use request::{Event, Request, RequestKind};

@@ -295,3 +295,21 @@ impl Default for SamplingParams {
         }
     }
 }
+
+// === impl RequestKind ===
+
+impl RequestKind {
+    /// Tokens that the request brings. A prompt that several sequences share counts once.
+    pub fn input_tokens(&self) -> usize {
+        let sum = |inputs: &[Vec<u32>]| inputs.iter().map(Vec::len).sum();
+        match self {
+            RequestKind::Generate(generate) => generate.prompt.len(),
+            RequestKind::Classify { inputs } | RequestKind::Embed { inputs, .. } => sum(inputs),
+            RequestKind::LabelLikelihood { prompts, .. } => sum(prompts),
+            RequestKind::Score {
+                prompt,
+                continuations,
+            } => prompt.len() + sum(continuations),
+        }
+    }
+}

@@ -369,7 +369,7 @@ mod tests {
         assert_eq!(tokens(5, 0)[..4], PINNED);
     }
 
-    const PINNED: [u32; 4] = [0, 0, 0, 0];
+    const PINNED: [u32; 4] = [132, 2, 161, 274];
 
     #[test]
     fn penalties_bias_and_bans_count() {

@@ -72,8 +72,6 @@ pub(crate) struct SchedulerLimits {
 enum Status {
     Waiting,
     Running,
-    /// Running, but its reader does not keep up.
-    Paused,
     /// Finished; its blocks stay until those that share its prefix have begun.
     Retained,
 }
@@ -81,6 +79,8 @@ enum Status {
 struct Entry {
     key: Arc<CacheKey>,
     status: Status,
+    /// Its reader does not keep up: no rows, and no admission.
+    paused: bool,
     tokens: usize,
     computed: usize,
     table: BlockTable,
@@ -169,6 +169,7 @@ impl Scheduler {
         let entry = Entry {
             key: new.key,
             status: Status::Waiting,
+            paused: false,
             tokens: new.tokens,
             computed: 0,
             table,
@@ -181,8 +182,7 @@ impl Scheduler {
     /// Plans the next step. An empty plan means that nothing can run.
     pub(crate) fn schedule(&mut self) -> Plan {
         let mut plan = Plan::default();
-        let decodes =
-            self.count_running(|entry| entry.status == Status::Running && entry.decodes());
+        let decodes = self.count_running(|entry| !entry.paused && entry.decodes());
         let mut prefill_left = self.limits.max_num_batched_tokens.saturating_sub(decodes);
         if decodes > 0 {
             prefill_left = prefill_left.min(self.limits.prefill_chunk_tokens);
@@ -215,14 +215,10 @@ impl Scheduler {
         }
     }
 
-    /// A paused sequence keeps its blocks and gets no rows.
+    /// A paused sequence keeps its blocks (while there are enough), gets no rows and is not admitted.
     pub(crate) fn set_paused(&mut self, id: SequenceId, paused: bool) {
         if let Some(entry) = self.entries.get_mut(&id) {
-            entry.status = match entry.status {
-                Status::Running if paused => Status::Paused,
-                Status::Paused if !paused => Status::Running,
-                other => other,
-            };
+            entry.paused = paused;
         }
     }
 
@@ -242,7 +238,7 @@ impl Scheduler {
                     queue.waiting.retain(|&waiting| waiting != id);
                 }
             }
-            Status::Running | Status::Paused => self.running.retain(|&running| running != id),
+            Status::Running => self.running.retain(|&running| running != id),
             Status::Retained => return,
         }
         if let Some(prefix) = unused_prefix {
@@ -266,19 +262,13 @@ impl Scheduler {
             .map_or(&[], |entry| entry.table.blocks())
     }
 
-    pub(crate) fn is_running(&self, id: SequenceId) -> bool {
-        self.entries
-            .get(&id)
-            .is_some_and(|entry| matches!(entry.status, Status::Running | Status::Paused))
+    /// Whether a step may have rows. Not certain: what waits may wait for blocks of paused sequences.
+    pub(crate) fn has_work(&self) -> bool {
+        self.waiting > 0 || self.count_running(|entry| !entry.paused && entry.remaining() > 0) > 0
     }
 
     pub(crate) fn running(&self) -> usize {
         self.running.len()
-    }
-
-    /// Sequences that have computed their prompt and wait for their next output token.
-    pub(crate) fn decoding(&self) -> usize {
-        self.count_running(|entry| entry.status == Status::Running && entry.decodes())
     }
 
     pub(crate) fn waiting(&self) -> usize {
@@ -318,7 +308,7 @@ impl Scheduler {
             let Some(entry) = self.entries.get(&id) else {
                 break;
             };
-            if entry.status == Status::Paused || entry.remaining() == 0 {
+            if entry.paused || entry.remaining() == 0 {
                 index += 1;
                 continue;
             }
@@ -371,11 +361,7 @@ impl Scheduler {
 
     /// Who gives up blocks first: a paused sequence, else the one admitted last.
     fn victim(&self) -> Option<SequenceId> {
-        let paused = |id: &&SequenceId| {
-            self.entries
-                .get(id)
-                .is_some_and(|entry| entry.status == Status::Paused)
-        };
+        let paused = |id: &&SequenceId| self.entries.get(id).is_some_and(|entry| entry.paused);
         self.running
             .iter()
             .rev()
@@ -431,10 +417,14 @@ impl Scheduler {
             .map(|(_, id)| id)
     }
 
-    /// Not ready: the prefix is being computed by another sequence.
+    /// Not ready: its reader does not keep up, or the prefix is being computed by another sequence.
     fn is_ready(&self, id: SequenceId) -> bool {
-        let prefix = self.entries.get(&id).and_then(|entry| entry.prefix);
-        let Some(prefix) = prefix else { return true };
+        let Some(entry) = self.entries.get(&id).filter(|entry| !entry.paused) else {
+            return false;
+        };
+        let Some(prefix) = entry.prefix else {
+            return true;
+        };
         self.entries
             .get(&prefix.of)
             .is_none_or(|of| of.computed >= prefix.tokens)

@@ -117,7 +117,9 @@ impl From<EngineError> for Refusal {
                     .with("active", active)
                     .with("limit", limit)
             }
-            EngineError::TrainingRefused { .. } => Refusal::invalid_field("training_job", text),
+            EngineError::TrainingFailed { .. } => {
+                Refusal::new(Code::FailedPrecondition, "TRAINING_FAILED", text)
+            },
             EngineError::Stopped => Refusal::unavailable(
                 "BACKEND_FAILED",
                 "the engine has stopped; another replica answers",

@@ -224,10 +224,8 @@ fn postprocess(plan: &Plan, scheduler: &mut Scheduler, live: &mut Vec<Live>) {
             && !sequence.has_paused
         {
             sequence.has_paused = true;
-            if scheduler.is_running(sequence.id) {
-                sequence.paused_for = steps;
-                scheduler.set_paused(sequence.id, true);
-            }
+            sequence.paused_for = steps;
+            scheduler.set_paused(sequence.id, true);
         }
     }
     live.retain(|sequence| {

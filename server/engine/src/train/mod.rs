@@ -13,6 +13,7 @@ use crate::error::EngineError;
 use crate::handle::{EngineHandle, Gauges};
 
 pub mod trainer;
+pub(crate) mod worker;
 
 pub use trainer::{Finished, TrainEvent, TrainPlan};
 
@@ -141,12 +142,25 @@ impl TrainingStart {
         let (gauges, limit) = (engine.gauges(), engine.config().max_training_jobs);
         gauges
             .training_jobs
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |jobs| (jobs < limit).then_some(jobs + 1))
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |jobs| {
+                (jobs < limit).then_some(jobs + 1)
+            })
             .map_err(|active| EngineError::TrainingCapacity { active, limit })?;
         let ticket = JobTicket(Arc::clone(gauges));
         let (sender, events) = mpsc::channel(EVENT_BUFFER);
         let flags = Arc::new(JobFlags::default());
-        let control = TrainingControl { flags: Arc::clone(&flags), engine: engine.clone() };
-        Ok((TrainingStart { submission, events: sender, flags, ticket }, TrainingJob { events, control }))
+        let control = TrainingControl {
+            flags: Arc::clone(&flags),
+            engine: engine.clone(),
+        };
+        Ok((
+            TrainingStart {
+                submission,
+                events: sender,
+                flags,
+                ticket,
+            },
+            TrainingJob { events, control },
+        ))
     }
 }

@@ -1,0 +1,300 @@
+//! From a submitted request to sequences in the scheduler, by way of the adapter that it needs.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::Engine;
+use crate::adapter_pool::Lookup;
+use crate::block_manager::CacheKey;
+use crate::command::Submission;
+use crate::detokenizer::StopFilter;
+use crate::error::EngineError;
+use crate::metrics;
+use crate::request::{Generate, RequestKind, Usage};
+use crate::sampler::Sampler;
+use crate::scheduler::{NewSequence, Prefix, SequenceId};
+use crate::sequence::{
+    ActiveRequest, Continuation, Generation, RequestKey, Sequence, StopRules, Task,
+};
+
+/// A sequence on its way to the scheduler.
+struct Planned {
+    tokens: Vec<u32>,
+    task: Task,
+    /// Its first so many tokens are those of the group's first sequence.
+    shared: usize,
+    /// Sequences of one group have a prompt in common.
+    group: usize,
+}
+
+impl Engine {
+    /// Takes a request into the book. It runs when its adapter is there.
+    pub(super) fn accept(&mut self, submission: Submission) {
+        let Submission {
+            request,
+            events,
+            ticket,
+            submitted,
+        } = submission;
+        let key = RequestKey(self.next_request);
+        self.next_request += 1;
+        let version = request.target.first().map(|target| target.digest);
+        let seed = match &request.kind {
+            RequestKind::Generate(generate) => {
+                generate.sampling.seed.unwrap_or_else(rand::random::<u64>)
+            }
+            _ => 0,
+        };
+        let active = ActiveRequest {
+            id: request.id,
+            tenant: request.tenant,
+            version,
+            events,
+            deadline: request.deadline,
+            received: request.received,
+            submitted,
+            ticket: Some(ticket),
+            lease: None,
+            seed,
+            adapter_load: std::time::Duration::ZERO,
+            started: None,
+            queue: std::time::Duration::ZERO,
+            first_output: None,
+            last_output: None,
+            usage: Usage {
+                input_tokens: request.kind.input_tokens(),
+                ..Usage::default()
+            },
+            open: Vec::new(),
+            blocked_since: None,
+            likelihoods: Vec::new(),
+            labels: Arc::from([]),
+        };
+        metrics::admission("admitted");
+        self.requests.insert(key, active);
+        match version {
+            Some(digest) if request.require_resident && !self.pool.is_resident(&digest) => {
+                self.fail(key, EngineError::AdapterNotResident { digest });
+            }
+            Some(_) => self.parked.push((key, request.kind)),
+            None => self.begin(key, request.kind),
+        }
+    }
+
+    /// Requests whose adapter has come begin; those whose adapter cannot be had fail.
+    pub(super) fn unpark(&mut self, now: Instant) {
+        for (key, kind) in std::mem::take(&mut self.parked) {
+            let Some(request) = self.requests.get_mut(&key) else {
+                continue;
+            };
+            let Some(digest) = request.version else {
+                continue;
+            };
+            match self.pool.lease(digest, request.submitted, now) {
+                Lookup::Wait => {
+                    // The first look is the one that starts the load, or finds it started.
+                    request.usage.adapter_loads = 1;
+                    self.parked.push((key, kind));
+                }
+                Lookup::Ready(lease) => {
+                    let waited = request.usage.adapter_loads > 0;
+                    metrics::adapter_lookup(waited);
+                    if waited {
+                        request.adapter_load = now - request.submitted;
+                    }
+                    request.labels = Arc::clone(&lease.labels);
+                    request.lease = Some(lease);
+                    self.begin(key, kind);
+                }
+                Lookup::Failed(error) => self.fail(key, error),
+            }
+        }
+    }
+
+    /// Makes the sequences of a request and hands them to the scheduler.
+    fn begin(&mut self, key: RequestKey, kind: RequestKind) {
+        let planned = match self.plan_sequences(key, kind) {
+            Ok(planned) => planned,
+            Err(error) => return self.fail(key, error),
+        };
+        let Some(request) = self.requests.get_mut(&key) else {
+            return;
+        };
+        let cache_key = Arc::new(CacheKey {
+            tenant: Arc::clone(&request.tenant),
+            version: request.version,
+        });
+        let mut first_of_group: Option<(usize, SequenceId)> = None;
+        for Planned {
+            tokens,
+            task,
+            shared,
+            group,
+        } in planned
+        {
+            let id = SequenceId(self.next_sequence);
+            self.next_sequence += 1;
+            let first = first_of_group.filter(|(of, _)| *of == group);
+            if first.is_none() {
+                first_of_group = Some((group, id));
+            }
+            self.scheduler.add(NewSequence {
+                id,
+                key: Arc::clone(&cache_key),
+                tokens: tokens.len(),
+                prefix: first.map(|(_, of)| Prefix { of, tokens: shared }),
+            });
+            request.open.push(id);
+            self.sequences.insert(
+                id,
+                Sequence {
+                    request: key,
+                    tokens,
+                    task,
+                },
+            );
+        }
+    }
+
+    fn plan_sequences(
+        &mut self,
+        key: RequestKey,
+        kind: RequestKind,
+    ) -> Result<Vec<Planned>, EngineError> {
+        let hidden = self.runner.hidden_size();
+        let Some(request) = self.requests.get_mut(&key) else {
+            return Ok(Vec::new());
+        };
+        let alone = |group, tokens, task| Planned {
+            tokens,
+            task,
+            shared: 0,
+            group,
+        };
+        Ok(match kind {
+            RequestKind::Generate(generate) => {
+                let seed = request.seed;
+                return Ok(self.plan_candidates(seed, generate));
+            }
+            RequestKind::Classify { inputs } => {
+                if request.labels.is_empty() {
+                    let what = "the adapter has no classification head; name labels to score them by likelihood";
+                    return Err(EngineError::Unsupported {
+                        what: what.to_owned(),
+                    });
+                }
+                let indexed = inputs.into_iter().enumerate();
+                indexed
+                    .map(|(index, tokens)| alone(index, tokens, Task::Classify { index }))
+                    .collect()
+            }
+            RequestKind::Embed {
+                inputs,
+                pooling,
+                normalize,
+            } => {
+                let task = |index| Task::Embed {
+                    index,
+                    pooling,
+                    normalize,
+                    sum: vec![0.0; hidden],
+                };
+                let indexed = inputs.into_iter().enumerate();
+                indexed
+                    .map(|(index, tokens)| alone(index, tokens, task(index)))
+                    .collect()
+            }
+            RequestKind::Score {
+                prompt,
+                continuations,
+            } => continuations
+                .into_iter()
+                .enumerate()
+                .map(|(index, targets)| continuation(0, &prompt, targets, index, false))
+                .collect(),
+            RequestKind::LabelLikelihood {
+                prompts,
+                labels,
+                label_tokens,
+            } => {
+                request.labels = labels.into();
+                request.likelihoods = vec![vec![None; label_tokens.len()]; prompts.len()];
+                let mut planned = Vec::with_capacity(prompts.len() * label_tokens.len());
+                for (group, prompt) in prompts.iter().enumerate() {
+                    for (label, targets) in label_tokens.iter().enumerate() {
+                        let index = group * label_tokens.len() + label;
+                        planned.push(continuation(group, prompt, targets.clone(), index, true));
+                    }
+                }
+                planned
+            }
+        })
+    }
+
+    fn plan_candidates(&self, seed: u64, generate: Generate) -> Vec<Planned> {
+        let Generate {
+            prompt,
+            sampling,
+            stop,
+            logprobs,
+        } = generate;
+        let room = self.model.max_sequence_tokens.saturating_sub(prompt.len());
+        let eos = if stop.ignore_eos {
+            Vec::new()
+        } else {
+            self.model.stop_ids.clone()
+        };
+        let banned_early = eos.iter().chain(&stop.stop_token_ids).copied().collect();
+        let rules = Arc::new(StopRules {
+            max_tokens: stop.max_tokens.unwrap_or(room).min(room),
+            eos,
+            banned_early,
+            logprobs,
+            conditions: stop,
+        });
+        let candidate = |candidate: usize| {
+            let conditions = &rules.conditions;
+            let generation = Generation {
+                candidate,
+                sampler: Sampler::new(sampling.clone(), seed, candidate as u64, &prompt),
+                decoder: self.model.tokenizer.decode_stream(true),
+                filter: StopFilter::new(conditions.stop.clone(), conditions.include_stop_str),
+                rules: Arc::clone(&rules),
+                outputs: 0,
+            };
+            Planned {
+                tokens: prompt.clone(),
+                task: Task::Generate(Box::new(generation)),
+                shared: prompt.len() - 1,
+                group: 0,
+            }
+        };
+        (0..sampling.n).map(candidate).collect()
+    }
+}
+
+/// The last target needs no state of its own.
+fn continuation(
+    group: usize,
+    prompt: &[u32],
+    targets: Vec<u32>,
+    index: usize,
+    label: bool,
+) -> Planned {
+    let mut tokens = prompt.to_vec();
+    tokens.extend_from_slice(&targets[..targets.len() - 1]);
+    let from = prompt.len();
+    let task = Task::Score(Continuation {
+        index,
+        from,
+        targets,
+        scored: Vec::new(),
+        label,
+    });
+    Planned {
+        tokens,
+        task,
+        shared: from - 1,
+        group,
+    }
+}

@@ -1,0 +1,219 @@
+//! What the engine remembers of a request while it lives: its way back, its lease, its times, and for each of its
+//! sequences the tokens and what is to be made of the model's output.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use espalier_adapters::text::StreamDecoder;
+use espalier_adapters::version::VersionDigest;
+use tokio::sync::mpsc;
+
+use crate::adapter_pool::AdapterLease;
+use crate::detokenizer::StopFilter;
+use crate::error::EngineError;
+use crate::handle::Ticket;
+use crate::metrics;
+use crate::request::{Event, Pooling, Started, StopConditions, Timings, TokenLogprob, Usage};
+use crate::sampler::Sampler;
+use crate::scheduler::SequenceId;
+
+/// Events kept free for one sequence's step: a delta and its end.
+const EVENTS_PER_SEQUENCE: usize = 2;
+/// Events kept free for the request: its start and its end, and one to say why it failed.
+const EVENTS_PER_REQUEST: usize = 3;
+
+/// One request for its whole life; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct RequestKey(pub(crate) u64);
+
+/// A request that waits or runs.
+pub(crate) struct ActiveRequest {
+    pub(crate) id: String,
+    pub(crate) tenant: Arc<str>,
+    pub(crate) version: Option<VersionDigest>,
+    pub(crate) events: mpsc::Sender<Event>,
+    pub(crate) deadline: Option<Instant>,
+    pub(crate) received: Instant,
+    pub(crate) submitted: Instant,
+    /// Held until the first step.
+    pub(crate) ticket: Option<Ticket>,
+    /// Held until the end; `None` for the base model or while the adapter loads.
+    pub(crate) lease: Option<AdapterLease>,
+    pub(crate) seed: u64,
+    pub(crate) adapter_load: Duration,
+    /// When its first step began.
+    pub(crate) started: Option<Instant>,
+    pub(crate) queue: Duration,
+    pub(crate) first_output: Option<Instant>,
+    pub(crate) last_output: Option<Instant>,
+    pub(crate) usage: Usage,
+    /// Those that have not ended.
+    pub(crate) open: Vec<SequenceId>,
+    /// Since when the reader has left no room for any of them.
+    pub(crate) blocked_since: Option<Instant>,
+    /// For label likelihood: each prompt's labels' summed log-probabilities, as they become known.
+    pub(crate) likelihoods: Vec<Vec<Option<f64>>>,
+    pub(crate) labels: Arc<[String]>,
+}
+
+/// One row of tokens in the KV cache, and its purpose.
+pub(crate) struct Sequence {
+    pub(crate) request: RequestKey,
+    /// All tokens known; a generation's grow.
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) task: Task,
+}
+
+/// What is made of a sequence's states.
+pub(crate) enum Task {
+    /// The last state gives the next token.
+    Generate(Box<Generation>),
+    /// The last state goes through the adapter's head.
+    Classify { index: usize },
+    /// The last state, or the mean of all.
+    Embed {
+        index: usize,
+        pooling: Pooling,
+        normalize: bool,
+        sum: Vec<f64>,
+    },
+    /// Each state from the last of the prompt on scores the token that follows.
+    Score(Continuation),
+}
+
+/// A candidate in the making.
+pub(crate) struct Generation {
+    pub(crate) candidate: usize,
+    pub(crate) sampler: Sampler,
+    pub(crate) decoder: StreamDecoder,
+    pub(crate) filter: StopFilter,
+    pub(crate) rules: Arc<StopRules>,
+    pub(crate) outputs: usize,
+}
+
+/// When a candidate ends; shared by all of a request.
+pub(crate) struct StopRules {
+    pub(crate) conditions: StopConditions,
+    /// The model's stop ids; empty with `ignore_eos`.
+    pub(crate) eos: Vec<u32>,
+    /// All ids that stop.
+    pub(crate) banned_early: Vec<u32>,
+    /// Output tokens, the context's end included.
+    pub(crate) max_tokens: usize,
+    pub(crate) logprobs: Option<usize>,
+}
+
+/// Given tokens whose log-probabilities are wanted. The last one needs no state, so it is not among the sequence's tokens.
+pub(crate) struct Continuation {
+    /// Index of the continuation (Score), or `prompt * labels + label`.
+    pub(crate) index: usize,
+    /// The tokens to score follow this many.
+    pub(crate) from: usize,
+    pub(crate) targets: Vec<u32>,
+    pub(crate) scored: Vec<TokenLogprob>,
+    /// Part of a label likelihood rather than of a Score.
+    pub(crate) label: bool,
+}
+
+// === impl ActiveRequest ===
+
+impl ActiveRequest {
+    /// Sequences that may run while the reader has not taken more: every event of a step has its place before the step
+    /// begins, so that sending never waits.
+    pub(crate) fn sequences_with_room(&self) -> usize {
+        self.events.capacity().saturating_sub(EVENTS_PER_REQUEST) / EVENTS_PER_SEQUENCE
+    }
+
+    /// Sends an event for which there is room. A reader that is gone is noticed before the next step.
+    pub(crate) fn send(&self, event: Event) {
+        let _ = self.events.try_send(event);
+    }
+}
+
+// === impl Task ===
+
+impl Task {
+    /// Forgets what was computed: the sequence lost its blocks and begins again. A generation keeps its tokens, and
+    /// with them everything that it has sent.
+    pub(crate) fn restart(&mut self) {
+        match self {
+            Task::Generate(_) | Task::Classify { .. } => {}
+            Task::Embed { sum, .. } => sum.fill(0.0),
+            Task::Score(continuation) => continuation.scored.clear(),
+        }
+    }
+
+    /// The rows of a chunk (`start..start + rows`, ending at the last token if `completes`) whose states are wanted,
+    /// counted from the chunk's first.
+    pub(crate) fn wanted(
+        &self,
+        start: usize,
+        rows: usize,
+        completes: bool,
+    ) -> std::ops::Range<usize> {
+        match self {
+            Task::Embed {
+                pooling: Pooling::Mean,
+                ..
+            } => 0..rows,
+            Task::Score(continuation) => {
+                (continuation.from - 1).saturating_sub(start).min(rows)..rows
+            }
+            _ if completes => rows - 1..rows,
+            _ => rows..rows,
+        }
+    }
+}
+
+// === times ===
+
+impl ActiveRequest {
+    /// The first step that holds one of its sequences begins.
+    pub(crate) fn start(&mut self, now: Instant) {
+        if self.started.is_some() {
+            return;
+        }
+        self.started = Some(now);
+        self.ticket = None;
+        self.queue = (now - self.submitted).saturating_sub(self.adapter_load);
+        metrics::queued(self.queue);
+        self.send(Event::Started(Started {
+            queue: self.queue,
+            adapter_load: self.adapter_load,
+            seed: self.seed,
+        }));
+    }
+
+    /// Books the time of a token or result.
+    pub(crate) fn note_output(&mut self, now: Instant) {
+        match self.last_output.replace(now) {
+            None => self.first_output = Some(now),
+            Some(before) => metrics::between_tokens(now - before),
+        }
+    }
+
+    pub(crate) fn deadline_error(&self, now: Instant) -> EngineError {
+        if self.started.is_some() {
+            EngineError::DeadlineInDecode {
+                output_tokens: self.usage.output_tokens,
+            }
+        } else {
+            let waited = (now - self.submitted).as_millis();
+            EngineError::DeadlineInQueue {
+                waited_ms: u64::try_from(waited).unwrap_or(u64::MAX),
+            }
+        }
+    }
+
+    pub(crate) fn timings(&self, now: Instant) -> Timings {
+        Timings {
+            queue: self.queue,
+            adapter_load: self.adapter_load,
+            time_to_first_token: self
+                .first_output
+                .unwrap_or(now)
+                .saturating_duration_since(self.received),
+            total: now.saturating_duration_since(self.received),
+        }
+    }
+}
