@@ -3,6 +3,8 @@
 
 // How the process is set up, watched and taken down.
 pub mod config;
+mod health;
+mod server;
 mod setting;
 pub mod shutdown;
 pub mod telemetry;
@@ -11,12 +13,15 @@ pub mod telemetry;
 mod convert;
 pub mod method;
 pub mod middleware;
+mod services;
 mod stack;
 pub mod status;
 
 // Who may do what to what, and where it is kept.
 pub mod artifact_store;
 pub mod database;
+pub mod datasets;
+pub mod jobs;
 pub mod names;
 pub mod paging;
 pub mod principal;
@@ -24,4 +29,5 @@ pub mod registry;
 mod source;
 pub mod tenants;
 
+pub use server::{About, ServeError, Server, serve};
 pub use setting::{ByteSize, LogFormat, MaybeAddr, MaybePath, Secret};

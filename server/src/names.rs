@@ -12,14 +12,14 @@ use std::sync::Arc;
 /// Longest id of a tenant, adapter, dataset, job or key, in bytes (a DNS label).
 pub const MAX_ID_LENGTH: usize = 63;
 /// Longest alias, in bytes.
-pub const MAX_ALIAS_LENGTH: usize = 63;
+pub const MAX_ALIAS_LENGTH: usize = 128;
 /// Longest whole resource name that is looked at; anything longer is refused before it is parsed.
 pub const MAX_NAME_LENGTH: usize = 512;
 /// The alias that a bare adapter name stands for.
 pub const DEFAULT_ALIAS: &str = "default";
 
 const ID_RULE: &str = "1 to 63 characters a-z, 0-9 and '-', with no '-' at either end";
-const ALIAS_RULE: &str = "1 to 63 characters a-z, 0-9 and '-', a letter first and no '-' last";
+const ALIAS_RULE: &str = "2 to 128 characters: a-z first, then a-z, A-Z, 0-9 and '-', and a-z or 0-9 last";
 const VERSION_RULE: &str = "a positive decimal number below 2^31 without sign or leading zero";
 
 /// Why a text is not a resource name. The value shown is cut and escaped, so that a log line stays one line.
@@ -57,10 +57,13 @@ fn is_id(text: &str) -> bool {
 }
 
 fn is_alias(text: &str) -> bool {
-    // The letter in front keeps aliases and version numbers apart.
-    text.len() <= MAX_ALIAS_LENGTH
-        && is_id(text)
-        && text.as_bytes().first().is_some_and(u8::is_ascii_lowercase)
+    let bytes = text.as_bytes();
+    (2..=MAX_ALIAS_LENGTH).contains(&bytes.len())
+        && bytes.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'-')
+        && bytes.first().is_some_and(u8::is_ascii_lowercase)
+        && bytes
+            .last()
+            .is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
 }
 
 /// Declares an id type: a checked, cheaply cloned string.
@@ -144,6 +147,9 @@ impl Alias {
 pub struct VersionNumber(NonZeroU32);
 
 impl VersionNumber {
+    /// The number of an adapter's first version.
+    pub const FIRST: Self = Self(NonZeroU32::MIN);
+
     /// `None` for zero and for what does not fit in 31 bits.
     pub fn new(number: u32) -> Option<Self> {
         NonZeroU32::new(number)
@@ -503,12 +509,12 @@ mod tests {
 
     #[test]
     fn aliases_never_look_like_numbers() {
-        for good in ["a", "default", "canary", "v2", "blue-2", &"a".repeat(63)] {
+        let (longest, over) = ("a".repeat(128), "a".repeat(129));
+        for good in ["default", "canary", "v2", "blue-2Green3x", &longest] {
             assert!(Alias::parse(good).is_ok(), "{good}");
         }
-        let over = "a".repeat(64);
         for bad in [
-            "", "7", "12", "7a", "-a", "a-", "aB", "a/b", "..", "Stable", "é9", &over,
+            "", "a", "7", "12", "7a", "-a", "a-", "aB", "a/b", "..", "Stable", "é9", &over,
         ] {
             assert!(Alias::parse(bad).is_err(), "{bad:?} was accepted");
         }

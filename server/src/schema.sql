@@ -86,6 +86,7 @@ CREATE TABLE jobs (
     state         TEXT NOT NULL,
     error         TEXT,
     spec          TEXT NOT NULL,
+    stats         TEXT NOT NULL,
     adapter       INTEGER REFERENCES adapters (id) ON DELETE SET NULL,
     from_version  TEXT,
     train_digest  BLOB NOT NULL,

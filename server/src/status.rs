@@ -6,6 +6,7 @@
 //! This file must not decide what is an error, only how one looks.
 
 mod domain;
+mod training;
 
 use std::collections::HashMap;
 use std::time::Duration;

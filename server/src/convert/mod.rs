@@ -1,8 +1,11 @@
 //! Where the wire's types and the engine's meet: requests are checked and turned into plain values on the way in, events
 //! into messages on the way out. Nothing behind this module sees a proto type, and nothing here does any work.
 
+pub(crate) mod adapter;
 pub(crate) mod reply;
 pub(crate) mod request;
+pub(crate) mod tenant;
+pub(crate) mod training;
 
 use crate::status::Refusal;
 

@@ -6,6 +6,7 @@
 //! what is in memory.
 
 mod rows;
+mod summary;
 mod sweep;
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,8 @@ use espalier_adapters::report::Report;
 use espalier_adapters::version::VersionDigest;
 use rusqlite::Transaction;
 use serde::{Deserialize, Serialize};
+
+pub use summary::summarize;
 
 use crate::artifact_store::ArtifactStore;
 use crate::database::{
@@ -683,6 +686,19 @@ impl Registry {
                 entry.insert(Arc::clone(resolved));
             }
         }
+    }
+}
+
+/// Registers the adapter unless it is there, inside the caller's transaction.
+pub fn ensure_adapter(
+    tx: &Transaction<'_>,
+    name: &AdapterName,
+    description: &str,
+    limits: &RegistryLimits,
+) -> Result<(), RegistryError> {
+    match rows::adapter_key(tx, name)? {
+        Some(_) => Ok(()),
+        None => rows::insert_adapter(tx, name, description, limits),
     }
 }
 

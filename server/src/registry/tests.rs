@@ -174,7 +174,7 @@ async fn what_is_unknown_or_foreign_never_resolves() {
         Err(RegistryError::AliasNotFound { .. })
     ));
     assert!(matches!(
-        resolve("a@x").await,
+        resolve("a@xx").await,
         Err(RegistryError::AliasNotFound { .. })
     ));
     assert!(matches!(
@@ -274,7 +274,7 @@ async fn alias_changes_are_all_or_nothing_and_guarded_by_etag() {
             .await,
         Err(RegistryError::EtagMismatch { .. })
     ));
-    let many = vec![(alias("b"), number(1)), (alias("c"), number(1))];
+    let many = vec![(alias("bb"), number(1)), (alias("cc"), number(1))];
     assert!(matches!(
         registry.set_aliases(name("a"), change(many, "")).await,
         Err(RegistryError::Limit {
@@ -425,7 +425,7 @@ async fn a_quarantined_version_says_so() {
         })
     ));
     let change = AliasChange {
-        set: vec![(alias("x"), number(1))],
+        set: vec![(alias("xx"), number(1))],
         ..AliasChange::default()
     };
     assert!(matches!(

@@ -1,8 +1,12 @@
 //! The tonic services: convert, call, map. What they share is the caller's side of a call (who, until when, under which
 //! name) and the handles behind it; the work itself is the engine's, the registry's and the jobs'.
 
+pub mod adapter;
+mod control;
 pub mod inference;
 pub mod model;
+pub mod tenant;
+pub mod training;
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,0 +1,229 @@
+//! From a job's description and bytes to what the trainer runs: a pure function, called once to check a new job and again at
+//! every start of it, so that a resumed job sees the same examples in the same order.
+//!
+//! This file must not know storage, queues or states.
+
+use std::sync::Arc;
+
+use espalier_adapters::config::{BaseShape, LoraConfig};
+use espalier_adapters::profile::ServingProfile;
+use espalier_adapters::text::{ChatTemplate, Tokenizer};
+use espalier_adapters::train::dataset::{
+    ColumnNames, DataLimits, DataReport, Dataset, Format, Kind,
+};
+use espalier_adapters::train::examples::{self, Encoding, Examples};
+use espalier_adapters::weights::AdapterWeights;
+use espalier_engine::model::Family;
+use espalier_engine::train::trainer::{Method, TrainPlan};
+
+use super::JobError;
+use super::events::DataStats;
+use super::spec::{Circumstances, JobMethod, JobSpec};
+use crate::datasets::inspect;
+
+/// What the server knows of the base model.
+#[derive(Clone)]
+pub struct Base {
+    /// Its name.
+    pub name: String,
+    /// Digest of its source weights.
+    pub digest: String,
+    /// Its sizes.
+    pub shape: BaseShape,
+    /// Its family.
+    pub family: Family,
+    /// Tokens of one sequence at most.
+    pub max_tokens: usize,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Its chat template, if it has one.
+    pub template: Option<Arc<ChatTemplate>>,
+    /// Ids that end a generation.
+    pub stop_ids: Vec<u32>,
+}
+
+/// Bytes of rows and how to read them.
+#[derive(Debug, Clone)]
+pub(super) struct DataBytes {
+    pub(super) bytes: Vec<u8>,
+    pub(super) format: Format,
+    pub(super) columns: ColumnNames,
+}
+
+/// What decides the examples, before any default is filled in.
+pub(super) struct Wanted<'a> {
+    pub(super) method: &'a JobMethod,
+    pub(super) profile: &'a ServingProfile,
+    /// The classes in the order of the head's rows, when they are given; else those of the rows, sorted bytewise.
+    pub(super) labels: Option<&'a [String]>,
+    pub(super) seed: u64,
+    pub(super) fraction: Option<f64>,
+    pub(super) max_tokens: usize,
+}
+
+/// Examples to train on and to measure on.
+pub(super) struct Material {
+    pub(super) train: Examples,
+    pub(super) valid: Option<Examples>,
+    /// Doubtful lines that were taken.
+    pub(super) warnings: DataReport,
+}
+
+impl Material {
+    /// Reads rows, tokenizes them as serving would, and carves the validation part.
+    pub(super) fn build(
+        wanted: &Wanted<'_>,
+        train: &DataBytes,
+        valid: Option<&DataBytes>,
+        base: &Base,
+        limits: &DataLimits,
+    ) -> Result<Self, JobError> {
+        let rows = read(train, "data", wanted.method, limits)?;
+        let train = tokenize(&rows, "data", wanted, wanted.labels, base, limits)?;
+        if let Some(found) = &train.labels
+            && found.len() < 2
+        {
+            return Err(JobError::InvalidField {
+                field: "spec.data".to_owned(),
+                reason: format!(
+                    "a classifier needs at least 2 labels, the rows have {}",
+                    found.len()
+                ),
+            });
+        }
+        let mut warnings = rows.report;
+        if let Some(valid) = valid {
+            let rows = read(valid, "validation_data", wanted.method, limits)?;
+            let labels = train.labels.as_deref();
+            let valid = tokenize(&rows, "validation_data", wanted, labels, base, limits)?;
+            for warning in rows.report.warnings {
+                warnings.warning(warning, limits.max_findings);
+            }
+            return Ok(Self {
+                train,
+                valid: Some(valid),
+                warnings,
+            });
+        }
+        let Some(fraction) = wanted.fraction else {
+            return Ok(Self {
+                train,
+                valid: None,
+                warnings,
+            });
+        };
+        let (train, valid) = train.split(wanted.seed, fraction, true);
+        if valid.is_none() {
+            return Err(JobError::InvalidField {
+                field: "spec.validation_fraction".to_owned(),
+                reason: format!(
+                    "{fraction} of {} examples leaves nothing to validate on",
+                    train.items.len()
+                ),
+            });
+        }
+        Ok(Self {
+            train,
+            valid,
+            warnings,
+        })
+    }
+
+    /// What the defaults depend on.
+    pub(super) fn circumstances(&self, base: &Base) -> Circumstances {
+        Circumstances {
+            examples: self.train.items.len(),
+            validated: self.valid.is_some(),
+            hidden: base.shape.hidden,
+            layers: base.shape.layers,
+            family: base.family,
+        }
+    }
+
+    /// Counts, for the job's description.
+    pub(super) fn stats(&self) -> DataStats {
+        let train = self.train.stats();
+        DataStats {
+            train_examples: train.examples,
+            valid_examples: self.valid.as_ref().map_or(0, |v| v.items.len() as u64),
+            train_tokens: train.tokens,
+            train_targets: train.targets,
+            labels: self.train.labels.clone().unwrap_or_default(),
+        }
+    }
+
+    /// The trainer's plan of a frozen job.
+    pub(super) fn plan(
+        self,
+        spec: &JobSpec,
+        base: &Base,
+        init: Option<AdapterWeights>,
+    ) -> TrainPlan {
+        let (method, classify, head_only) = match &spec.method {
+            JobMethod::Supervised => (Method::Lm, false, false),
+            JobMethod::Classification { head_only, .. } => {
+                let labels = self.train.labels.clone().unwrap_or_default();
+                let head_only = *head_only;
+                (Method::Class { labels, head_only }, true, head_only)
+            }
+        };
+        let lora: Option<LoraConfig> = match &spec.lora {
+            Some(lora) if !head_only => Some(lora.config(&base.name, classify)),
+            _ => None,
+        };
+        TrainPlan {
+            method,
+            lora,
+            hp: spec.hyper.clone(),
+            seed: spec.seed,
+            train: self.train,
+            valid: self.valid,
+            init,
+        }
+    }
+}
+
+fn read(
+    data: &DataBytes,
+    field: &str,
+    method: &JobMethod,
+    limits: &DataLimits,
+) -> Result<Dataset, JobError> {
+    let (rows, _) = inspect(&data.bytes, data.format, &data.columns, limits)
+        .map_err(|report| JobError::data(field, report))?;
+    let fits = match method {
+        JobMethod::Supervised => matches!(rows.kind, Kind::Completion | Kind::Chat),
+        JobMethod::Classification { .. } => rows.kind == Kind::Class,
+    };
+    if fits {
+        return Ok(rows);
+    }
+    let (wants, found) = match method {
+        JobMethod::Supervised => ("prompt/completion or messages", "text/label"),
+        JobMethod::Classification { .. } => ("text/label", "prompt/completion or messages"),
+    };
+    Err(JobError::InvalidField {
+        field: format!("spec.{field}"),
+        reason: format!("the method learns from {wants} rows, these are {found} rows"),
+    })
+}
+
+fn tokenize(
+    rows: &Dataset,
+    field: &str,
+    wanted: &Wanted<'_>,
+    labels: Option<&[String]>,
+    base: &Base,
+    limits: &DataLimits,
+) -> Result<Examples, JobError> {
+    let encoding = Encoding {
+        tokenizer: &base.tokenizer,
+        template: base.template.as_deref(),
+        profile: wanted.profile,
+        stop_ids: &base.stop_ids,
+        max_tokens: wanted.max_tokens,
+        labels,
+        max_findings: limits.max_findings,
+    };
+    examples::build(rows, &encoding).map_err(|report| JobError::data(field, report))
+}
