@@ -323,6 +323,8 @@ fn bad_tables_are_told() {
         ("text,label\na,b,c\n", (2, "", DataRule::Record)),
         ("text,label\na,b\nc\n", (3, "", DataRule::Record)),
         ("text,label\na,b\n\"c,d\ne,f\n", (3, "", DataRule::Record)),
+        // Without the rule on quotes this one would be a row that has swallowed another.
+        ("label,text\nx,\"a\ny,b\n", (2, "", DataRule::Record)),
         ("text,label\na,\n", (2, "label", DataRule::Empty)),
     ] {
         let report = csv(text).unwrap_err();
