@@ -176,7 +176,7 @@ settings! {
         /// Bytes of a request id, and of other free identifiers that a client sends.
         max_request_id_bytes: usize = "128" in "16" .. "1024";
         /// Events that wait in a response stream before its sequence pauses for the reader.
-        stream_buffer: usize = "64" in "1" .. "65536";
+        stream_buffer: usize = "64" in "8" .. "65536";
         /// How long a stream's reader may take no event before the stream is cut.
         slow_reader_timeout: Duration = "30s" in "10ms" .. "1h";
     }
@@ -241,7 +241,7 @@ settings! {
         /// Adapters that may be loading or waiting for the loader.
         max_adapter_loads: usize = "256" in "1" .. "100000";
         /// Rows of one prompt in a step that also generates for others; bounds what a long prompt adds to their wait.
-        prefill_chunk_tokens: usize = "256" in "1" .. "1048576";
+        prefill_chunk_tokens: usize = "128" in "1" .. "1048576";
         /// Threads for tensors; 0 is one for each core.
         threads: usize = "0" in "0" .. "1024";
     }

@@ -19,7 +19,8 @@ pub const MAX_NAME_LENGTH: usize = 512;
 pub const DEFAULT_ALIAS: &str = "default";
 
 const ID_RULE: &str = "1 to 63 characters a-z, 0-9 and '-', with no '-' at either end";
-const ALIAS_RULE: &str = "2 to 128 characters: a-z first, then a-z, A-Z, 0-9 and '-', and a-z or 0-9 last";
+const ALIAS_RULE: &str =
+    "2 to 128 characters: a-z first, then a-z, A-Z, 0-9 and '-', and a-z or 0-9 last";
 const VERSION_RULE: &str = "a positive decimal number below 2^31 without sign or leading zero";
 
 /// Why a text is not a resource name. The value shown is cut and escaped, so that a log line stays one line.
@@ -59,7 +60,9 @@ fn is_id(text: &str) -> bool {
 fn is_alias(text: &str) -> bool {
     let bytes = text.as_bytes();
     (2..=MAX_ALIAS_LENGTH).contains(&bytes.len())
-        && bytes.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'-')
+        && bytes
+            .iter()
+            .all(|b| b.is_ascii_alphanumeric() || *b == b'-')
         && bytes.first().is_some_and(u8::is_ascii_lowercase)
         && bytes
             .last()

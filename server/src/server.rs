@@ -8,9 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use espalier_engine::EngineHandle;
-use espalier_engine::config::{BLOCK_SIZE, EngineConfig, RequestLimits};
 use espalier_engine::error::EngineError;
-use espalier_engine::model::config::ModelConfig;
 use espalier_engine::model::error::ModelError;
 use espalier_proto::v1;
 use tokio::net::TcpListener;
@@ -22,20 +20,26 @@ use tonic_health::ServingStatus;
 
 use crate::artifact_store::{ArtifactStore, StoreError};
 use crate::config::{Config, ConfigError};
-use crate::convert::reply::Base;
 use crate::database::{Database, DatabaseError};
-use crate::middleware::Gate;
-use crate::registry::{Registry, RegistryLimits};
+use crate::datasets::DatasetStore;
+use crate::jobs::{self, JobError, JobService};
+use crate::registry::Registry;
 use crate::services::Shell;
+use crate::services::adapter::{AdapterService, artifact_limits};
 use crate::services::inference::InferenceService;
 use crate::services::model::ModelService;
-use crate::shutdown::{Lifecycle, Phase, within};
+use crate::services::tenant::TenantService;
+use crate::services::training::TrainingService;
+use crate::shutdown::{Phase, within};
 use crate::source::StoredAdapters;
-use crate::tenants::{AccessPolicy, TenantError, TenantLimits, TenantStore};
+use crate::tenants::{AccessPolicy, TenantError, TenantStore};
 use crate::{health, stack};
+
+mod limits;
 
 /// After the cut, connections only have to close.
 const CLOSING: Duration = Duration::from_secs(2);
+
 /// Messages carry a little more than the bytes they are about.
 const ENVELOPE: usize = 64 * 1024;
 
@@ -69,6 +73,9 @@ pub enum ServeError {
     /// The keys in the database.
     #[error("data_dir: {0}")]
     Tenants(#[from] TenantError),
+    /// The jobs in the database.
+    #[error("data_dir: {0}")]
+    Jobs(#[from] JobError),
     /// The operating system.
     #[error("{action}: {cause}")]
     Io {
@@ -90,6 +97,7 @@ pub struct Server {
     shell: Shell,
     routes: Routes,
     keys: TenantStore,
+    jobs: JobService,
     health: tonic_health::server::HealthReporter,
     about: About,
 }
@@ -151,42 +159,49 @@ impl Server {
             service_key: config.service_key()?,
             loopback_only: loopback,
         };
-        let keys = TenantStore::open(database.clone(), tenant_limits(&config), &policy).await?;
+        let keys =
+            TenantStore::open(database.clone(), limits::tenant_limits(&config), &policy).await?;
         if !loopback && policy.service_key.is_none() && !keys.has_keys() {
             return Err(ServeError::OpenToTheWorld { addr: listen });
         }
-        let registry = Registry::new(database.clone(), store.clone(), registry_limits(&config));
-        let source = StoredAdapters::new(store, registry.clone(), Handle::current());
+        let datasets = DatasetStore::new(
+            database.clone(),
+            store.clone(),
+            limits::dataset_limits(&config),
+        );
+        let registry = Registry::new(
+            database.clone(),
+            store.clone(),
+            limits::registry_limits(&config),
+        );
+        let source = StoredAdapters::new(store.clone(), registry.clone(), Handle::current());
         let engine = start_engine(&config, source).await?;
-        let lifecycle = Lifecycle::default();
-        let shell = Shell {
-            base: Base {
-                name: model_name(&engine.model().name),
-                digest: engine.model().digest.clone(),
-            },
-            gate: Gate::new(&config.admission, lifecycle.clone()),
-            registry,
-            engine,
-            lifecycle,
-            config: Arc::clone(&config),
+        let shell = Shell::new(config, engine, registry);
+        let parts = jobs::Parts {
+            database,
+            store: store.clone(),
+            registry: shell.registry.clone(),
+            datasets: datasets.clone(),
+            base: trained_base(&shell),
+            limits: limits::job_limits(&shell.config, shell.engine.model().max_sequence_tokens),
+            artifact_limits: artifact_limits(&shell.config),
         };
+        let jobs = JobService::start(parts, Arc::new(shell.engine.clone())).await?;
         let (health, health_service) = tonic_health::server::health_reporter();
         health::report(&health, ServingStatus::NotServing).await;
-        let routes = routes(&shell, &keys, Routes::new(health_service));
-        let about = About {
-            model: shell.engine.model().name.clone(),
-            digest: shell.base.digest.clone(),
-            context: shell.engine.model().max_sequence_tokens,
-            listen,
-            metrics: config.server.metrics_listen.0,
-            data_dir: config.server.data_dir.clone(),
-            open: keys.is_open(),
-            startup: began.elapsed(),
+        let about = About::of(&shell, listen, keys.is_open(), began.elapsed());
+        let state = State {
+            keys: keys.clone(),
+            store,
+            datasets,
+            jobs: jobs.clone(),
         };
+        let routes = routes(&shell, state, Routes::new(health_service));
         Ok(Server {
             shell,
             routes,
             keys,
+            jobs,
             health,
             about,
         })
@@ -210,6 +225,7 @@ impl Server {
             shell,
             routes,
             keys,
+            jobs,
             health,
             about,
         } = self;
@@ -238,6 +254,7 @@ impl Server {
         tokio::time::sleep(config.server.lame_duck).await;
         shell.lifecycle.advance(Phase::Draining);
         let _ = stop.send(());
+        jobs.stop();
         drain(&shell, config.server.drain_timeout).await;
         shell.lifecycle.advance(Phase::Cut);
         let _ = probe.await;
@@ -268,25 +285,95 @@ async fn drain(shell: &Shell, limit: Duration) {
     }
 }
 
-fn routes(shell: &Shell, keys: &TenantStore, routes: Routes) -> Routes {
-    let bytes = shell.config.limits.max_message_bytes.as_usize();
-    let keys = keys.clone();
-    let inference = v1::inference_service_server::InferenceServiceServer::new(
-        InferenceService::new(shell.clone()),
-    )
-    .max_decoding_message_size(bytes)
-    .accept_compressed(CompressionEncoding::Gzip);
-    let model = v1::model_service_server::ModelServiceServer::new(ModelService::new(
-        shell.clone(),
-        move || !keys.is_open(),
-    ))
-    .max_decoding_message_size(bytes)
-    .accept_compressed(CompressionEncoding::Gzip);
-    let mut routes = routes.add_service(inference).add_service(model);
-    if shell.config.server.reflection {
+/// What the control services stand on.
+struct State {
+    keys: TenantStore,
+    store: ArtifactStore,
+    datasets: DatasetStore,
+    jobs: JobService,
+}
+
+/// A generated service with the message limit and compressed requests.
+macro_rules! limited {
+    ($server:path, $service:expr, $bytes:expr) => {{
+        use $server as Generated;
+        Generated::new($service)
+            .max_decoding_message_size($bytes)
+            .accept_compressed(CompressionEncoding::Gzip)
+    }};
+}
+
+fn routes(shell: &Shell, state: State, routes: Routes) -> Routes {
+    let config = &shell.config;
+    let bytes = config.limits.max_message_bytes.as_usize();
+    let chunk = config.adapters.max_chunk_bytes.as_usize() + ENVELOPE;
+    let keys = state.keys.clone();
+    let inference = InferenceService::new(shell.clone());
+    let model = ModelService::new(shell.clone(), move || !keys.is_open());
+    let adapter = AdapterService::new(
+        shell.registry.clone(),
+        state.store,
+        shell.engine.clone(),
+        Arc::clone(config),
+        shell.base.name.clone(),
+    );
+    let training = TrainingService::new(
+        state.jobs,
+        state.datasets,
+        shell.registry.clone(),
+        Arc::clone(config),
+    );
+    let tenant = TenantService::new(
+        state.keys,
+        shell.registry.clone(),
+        config.catalog.clone(),
+        config.limits.clone(),
+    );
+    let mut routes = routes
+        .add_service(limited!(
+            v1::inference_service_server::InferenceServiceServer,
+            inference,
+            bytes
+        ))
+        .add_service(limited!(
+            v1::model_service_server::ModelServiceServer,
+            model,
+            bytes
+        ))
+        .add_service(limited!(
+            v1::adapter_service_server::AdapterServiceServer,
+            adapter,
+            bytes.max(chunk)
+        ))
+        .add_service(limited!(
+            v1::training_service_server::TrainingServiceServer,
+            training,
+            bytes.max(chunk)
+        ))
+        .add_service(limited!(
+            v1::tenant_service_server::TenantServiceServer,
+            tenant,
+            bytes
+        ));
+    if config.server.reflection {
         routes = with_reflection(routes);
     }
     routes
+}
+
+/// The base as training sees it.
+fn trained_base(shell: &Shell) -> jobs::Base {
+    let model = shell.engine.model();
+    jobs::Base {
+        name: shell.base.name.clone(),
+        digest: model.digest.clone(),
+        shape: model.config.base_shape(),
+        family: model.config.family,
+        max_tokens: model.max_sequence_tokens,
+        tokenizer: Arc::clone(&model.tokenizer),
+        template: model.template.clone(),
+        stop_ids: model.stop_ids.clone(),
+    }
 }
 
 /// Both protocol versions: older tools only speak v1alpha.
@@ -313,84 +400,10 @@ async fn start_engine(
     let config = Arc::clone(config);
     let started = tokio::task::spawn_blocking(move || -> Result<EngineHandle, ServeError> {
         let model = espalier_engine::model::load(&config.server.model)?;
-        let engine = engine_config(&config, &model.config);
+        let engine = limits::engine_config(&config, &model.config);
         Ok(EngineHandle::start(engine, model, Arc::new(source))?)
     });
     started.await?
-}
-
-/// The engine's numbers out of the configuration; KV blocks are counted from bytes, because operators think in memory.
-fn engine_config(config: &Config, model: &ModelConfig) -> EngineConfig {
-    let (limits, engine, training) = (&config.limits, &config.engine, &config.training);
-    let row_bytes = 2 * model.layers * model.kv_heads * model.head_dim * size_of::<f32>();
-    let blocks = (engine.kv_cache_bytes.as_usize() / (row_bytes * BLOCK_SIZE).max(1)).max(1);
-    EngineConfig {
-        max_num_seqs: engine.max_sequences,
-        max_num_batched_tokens: engine.max_batched_tokens,
-        prefill_chunk_tokens: engine.prefill_chunk_tokens.min(engine.max_batched_tokens),
-        kv_blocks: blocks,
-        max_sequence_tokens: model.context_length.min(blocks * BLOCK_SIZE),
-        max_queue: engine.max_queue,
-        event_buffer: limits.stream_buffer,
-        slow_reader_limit: limits.slow_reader_timeout,
-        adapter_bytes: engine.adapter_cache_bytes.as_usize(),
-        max_adapter_loads: engine.max_adapter_loads,
-        limits: RequestLimits {
-            max_n: limits.max_candidates as usize,
-            // A serving profile adds its own to the request's.
-            max_stop_strings: 2 * limits.max_stop_strings + PROFILE_STOPS,
-            max_stop_bytes: limits.max_stop_string_bytes,
-            max_stop_ids: limits.max_stop_token_ids,
-            max_top_logprobs: limits.max_logprobs as usize,
-            max_logit_bias: limits.max_logit_bias,
-            max_inputs: limits.max_inputs,
-            max_continuations: limits.max_labels.max(limits.max_inputs),
-            max_sequences: limits.max_inputs * limits.max_labels.max(limits.max_inputs),
-            max_id_bytes: limits.max_request_id_bytes.max(128),
-        },
-        training_quantum: training.training_quantum,
-        training_max_tpot_impact: training.training_max_tpot_impact,
-        max_training_jobs: training.max_active_jobs,
-        ..EngineConfig::default()
-    }
-}
-
-/// Stop strings that a profile may bring.
-const PROFILE_STOPS: usize = 16;
-
-fn tenant_limits(config: &Config) -> TenantLimits {
-    TenantLimits {
-        max_tenants: config.catalog.max_tenants,
-        max_keys: config.catalog.max_keys_per_tenant,
-        max_display_name_bytes: config.catalog.max_description_bytes,
-        max_id_length: config.catalog.max_id_length,
-    }
-}
-
-fn registry_limits(config: &Config) -> RegistryLimits {
-    RegistryLimits {
-        max_adapters: config.catalog.max_adapters_per_tenant,
-        max_versions: config.catalog.max_versions_per_adapter,
-        max_aliases: config.catalog.max_aliases_per_adapter,
-        max_description_bytes: config.catalog.max_description_bytes,
-        max_id_length: config.catalog.max_id_length,
-        cache_entries: config.catalog.name_cache_entries,
-    }
-}
-
-/// `models/{m}` from the name in the file, whose spelling is anybody's.
-fn model_name(name: &str) -> String {
-    let mut id = String::new();
-    for character in name.to_lowercase().chars() {
-        match character {
-            'a'..='z' | '0'..='9' | '.' => id.push(character),
-            _ if id.ends_with('-') || id.is_empty() => {}
-            _ => id.push('-'),
-        }
-    }
-    let id: String = id.chars().take(63).collect();
-    let id = id.trim_matches(['-', '.']);
-    format!("models/{}", if id.is_empty() { "base" } else { id })
 }
 
 fn is_loopback(ip: IpAddr) -> bool {
@@ -403,6 +416,21 @@ fn is_loopback(ip: IpAddr) -> bool {
 }
 
 // === impl About ===
+
+impl About {
+    fn of(shell: &Shell, listen: SocketAddr, open: bool, startup: Duration) -> About {
+        About {
+            model: shell.engine.model().name.clone(),
+            digest: shell.base.digest.clone(),
+            context: shell.engine.model().max_sequence_tokens,
+            listen,
+            metrics: shell.config.server.metrics_listen.0,
+            data_dir: shell.config.server.data_dir.clone(),
+            open,
+            startup,
+        }
+    }
+}
 
 impl fmt::Display for About {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -466,18 +494,6 @@ impl Drop for ReadyFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn model_names_are_made_of_plain_characters() {
-        assert_eq!(
-            model_name("SmolLM2 135M Instruct"),
-            "models/smollm2-135m-instruct"
-        );
-        assert_eq!(model_name("tiny:7"), "models/tiny-7");
-        assert_eq!(model_name("../../etc"), "models/etc");
-        assert_eq!(model_name("名"), "models/base");
-        assert_eq!(model_name(&"a".repeat(100)).len(), "models/".len() + 63);
-    }
 
     #[test]
     fn loopback_is_recognised_in_both_families() {

@@ -251,7 +251,7 @@ impl Value for ByteSize {
         let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
         let unit = units
             .iter()
-            .find(|(shift, _)| self.0 > 0 && self.0 % (1 << shift) == 0);
+            .find(|(shift, _)| self.0 > 0 && self.0.is_multiple_of(1 << shift));
         match unit {
             Some((shift, name)) => quoted(&format!("{}{name}", self.0 >> shift)),
             None => self.0.to_string(),
@@ -294,7 +294,7 @@ impl Value for Duration {
         ];
         let (factor, name) = units
             .iter()
-            .find(|(factor, _)| micros > 0 && micros % factor == 0)
+            .find(|(factor, _)| micros > 0 && micros.is_multiple_of(*factor))
             .unwrap_or(&(1_000_000, "s"));
         quoted(&format!("{}{name}", micros / factor))
     }

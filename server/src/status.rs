@@ -29,7 +29,11 @@ const PUSHBACK: &str = "grpc-retry-pushback-ms";
 /// assert_eq!(status.code(), tonic::Code::InvalidArgument);
 /// ```
 #[derive(Debug, Clone)]
-pub struct Refusal {
+pub struct Refusal(Box<Parts>);
+
+/// Boxed, because every function that may refuse carries room for it.
+#[derive(Debug, Clone)]
+struct Parts {
     code: Code,
     reason: &'static str,
     message: String,
@@ -64,13 +68,13 @@ enum Detail {
 impl Refusal {
     /// Any refusal; `reason` is the UPPER_SNAKE constant of the error table.
     pub fn new(code: Code, reason: &'static str, message: impl Into<String>) -> Self {
-        Refusal {
+        Refusal(Box::new(Parts {
             code,
             reason,
             message: message.into(),
             metadata: HashMap::new(),
             detail: Detail::None,
-        }
+        }))
     }
 
     /// A field that cannot be accepted. `why` names the value and the limit.
@@ -87,9 +91,9 @@ impl Refusal {
             .join("; ");
         let mut refusal = Self::new(Code::InvalidArgument, "INVALID_FIELD", message);
         if let Some((field, _)) = fields.first() {
-            refusal.metadata.insert("field".to_owned(), field.clone());
+            refusal.0.metadata.insert("field".to_owned(), field.clone());
         }
-        refusal.detail = Detail::Fields(fields);
+        refusal.0.detail = Detail::Fields(fields);
         refusal
     }
 
@@ -141,7 +145,7 @@ impl Refusal {
     ) -> Self {
         let message = message.into();
         let mut refusal = Self::new(Code::ResourceExhausted, reason, message.clone());
-        refusal.detail = Detail::Quota {
+        refusal.0.detail = Detail::Quota {
             subject: subject.into(),
             description: message,
             retry,
@@ -158,7 +162,7 @@ impl Refusal {
     ) -> Self {
         let message = message.into();
         let mut refusal = Self::new(Code::FailedPrecondition, reason, message.clone());
-        refusal.detail = Detail::Precondition {
+        refusal.0.detail = Detail::Precondition {
             kind,
             subject: subject.into(),
             description: message,
@@ -173,7 +177,7 @@ impl Refusal {
         retry_after: Duration,
     ) -> Self {
         let mut refusal = Self::new(Code::Unavailable, reason, message);
-        refusal.detail = Detail::Retry(retry_after);
+        refusal.0.detail = Detail::Retry(retry_after);
         refusal
     }
 
@@ -190,14 +194,14 @@ impl Refusal {
     /// Adds one metadata entry; every value in the message that changes from call to call belongs here too.
     #[must_use]
     pub fn with(mut self, key: &'static str, value: impl ToString) -> Self {
-        self.metadata.insert(key.to_owned(), value.to_string());
+        self.0.metadata.insert(key.to_owned(), value.to_string());
         self
     }
 
     /// Names the resource that the error is about.
     #[must_use]
     pub fn about(mut self, kind: &'static str, name: impl Into<String>) -> Self {
-        self.detail = Detail::Resource {
+        self.0.detail = Detail::Resource {
             kind,
             name: name.into(),
         };
@@ -206,29 +210,29 @@ impl Refusal {
 
     /// The reason, for metrics and tests.
     pub fn reason(&self) -> &'static str {
-        self.reason
+        self.0.reason
     }
 
     /// The gRPC code.
     pub fn code(&self) -> Code {
-        self.code
+        self.0.code
     }
 
     /// The message for people.
     pub fn message(&self) -> &str {
-        &self.message
+        &self.0.message
     }
 }
 
 impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Status {
-        let Refusal {
+        let Parts {
             code,
             reason,
             message,
             metadata,
             detail,
-        } = refusal;
+        } = *refusal.0;
         let mut details = ErrorDetails::new();
         details.set_error_info(reason, DOMAIN, metadata);
         let mut pushback = None;

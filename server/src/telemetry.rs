@@ -23,10 +23,6 @@ pub(crate) mod metric {
     pub(crate) const AUTH_FAILURES: &str = "espalier_auth_failures_total";
     /// Seconds of an inference call, by operation.
     pub(crate) const GEN_AI_DURATION: &str = "gen_ai_server_request_duration_seconds";
-    /// Seconds to the first token, by operation.
-    pub(crate) const GEN_AI_TTFT: &str = "gen_ai_server_time_to_first_token_seconds";
-    /// Seconds of each further token, by operation.
-    pub(crate) const GEN_AI_TPOT: &str = "gen_ai_server_time_per_output_token_seconds";
     /// One, with the server's version and base model as labels.
     pub(crate) const BUILD_INFO: &str = "espalier_build_info";
 }
@@ -125,8 +121,11 @@ pub fn metrics(server: &Server) -> Result<(), TelemetryError> {
     let full = [
         (metric::RPC_DURATION, CALL_SECONDS),
         (metric::GEN_AI_DURATION, REQUEST_SECONDS),
-        (metric::GEN_AI_TTFT, FIRST_TOKEN_SECONDS),
-        (metric::GEN_AI_TPOT, TOKEN_SECONDS),
+        (
+            "gen_ai_server_time_to_first_token_seconds",
+            FIRST_TOKEN_SECONDS,
+        ),
+        ("gen_ai_server_time_per_output_token_seconds", TOKEN_SECONDS),
         ("espalier_inter_token_latency_seconds", TOKEN_SECONDS),
     ];
     for (name, buckets) in full {
@@ -155,7 +154,7 @@ fn describe() {
     describe_counter!(metric::GRPC_STARTED, "Calls that came in");
     describe_counter!(
         metric::ADMISSION,
-        "Calls at the gate: admitted, queue_full, quota, draining"
+        "Calls and requests by outcome; the engine counts what it admits"
     );
     describe_counter!(metric::PANICS, "Panics that were caught; each one is a bug");
     describe_counter!(metric::AUTH_FAILURES, "Calls without a valid key");
@@ -163,16 +162,6 @@ fn describe() {
         metric::GEN_AI_DURATION,
         Unit::Seconds,
         "Duration of an inference call"
-    );
-    describe_histogram!(
-        metric::GEN_AI_TTFT,
-        Unit::Seconds,
-        "Time from a call's arrival to its first token"
-    );
-    describe_histogram!(
-        metric::GEN_AI_TPOT,
-        Unit::Seconds,
-        "Mean time of each token after the first"
     );
     describe_gauge!(
         metric::BUILD_INFO,

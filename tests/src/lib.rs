@@ -1,1 +1,284 @@
-//! .
+//! The harness: a server in this process, or `espalierd` as a child, over real sockets on free ports, with the seeded
+//! tiny model. It must not know what a test is about.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use espalier_server::config::Config;
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tonic::transport::{Channel, Endpoint};
+
+/// The model of tests: random, seeded, ready in milliseconds.
+pub const TINY: &str = "tiny:7";
+/// Nothing here should take so long; it is there so that a hang fails instead of hanging the build.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A server in this process.
+pub struct TestServer {
+    /// Where it listens.
+    pub addr: SocketAddr,
+    /// Where its state lies.
+    pub data: TempDir,
+    stop: Option<oneshot::Sender<()>>,
+    task: JoinHandle<Result<(), espalier_server::ServeError>>,
+}
+
+impl TestServer {
+    /// Starts with these settings over the harness's own (tiny model, temporary data directory, free port).
+    ///
+    /// # Panics
+    /// When the server does not start.
+    pub async fn start(settings: &[(&str, &str)]) -> TestServer {
+        let data =
+            tempfile::tempdir().unwrap_or_else(|error| panic!("a temporary directory: {error}"));
+        Self::start_in(data, settings).await
+    }
+
+    /// The same on a data directory that exists, as after a restart.
+    ///
+    /// # Panics
+    /// When the server does not start.
+    pub async fn start_in(data: TempDir, settings: &[(&str, &str)]) -> TestServer {
+        let listener = TcpListener::bind("127.0.0.1:0")
+            .await
+            .unwrap_or_else(|error| panic!("a free port: {error}"));
+        let addr = listener
+            .local_addr()
+            .unwrap_or_else(|error| panic!("an address: {error}"));
+        let path = data.path().to_string_lossy().into_owned();
+        let mut pairs = vec![
+            ("model", TINY),
+            ("data_dir", path.as_str()),
+            ("metrics_listen", "off"),
+        ];
+        pairs.extend(["kv_cache_bytes", "adapter_cache_bytes"].map(|key| (key, "64MiB")));
+        pairs.extend_from_slice(settings);
+        let config = Config::from_pairs(&pairs).unwrap_or_else(|error| panic!("{error}"));
+        let server = espalier_server::Server::build(config, &listener)
+            .await
+            .unwrap_or_else(|error| panic!("{error}"));
+        let (stop, stopped) = oneshot::channel::<()>();
+        let task = tokio::spawn(server.run(listener, async {
+            let _ = stopped.await;
+        }));
+        TestServer {
+            addr,
+            data,
+            stop: Some(stop),
+            task,
+        }
+    }
+
+    /// A connection.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub async fn channel(&self) -> Channel {
+        connect(self.addr).await
+    }
+
+    /// Tells the server to stop; it drains until [`TestServer::ended`].
+    pub fn begin_stop(&mut self) {
+        drop(self.stop.take());
+    }
+
+    /// Waits until everything is down and gives the data directory back.
+    ///
+    /// # Panics
+    /// When the server failed, or is not down in time.
+    pub async fn ended(mut self) -> TempDir {
+        self.begin_stop();
+        match tokio::time::timeout(PATIENCE, self.task).await {
+            Ok(Ok(Ok(()))) => self.data,
+            Ok(Ok(Err(error))) => panic!("the server failed: {error}"),
+            Ok(Err(error)) => panic!("the server's task failed: {error}"),
+            Err(_) => panic!("the server did not stop"),
+        }
+    }
+}
+
+/// Connects, trying until the server answers.
+///
+/// # Panics
+/// When it does not within a minute.
+pub async fn connect(addr: SocketAddr) -> Channel {
+    let endpoint =
+        Endpoint::from_shared(format!("http://{addr}")).unwrap_or_else(|error| panic!("{error}"));
+    let began = Instant::now();
+    loop {
+        match endpoint.connect().await {
+            Ok(channel) => return channel,
+            Err(error) if began.elapsed() > PATIENCE => panic!("cannot connect to {addr}: {error}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
+/// `espalierd` as a child process; killed when dropped.
+pub struct Daemon {
+    /// Where it listens.
+    pub addr: SocketAddr,
+    child: Child,
+}
+
+impl Daemon {
+    /// Starts the binary on a data directory, waits until it is ready. `args` are flags, as a user writes them.
+    ///
+    /// # Panics
+    /// When it does not become ready.
+    pub fn spawn(data: &Path, args: &[&str]) -> Daemon {
+        let ready = data.join("ready");
+        let _ = std::fs::remove_file(&ready);
+        let mut child = Command::new(espalierd())
+            .args(["--listen", "127.0.0.1:0", "--metrics-listen", "off"])
+            .arg("--data-dir")
+            .arg(data)
+            .arg("--ready-file")
+            .arg(&ready)
+            .args(args)
+            .stdout(Stdio::null())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap_or_else(|error| panic!("espalierd does not start: {error}"));
+        let began = Instant::now();
+        loop {
+            if let Ok(line) = std::fs::read_to_string(&ready) {
+                let addr = line
+                    .trim()
+                    .parse()
+                    .unwrap_or_else(|error| panic!("the ready file says {line:?}: {error}"));
+                return Daemon { addr, child };
+            }
+            if let Ok(Some(status)) = child.try_wait() {
+                panic!("espalierd ended before it was ready: {status}");
+            }
+            assert!(
+                began.elapsed() < PATIENCE,
+                "espalierd is not ready after {PATIENCE:?}"
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The process's id, to signal it.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Ends it at once, as a power cut would.
+    ///
+    /// # Panics
+    /// When the operating system refuses.
+    pub fn kill(mut self) {
+        self.child
+            .kill()
+            .unwrap_or_else(|error| panic!("kill: {error}"));
+        self.child
+            .wait()
+            .unwrap_or_else(|error| panic!("wait: {error}"));
+    }
+
+    /// Asks it to stop with SIGTERM and waits; says whether it ended with success.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn terminate(mut self) -> bool {
+        let id = self.child.id().to_string();
+        let sent = Command::new("kill").args(["-TERM", &id]).status();
+        assert!(
+            sent.is_ok_and(|status| status.success()),
+            "SIGTERM was not sent"
+        );
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return status.success();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("espalierd did not stop after SIGTERM");
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The server's binary, built when it is not: cargo builds other packages' binaries for no test.
+///
+/// # Panics
+/// When it does not build.
+pub fn espalierd() -> &'static Path {
+    binary("espalier-server", "espalierd")
+}
+
+/// A binary of the workspace by package and name.
+///
+/// # Panics
+/// When it does not build.
+pub fn binary(package: &'static str, name: &'static str) -> &'static Path {
+    static BUILT: OnceLock<
+        std::sync::Mutex<std::collections::HashMap<&'static str, &'static Path>>,
+    > = OnceLock::new();
+    let mut built = BUILT
+        .get_or_init(Default::default)
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    if let Some(path) = built.get(name) {
+        return path;
+    }
+    let mut child = Command::new(env!("CARGO"))
+        .args([
+            "build",
+            "--quiet",
+            "--message-format",
+            "json",
+            "--package",
+            package,
+            "--bin",
+            name,
+        ])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("cargo does not start: {error}"));
+    let output = child
+        .stdout
+        .take()
+        .map(BufReader::new)
+        .unwrap_or_else(|| panic!("cargo has no output"));
+    let mut path: Option<PathBuf> = None;
+    for line in output.lines().map_while(Result::ok) {
+        let Ok(message) = serde_json::from_str::<serde_json::Value>(&line) else {
+            continue;
+        };
+        if message["target"]["name"] == name
+            && let Some(executable) = message["executable"].as_str()
+        {
+            path = Some(PathBuf::from(executable));
+        }
+    }
+    let status = child
+        .wait()
+        .unwrap_or_else(|error| panic!("cargo: {error}"));
+    assert!(
+        status.success(),
+        "cargo build --bin {name} failed: {status}"
+    );
+    let path: &'static Path = Box::leak(
+        path.unwrap_or_else(|| panic!("cargo names no binary {name}"))
+            .into_boxed_path(),
+    );
+    built.insert(name, path);
+    path
+}

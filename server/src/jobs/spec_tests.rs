@@ -74,8 +74,7 @@ fn a_fraction_of_an_epoch_is_counted_in_steps() {
         batch_size: Some(4),
         ..HyperRequest::default()
     };
-    let (hyper, epochs) =
-        hyper_parameters(&request, &at(100, false), false, &limits()).unwrap();
+    let (hyper, epochs) = hyper_parameters(&request, &at(100, false), false, &limits()).unwrap();
     assert_eq!(
         (epochs, hyper.epochs, hyper.max_steps),
         (0.5, Some(1), Some(13))

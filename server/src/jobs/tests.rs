@@ -37,7 +37,11 @@ fn loss_at(seed: u64, step: u64) -> f64 {
     ((seed % 97) as f64 + 1.0) / step as f64
 }
 
-fn artifact(seed: u64, labels: &[String], hidden: usize) -> espalier_adapters::version::AdapterArtifact {
+fn artifact(
+    seed: u64,
+    labels: &[String],
+    hidden: usize,
+) -> espalier_adapters::version::AdapterArtifact {
     let config = LoraConfig::head_only();
     let weight = (0..labels.len() * hidden)
         .map(|at| (at as f32).sin() + (seed % 1000) as f32)
@@ -53,7 +57,10 @@ fn artifact(seed: u64, labels: &[String], hidden: usize) -> espalier_adapters::v
     write(&config, &weights)
 }
 
-fn write(config: &LoraConfig, weights: &AdapterWeights) -> espalier_adapters::version::AdapterArtifact {
+fn write(
+    config: &LoraConfig,
+    weights: &AdapterWeights,
+) -> espalier_adapters::version::AdapterArtifact {
     peft::write(config, weights).unwrap()
 }
 
@@ -61,14 +68,20 @@ impl Trainers for Fake {
     fn start(&self, submission: TrainingSubmission) -> Result<Started, EngineError> {
         let (sender, events) = mpsc::channel(4);
         let cancelled = Arc::new(AtomicBool::new(false));
-        let first = submission
-            .checkpoint
-            .as_ref()
-            .map_or(0, |bytes| u64::from_le_bytes(bytes[..8].try_into().unwrap()));
-        self.started.lock().unwrap().push((submission.job.clone(), first));
+        let first = submission.checkpoint.as_ref().map_or(0, |bytes| {
+            u64::from_le_bytes(bytes[..8].try_into().unwrap())
+        });
+        self.started
+            .lock()
+            .unwrap()
+            .push((submission.job.clone(), first));
         let busy = self.busy.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(busy, Ordering::SeqCst);
-        let (stop, hold, die) = (Arc::clone(&cancelled), Arc::clone(&self.hold), self.die_after);
+        let (stop, hold, die) = (
+            Arc::clone(&cancelled),
+            Arc::clone(&self.hold),
+            self.die_after,
+        );
         let count = Arc::clone(&self.busy);
         tokio::spawn(async move {
             let seed = submission.plan.seed;
@@ -89,7 +102,9 @@ impl Trainers for Fake {
                     total_tokens: step * 10,
                     ..StepReport::default()
                 };
-                let _ = sender.send(JobEvent::Progress(TrainEvent::Step(report))).await;
+                let _ = sender
+                    .send(JobEvent::Progress(TrainEvent::Step(report)))
+                    .await;
                 if step % 4 == 0 {
                     let mut bytes = step.to_le_bytes().to_vec();
                     bytes.extend(seed.to_le_bytes());
@@ -107,7 +122,9 @@ impl Trainers for Fake {
                 accuracy: 0.75,
                 best: true,
             };
-            let _ = sender.send(JobEvent::Progress(TrainEvent::Eval(eval))).await;
+            let _ = sender
+                .send(JobEvent::Progress(TrainEvent::Eval(eval)))
+                .await;
             let labels = submission.plan.train.labels.clone().unwrap();
             let finished = Finished {
                 artifact: artifact(seed, &labels, 64),
@@ -160,7 +177,10 @@ async fn open(dir: &Arc<tempfile::TempDir>, fake: Fake) -> Bench {
     let database = Database::open(dir.path()).unwrap();
     database
         .write(|tx| {
-            tx.execute("INSERT OR IGNORE INTO tenants VALUES ('acme', '', 0), ('globex', '', 0)", [])?;
+            tx.execute(
+                "INSERT OR IGNORE INTO tenants VALUES ('acme', '', 0), ('globex', '', 0)",
+                [],
+            )?;
             Ok::<_, DatabaseError>(())
         })
         .await
@@ -214,7 +234,12 @@ async fn open(dir: &Arc<tempfile::TempDir>, fake: Fake) -> Bench {
 
 fn request(tenant: &str, adapter: &str, seed: u64) -> JobRequest {
     let rows: String = (0..12)
-        .map(|n| format!("{{\"text\": \"row {n}\", \"label\": \"{}\"}}\n", ["no", "yes"][n % 2]))
+        .map(|n| {
+            format!(
+                "{{\"text\": \"row {n}\", \"label\": \"{}\"}}\n",
+                ["no", "yes"][n % 2]
+            )
+        })
         .collect();
     JobRequest {
         adapter: AdapterName::parse(&format!("tenants/{tenant}/adapters/{adapter}")).unwrap(),
@@ -247,11 +272,18 @@ async fn until(bench: &Bench, name: &JobName, what: impl Fn(&Job) -> bool) -> Jo
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    panic!("{name} did not get there: {:?}", bench.jobs.get(name.clone()).await);
+    panic!(
+        "{name} did not get there: {:?}",
+        bench.jobs.get(name.clone()).await
+    );
 }
 
 async fn watched(bench: &Bench, name: &JobName, from: u64) -> Vec<Event> {
-    let mut items = bench.jobs.watch(name.clone(), from, Duration::from_secs(9)).await.unwrap();
+    let mut items = bench
+        .jobs
+        .watch(name.clone(), from, Duration::from_secs(9))
+        .await
+        .unwrap();
     let mut events = Vec::new();
     while let Some(item) = items.recv().await {
         if let WatchItem::Event(event) = item.unwrap() {
@@ -274,7 +306,11 @@ fn losses(events: &[Event]) -> Vec<(u64, f64)> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_ends_in_a_live_version_and_a_gapless_story() {
     let bench = open(&Arc::new(tempfile::tempdir().unwrap()), Fake::default()).await;
-    let (job, _) = bench.jobs.create(request("acme", "tickets", 5), None).await.unwrap();
+    let (job, _) = bench
+        .jobs
+        .create(request("acme", "tickets", 5), None)
+        .await
+        .unwrap();
     let watching = watched(&bench, &job.name, 0).await;
     let numbers: Vec<u64> = watching.iter().map(|event| event.sequence).collect();
     assert_eq!(numbers, (1..=numbers.len() as u64).collect::<Vec<_>>());
@@ -284,9 +320,16 @@ async fn a_job_ends_in_a_live_version_and_a_gapless_story() {
     assert_eq!(losses(&watching), curve);
     let done = bench.jobs.get(job.name.clone()).await.unwrap();
     assert_eq!(done.last_sequence, last.sequence);
-    assert_eq!(done.version.as_deref(), Some("tenants/acme/adapters/tickets/versions/1"));
+    assert_eq!(
+        done.version.as_deref(),
+        Some("tenants/acme/adapters/tickets/versions/1")
+    );
     let reference = AdapterRef::parse("tenants/acme/adapters/tickets").unwrap();
-    let live = bench.registry.resolve(&Principal::LocalAnonymous, &reference).await.unwrap();
+    let live = bench
+        .registry
+        .resolve(&Principal::LocalAnonymous, &reference)
+        .await
+        .unwrap();
     assert_eq!(live.labels, ["no", "yes"]);
     let version = bench.registry.get_version(reference).await.unwrap();
     assert_eq!(version.content.metrics["accuracy"], 0.75);
@@ -302,7 +345,11 @@ async fn a_killed_job_goes_on_from_its_checkpoint_to_the_same_end() {
         ..Fake::default()
     };
     let bench = open(&dir, fake).await;
-    let (job, _) = bench.jobs.create(request("acme", "tickets", 5), None).await.unwrap();
+    let (job, _) = bench
+        .jobs
+        .create(request("acme", "tickets", 5), None)
+        .await
+        .unwrap();
     until(&bench, &job.name, |job| job.progress.step == 7).await;
     // Nothing is closed: the first service stays as a killed process leaves its files.
     let fake = Fake::default();
@@ -310,12 +357,19 @@ async fn a_killed_job_goes_on_from_its_checkpoint_to_the_same_end() {
     let again = open(&bench.dir, fake).await;
     let done = until(&again, &job.name, |job| job.state.is_final()).await;
     assert_eq!((done.state, done.attempt), (JobState::Succeeded, 2));
-    assert_eq!(started.lock().unwrap().as_slice(), [(job.name.to_string(), 4)]);
+    assert_eq!(
+        started.lock().unwrap().as_slice(),
+        [(job.name.to_string(), 4)]
+    );
     let story = watched(&again, &job.name, 0).await;
     let curve: Vec<(u64, f64)> = (1..=STEPS).map(|step| (step, loss_at(5, step))).collect();
     assert_eq!(losses(&story), curve, "a step is missing or told twice");
     let whole = open(&Arc::new(tempfile::tempdir().unwrap()), Fake::default()).await;
-    let (uninterrupted, _) = whole.jobs.create(request("acme", "tickets", 5), None).await.unwrap();
+    let (uninterrupted, _) = whole
+        .jobs
+        .create(request("acme", "tickets", 5), None)
+        .await
+        .unwrap();
     until(&whole, &uninterrupted.name, |job| job.state.is_final()).await;
     let reference = AdapterRef::parse("tenants/acme/adapters/tickets").unwrap();
     let ours = again.registry.get_version(reference.clone()).await.unwrap();
@@ -324,7 +378,11 @@ async fn a_killed_job_goes_on_from_its_checkpoint_to_the_same_end() {
     assert_eq!(ours.name.number.get(), 1);
     let left: i64 = again
         .database
-        .read(|tx| Ok::<_, DatabaseError>(tx.query_row("SELECT count(*) FROM checkpoints", [], |r| r.get(0))?))
+        .read(|tx| {
+            Ok::<_, DatabaseError>(
+                tx.query_row("SELECT count(*) FROM checkpoints", [], |r| r.get(0))?,
+            )
+        })
         .await
         .unwrap();
     assert_eq!(left, 0);
@@ -341,7 +399,11 @@ async fn a_cancelled_job_never_publishes() {
     let bench = open(&dir, fake).await;
     let mut names = Vec::new();
     for seed in 0..3 {
-        let (job, _) = bench.jobs.create(request("acme", "tickets", seed), None).await.unwrap();
+        let (job, _) = bench
+            .jobs
+            .create(request("acme", "tickets", seed), None)
+            .await
+            .unwrap();
         names.push(job.name);
     }
     until(&bench, &names[0], |job| job.state == JobState::Running).await;
@@ -351,14 +413,28 @@ async fn a_cancelled_job_never_publishes() {
         assert_eq!(job.state, JobState::Cancelled);
         assert!(matches!(
             bench.jobs.cancel(name.clone()).await,
-            Err(JobError::InvalidState { state: JobState::Cancelled, .. })
+            Err(JobError::InvalidState {
+                state: JobState::Cancelled,
+                ..
+            })
         ));
     }
     hold.store(false, Ordering::SeqCst);
     let done = until(&bench, &names[1], |job| job.state.is_final()).await;
-    assert_eq!(done.version.as_deref(), Some("tenants/acme/adapters/tickets/versions/1"));
+    assert_eq!(
+        done.version.as_deref(),
+        Some("tenants/acme/adapters/tickets/versions/1")
+    );
     let adapter = AdapterName::parse("tenants/acme/adapters/tickets").unwrap();
-    assert_eq!(bench.registry.get_adapter(adapter).await.unwrap().version_count, 1);
+    assert_eq!(
+        bench
+            .registry
+            .get_adapter(adapter)
+            .await
+            .unwrap()
+            .version_count,
+        1
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -369,7 +445,11 @@ async fn a_cancel_that_was_answered_survives_a_crash() {
         ..Fake::default()
     };
     let bench = open(&dir, fake).await;
-    let (job, _) = bench.jobs.create(request("acme", "tickets", 1), None).await.unwrap();
+    let (job, _) = bench
+        .jobs
+        .create(request("acme", "tickets", 1), None)
+        .await
+        .unwrap();
     until(&bench, &job.name, |job| job.progress.step == 2).await;
     let key = bench
         .database
@@ -401,15 +481,36 @@ async fn tenants_take_turns_and_the_engine_is_not_flooded() {
     let bench = open(&dir, fake).await;
     let mut names = Vec::new();
     for seed in 0..4 {
-        names.push(bench.jobs.create(request("acme", "a", seed), None).await.unwrap().0.name);
+        names.push(
+            bench
+                .jobs
+                .create(request("acme", "a", seed), None)
+                .await
+                .unwrap()
+                .0
+                .name,
+        );
     }
     until(&bench, &names[1], |job| job.state == JobState::Running).await;
-    names.push(bench.jobs.create(request("globex", "a", 9), None).await.unwrap().0.name);
+    names.push(
+        bench
+            .jobs
+            .create(request("globex", "a", 9), None)
+            .await
+            .unwrap()
+            .0
+            .name,
+    );
     hold.store(false, Ordering::SeqCst);
     for name in &names {
         until(&bench, name, |job| job.state == JobState::Succeeded).await;
     }
-    let order: Vec<String> = started.lock().unwrap().iter().map(|(job, _)| job.clone()).collect();
+    let order: Vec<String> = started
+        .lock()
+        .unwrap()
+        .iter()
+        .map(|(job, _)| job.clone())
+        .collect();
     let place = order.iter().position(|job| job.contains("globex")).unwrap();
     assert_eq!(place, 2, "globex waited behind a flooder: {order:?}");
     assert_eq!(most.load(Ordering::SeqCst), 2);
@@ -434,7 +535,13 @@ async fn the_same_request_id_is_the_same_job() {
     let racing: Vec<_> = (0..4)
         .map(|_| {
             let jobs = bench.jobs.clone();
-            tokio::spawn(async move { jobs.create(request("acme", "a", 1), key(1)).await.unwrap().0.name })
+            tokio::spawn(async move {
+                jobs.create(request("acme", "a", 1), key(1))
+                    .await
+                    .unwrap()
+                    .0
+                    .name
+            })
         })
         .collect();
     let mut names = Vec::new();
@@ -448,16 +555,47 @@ async fn the_same_request_id_is_the_same_job() {
         Err(JobError::RequestIdReused { .. })
     ));
     for _ in 0..4 {
-        bench.jobs.create(request("acme", "a", 3), None).await.unwrap();
+        bench
+            .jobs
+            .create(request("acme", "a", 3), None)
+            .await
+            .unwrap();
     }
     assert!(matches!(
         bench.jobs.create(request("acme", "a", 3), None).await,
-        Err(JobError::Limit { value: 6, limit: 5, .. })
+        Err(JobError::Limit {
+            value: 6,
+            limit: 5,
+            ..
+        })
     ));
     let tenant = TenantId::parse("acme").unwrap();
-    let page = bench.jobs.list(tenant.clone(), PageRequest { size: 2, after: None }).await.unwrap();
-    let rest = bench.jobs.list(tenant, PageRequest { size: 9, after: page.next }).await.unwrap();
-    assert_eq!((page.items.len(), rest.items.len(), rest.next), (2, 3, None));
+    let page = bench
+        .jobs
+        .list(
+            tenant.clone(),
+            PageRequest {
+                size: 2,
+                after: None,
+            },
+        )
+        .await
+        .unwrap();
+    let rest = bench
+        .jobs
+        .list(
+            tenant,
+            PageRequest {
+                size: 9,
+                after: page.next,
+            },
+        )
+        .await
+        .unwrap();
+    assert_eq!(
+        (page.items.len(), rest.items.len(), rest.next),
+        (2, 3, None)
+    );
     assert_eq!(rest.items[2].name, names[0]);
 }
 
@@ -480,7 +618,8 @@ async fn what_cannot_work_is_refused_before_it_starts() {
         job.data = DataInput::Inline {
             format: Format::Jsonl,
             columns: ColumnNames::default(),
-            bytes: b"{\"text\":\"a\",\"label\":\"x\"}\nnot json\n{\"text\":\"\",\"label\":\"y\"}\n".to_vec(),
+            bytes: b"{\"text\":\"a\",\"label\":\"x\"}\nnot json\n{\"text\":\"\",\"label\":\"y\"}\n"
+                .to_vec(),
         }
     })
     .await;
@@ -490,16 +629,27 @@ async fn what_cannot_work_is_refused_before_it_starts() {
     let lines: Vec<u64> = report.errors.iter().map(|finding| finding.line).collect();
     assert_eq!((field.as_str(), lines), ("spec.data", vec![2, 3]));
     let error = refused(|job| job.method = JobMethod::Supervised).await;
-    assert!(matches!(&error, JobError::InvalidField { field, .. } if field == "spec.data"), "{error}");
+    assert!(
+        matches!(&error, JobError::InvalidField { field, .. } if field == "spec.data"),
+        "{error}"
+    );
     let error = refused(|job| job.validation = ValidationInput::Fraction(0.6)).await;
     assert!(matches!(&error, JobError::InvalidField { .. }), "{error}");
-    let error = refused(|job| job.from = Some(AdapterRef::parse("tenants/acme/adapters/zz").unwrap())).await;
-    assert!(matches!(error, JobError::Registry(RegistryError::AdapterNotFound { .. })));
+    let error =
+        refused(|job| job.from = Some(AdapterRef::parse("tenants/acme/adapters/zz").unwrap()))
+            .await;
+    assert!(matches!(
+        error,
+        JobError::Registry(RegistryError::AdapterNotFound { .. })
+    ));
     let error = refused(|job| {
         job.data = DataInput::Dataset(DatasetName::parse("tenants/acme/datasets/zz").unwrap());
     })
     .await;
-    assert!(matches!(error, JobError::Dataset(DatasetError::NotFound { .. })));
+    assert!(matches!(
+        error,
+        JobError::Dataset(DatasetError::NotFound { .. })
+    ));
     let error = refused(|job| {
         job.keep_aliases = true;
         job.aliases = vec![Alias::default_alias()];
@@ -514,8 +664,15 @@ async fn what_cannot_work_is_refused_before_it_starts() {
     // A dry run of a good job stores nothing either.
     let quote = bench.jobs.quote(request("acme", "a", 1)).await.unwrap();
     assert_eq!(quote.stats.labels, ["no", "yes"]);
-    let page = PageRequest { size: 9, after: None };
-    let none = bench.jobs.list(TenantId::parse("acme").unwrap(), page).await.unwrap();
+    let page = PageRequest {
+        size: 9,
+        after: None,
+    };
+    let none = bench
+        .jobs
+        .list(TenantId::parse("acme").unwrap(), page)
+        .await
+        .unwrap();
     assert!(none.items.is_empty());
 }
 
@@ -528,22 +685,36 @@ async fn a_version_in_a_job_and_its_dataset_cannot_be_deleted() {
         ..Fake::default()
     };
     let bench = open(&dir, fake).await;
-    let (first, _) = bench.jobs.create(request("acme", "a", 1), None).await.unwrap();
+    let (first, _) = bench
+        .jobs
+        .create(request("acme", "a", 1), None)
+        .await
+        .unwrap();
     until(&bench, &first.name, |job| job.state == JobState::Succeeded).await;
     hold.store(true, Ordering::SeqCst);
     let mut next = request("acme", "b", 2);
     next.from = Some(AdapterRef::parse("tenants/acme/adapters/a").unwrap());
     next.keep_aliases = true;
     let (job, _) = bench.jobs.create(next, None).await.unwrap();
-    assert_eq!(job.spec.from_version.as_deref(), Some("tenants/acme/adapters/a/versions/1"));
+    assert_eq!(
+        job.spec.from_version.as_deref(),
+        Some("tenants/acme/adapters/a/versions/1")
+    );
     let adapter = AdapterName::parse("tenants/acme/adapters/a").unwrap();
     assert!(matches!(
-        bench.registry.delete_adapter(adapter.clone(), None, true).await,
+        bench
+            .registry
+            .delete_adapter(adapter.clone(), None, true)
+            .await,
         Err(RegistryError::InUse { .. })
     ));
     hold.store(false, Ordering::SeqCst);
     until(&bench, &job.name, |job| job.state == JobState::Succeeded).await;
-    bench.registry.delete_adapter(adapter, None, true).await.unwrap();
+    bench
+        .registry
+        .delete_adapter(adapter, None, true)
+        .await
+        .unwrap();
     let kept = VersionName::parse("tenants/acme/adapters/b/versions/1").unwrap();
     let version = bench.registry.get_version(kept.into()).await.unwrap();
     assert!(version.aliases.is_empty(), "keep_aliases moved one");

@@ -175,7 +175,6 @@ impl Around for Gate {
             Ok(permits) => permits,
             Err(refusal) => return Status::from(refusal).into_http(),
         };
-        outcome("admitted");
         // A watch would hold up the drain for its whole length, and its client can resume it elsewhere by number.
         let last = if kind == Kind::Watch {
             Phase::Draining

@@ -1,12 +1,12 @@
 //! The tonic services: convert, call, map. What they share is the caller's side of a call (who, until when, under which
 //! name) and the handles behind it; the work itself is the engine's, the registry's and the jobs'.
 
-pub mod adapter;
+pub(crate) mod adapter;
 mod control;
-pub mod inference;
-pub mod model;
-pub mod tenant;
-pub mod training;
+pub(crate) mod inference;
+pub(crate) mod model;
+pub(crate) mod tenant;
+pub(crate) mod training;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -31,6 +31,38 @@ pub(crate) struct Shell {
     pub(crate) gate: Gate,
     pub(crate) lifecycle: Lifecycle,
     pub(crate) base: Base,
+}
+
+impl Shell {
+    pub(crate) fn new(config: Arc<Config>, engine: EngineHandle, registry: Registry) -> Self {
+        let lifecycle = Lifecycle::default();
+        Shell {
+            base: Base {
+                name: model_name(&engine.model().name),
+                digest: engine.model().digest.clone(),
+            },
+            gate: Gate::new(&config.admission, lifecycle.clone()),
+            registry,
+            engine,
+            lifecycle,
+            config,
+        }
+    }
+}
+
+/// `models/{m}` from the name in the file, whose spelling is anybody's.
+fn model_name(name: &str) -> String {
+    let mut id = String::new();
+    for character in name.to_lowercase().chars() {
+        match character {
+            'a'..='z' | '0'..='9' | '.' => id.push(character),
+            _ if id.ends_with('-') || id.is_empty() => {}
+            _ => id.push('-'),
+        }
+    }
+    let id: String = id.chars().take(63).collect();
+    let id = id.trim_matches(['-', '.']);
+    format!("models/{}", if id.is_empty() { "base" } else { id })
 }
 
 /// One call, as the layers found it.
@@ -69,5 +101,22 @@ impl Call {
             },
             message,
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn model_names_are_made_of_plain_characters() {
+        assert_eq!(
+            model_name("SmolLM2 135M Instruct"),
+            "models/smollm2-135m-instruct"
+        );
+        assert_eq!(model_name("tiny:7"), "models/tiny-7");
+        assert_eq!(model_name("../../etc"), "models/etc");
+        assert_eq!(model_name("名"), "models/base");
+        assert_eq!(model_name(&"a".repeat(100)).len(), "models/".len() + 63);
     }
 }

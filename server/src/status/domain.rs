@@ -119,7 +119,8 @@ impl From<EngineError> for Refusal {
             }
             EngineError::TrainingFailed { .. } => {
                 Refusal::new(Code::FailedPrecondition, "TRAINING_FAILED", text)
-            },
+            }
+            EngineError::CannotStart { detail } => Refusal::internal(detail),
             EngineError::Stopped => Refusal::unavailable(
                 "BACKEND_FAILED",
                 "the engine has stopped; another replica answers",

@@ -33,9 +33,7 @@ fn message(result: Result<impl std::fmt::Debug, Refusal>) -> String {
 
 #[test]
 fn the_tenant_comes_from_adapter_then_field_then_key() {
-    let service = Principal::Service {
-        key: ApiKeyId::parse("s1").unwrap(),
-    };
+    let service = Principal::Admin { key: None };
     let tenant = |found: Target| found.tenant.map(|tenant| tenant.to_string());
     assert_eq!(
         tenant(target(asked("tenants/acme/adapters/a", ""), &service).unwrap()).as_deref(),

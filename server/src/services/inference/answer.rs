@@ -45,7 +45,6 @@ struct Record {
     operation: Operation,
     model: String,
     received: Instant,
-    longest: usize,
     error: Option<&'static str>,
     finished: bool,
 }
@@ -81,7 +80,6 @@ impl Events {
             operation,
             model: model.to_owned(),
             received: call.received,
-            longest: 0,
             error: None,
             finished: false,
         };
@@ -136,12 +134,9 @@ impl Events {
     fn note(&mut self, event: &Event) {
         match event {
             Event::Started(_) => self.started = true,
-            Event::Finished(end) => {
-                self.record.longest = self.record.longest.max(end.output_tokens)
-            }
             Event::Delta(delta) => self.output_tokens += delta.tokens.len(),
-            Event::Done { timings, .. } => self.record.done(*timings),
-            Event::Output { .. } | Event::Failed(_) => {}
+            Event::Done { .. } => self.record.finished = true,
+            Event::Finished(_) | Event::Output { .. } | Event::Failed(_) => {}
         }
     }
 
@@ -302,22 +297,6 @@ impl Operation {
             Operation::Classify => "classify",
             Operation::Embed => "embeddings",
             Operation::Score => "score",
-        }
-    }
-}
-
-impl Record {
-    fn done(&mut self, timings: Timings) {
-        self.finished = true;
-        if !matches!(self.operation, Operation::Generate | Operation::Chat) {
-            return;
-        }
-        let (name, model) = (self.operation.name(), self.model.clone());
-        metrics::histogram!(metric::GEN_AI_TTFT, "gen_ai_operation_name" => name, "gen_ai_request_model" => model.clone())
-            .record(timings.time_to_first_token.as_secs_f64());
-        if let Some(each) = reply::per_token(timings, self.longest) {
-            metrics::histogram!(metric::GEN_AI_TPOT, "gen_ai_operation_name" => name, "gen_ai_request_model" => model)
-                .record(each.as_secs_f64());
         }
     }
 }

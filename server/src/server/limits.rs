@@ -1,0 +1,109 @@
+//! The configuration's numbers, handed to each owner in the shape that it asks for. The only place where a setting's name
+//! and its use meet; nothing is decided here.
+
+use espalier_adapters::train::dataset::DataLimits;
+use espalier_engine::config::{BLOCK_SIZE, EngineConfig, RequestLimits};
+use espalier_engine::model::config::ModelConfig;
+
+use crate::config::Config;
+use crate::datasets::DatasetLimits;
+use crate::jobs::JobLimits;
+use crate::registry::RegistryLimits;
+use crate::services::adapter::artifact_limits;
+use crate::tenants::TenantLimits;
+
+/// The engine's numbers out of the configuration; KV blocks are counted from bytes, because operators think in memory.
+pub(super) fn engine_config(config: &Config, model: &ModelConfig) -> EngineConfig {
+    let (limits, engine, training) = (&config.limits, &config.engine, &config.training);
+    let row_bytes = 2 * model.layers * model.kv_heads * model.head_dim * size_of::<f32>();
+    let blocks = (engine.kv_cache_bytes.as_usize() / (row_bytes * BLOCK_SIZE).max(1)).max(1);
+    EngineConfig {
+        max_num_seqs: engine.max_sequences,
+        max_num_batched_tokens: engine.max_batched_tokens,
+        prefill_chunk_tokens: engine.prefill_chunk_tokens.min(engine.max_batched_tokens),
+        kv_blocks: blocks,
+        max_sequence_tokens: model.context_length.min(blocks * BLOCK_SIZE),
+        max_queue: engine.max_queue,
+        event_buffer: limits.stream_buffer,
+        slow_reader_limit: limits.slow_reader_timeout,
+        adapter_bytes: engine.adapter_cache_bytes.as_usize(),
+        max_adapter_loads: engine.max_adapter_loads,
+        limits: RequestLimits {
+            max_n: limits.max_candidates as usize,
+            // A serving profile adds its own to the request's.
+            max_stop_strings: 2 * limits.max_stop_strings,
+            max_stop_bytes: limits.max_stop_string_bytes,
+            max_stop_ids: limits.max_stop_token_ids,
+            max_top_logprobs: limits.max_logprobs as usize,
+            max_logit_bias: limits.max_logit_bias,
+            max_inputs: limits.max_inputs,
+            max_continuations: limits.max_labels.max(limits.max_inputs),
+            max_sequences: limits.max_inputs * limits.max_labels.max(limits.max_inputs),
+            max_id_bytes: limits.max_request_id_bytes.max(128),
+        },
+        adapter_limits: artifact_limits(config),
+        training_quantum: training.training_quantum,
+        training_max_tpot_impact: training.training_max_tpot_impact,
+        max_training_jobs: training.max_active_jobs,
+        ..EngineConfig::default()
+    }
+}
+
+pub(super) fn tenant_limits(config: &Config) -> TenantLimits {
+    TenantLimits {
+        max_tenants: config.catalog.max_tenants,
+        max_keys: config.catalog.max_keys_per_tenant,
+        max_display_name_bytes: config.catalog.max_description_bytes,
+        max_id_length: config.catalog.max_id_length,
+    }
+}
+
+pub(super) fn registry_limits(config: &Config) -> RegistryLimits {
+    RegistryLimits {
+        max_adapters: config.catalog.max_adapters_per_tenant,
+        max_versions: config.catalog.max_versions_per_adapter,
+        max_aliases: config.catalog.max_aliases_per_adapter,
+        max_description_bytes: config.catalog.max_description_bytes,
+        max_id_length: config.catalog.max_id_length,
+        cache_entries: config.catalog.name_cache_entries,
+    }
+}
+
+pub(super) fn dataset_limits(config: &Config) -> DatasetLimits {
+    let training = &config.training;
+    DatasetLimits {
+        max_datasets: config.catalog.max_datasets_per_tenant,
+        max_id_length: config.catalog.max_id_length,
+        data: DataLimits {
+            max_bytes: training.max_dataset_bytes.as_usize(),
+            max_line_bytes: training.max_row_bytes.as_usize(),
+            max_rows: training.max_dataset_rows,
+            max_labels: config.adapters.max_head_labels,
+            max_label_bytes: config.limits.max_label_bytes,
+            max_messages: config.limits.max_messages,
+            max_findings: training.max_report_findings,
+        },
+    }
+}
+
+/// `context` is what one sequence may hold; a configured 0 stands for it.
+pub(super) fn job_limits(config: &Config, context: usize) -> JobLimits {
+    let training = &config.training;
+    JobLimits {
+        max_active: training.max_active_jobs,
+        max_per_tenant: training.max_jobs_per_tenant,
+        activation_bytes: training.training_activation_bytes.as_usize(),
+        checkpoint_steps: training.checkpoint_steps as u64,
+        max_example_tokens: match training.max_example_tokens {
+            0 => context,
+            tokens => tokens.min(context),
+        },
+        max_inline_rows: training.max_inline_rows,
+        max_epochs: training.max_epochs,
+        max_steps: training.max_steps,
+        max_batch_size: training.max_batch_size,
+        max_rank: u32::try_from(config.adapters.max_rank).unwrap_or(u32::MAX),
+        max_labels: config.adapters.max_head_labels,
+        max_description_bytes: config.catalog.max_description_bytes,
+    }
+}
