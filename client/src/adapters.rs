@@ -32,14 +32,18 @@ impl Client {
     ) -> Result<v1::Adapter, Error> {
         transfer::draw_request_id(&mut request.request_id);
         let call = |channel, request| async move { stub(channel).create_adapter(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// One adapter, `tenants/{t}/adapters/{a}`.
     pub async fn get_adapter(&self, name: &str) -> Result<v1::Adapter, Error> {
-        let request = v1::GetAdapterRequest { name: name.to_owned() };
+        let request = v1::GetAdapterRequest {
+            name: name.to_owned(),
+        };
         let call = |channel, request| async move { stub(channel).get_adapter(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// One page of adapters.
@@ -48,7 +52,8 @@ impl Client {
         request: v1::ListAdaptersRequest,
     ) -> Result<v1::ListAdaptersResponse, Error> {
         let call = |channel, request| async move { stub(channel).list_adapters(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// Removes an adapter.
@@ -59,9 +64,13 @@ impl Client {
 
     /// One version, by any reference.
     pub async fn get_adapter_version(&self, name: &str) -> Result<v1::AdapterVersion, Error> {
-        let request = v1::GetAdapterVersionRequest { name: name.to_owned() };
-        let call = |channel, request| async move { stub(channel).get_adapter_version(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        let request = v1::GetAdapterVersionRequest {
+            name: name.to_owned(),
+        };
+        let call =
+            |channel, request| async move { stub(channel).get_adapter_version(request).await };
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// One page of an adapter's versions.
@@ -69,14 +78,19 @@ impl Client {
         &self,
         request: v1::ListAdapterVersionsRequest,
     ) -> Result<v1::ListAdapterVersionsResponse, Error> {
-        let call = |channel, request| async move { stub(channel).list_adapter_versions(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        let call =
+            |channel, request| async move { stub(channel).list_adapter_versions(request).await };
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// Removes a version.
     pub async fn delete_adapter_version(&self, name: &str) -> Result<(), Error> {
-        let request = v1::DeleteAdapterVersionRequest { name: name.to_owned() };
-        let call = |channel, request| async move { stub(channel).delete_adapter_version(request).await };
+        let request = v1::DeleteAdapterVersionRequest {
+            name: name.to_owned(),
+        };
+        let call =
+            |channel, request| async move { stub(channel).delete_adapter_version(request).await };
         self.delete(request, call).await
     }
 
@@ -86,13 +100,24 @@ impl Client {
         request: v1::SetAdapterAliasesRequest,
     ) -> Result<v1::Adapter, Error> {
         // With an etag a repetition of what has already happened would be refused.
-        let repeat = if request.etag.is_empty() { Repeat::Safe } else { Repeat::Never };
-        let call = |channel, request| async move { stub(channel).set_adapter_aliases(request).await };
-        self.unary(self.timeouts().control, repeat, request, call).await
+        let repeat = if request.etag.is_empty() {
+            Repeat::Safe
+        } else {
+            Repeat::Never
+        };
+        let call =
+            |channel, request| async move { stub(channel).set_adapter_aliases(request).await };
+        self.unary(self.timeouts().control, repeat, request, call)
+            .await
     }
 
     /// Points one alias at a version.
-    pub async fn set_alias(&self, adapter: &str, alias: &str, version: &str) -> Result<v1::Adapter, Error> {
+    pub async fn set_alias(
+        &self,
+        adapter: &str,
+        alias: &str,
+        version: &str,
+    ) -> Result<v1::Adapter, Error> {
         self.set_adapter_aliases(v1::SetAdapterAliasesRequest {
             name: adapter.to_owned(),
             set: BTreeMap::from([(alias.to_owned(), version.to_owned())]),
@@ -107,7 +132,8 @@ impl Client {
         request: v1::ListResidencyRequest,
     ) -> Result<v1::ListResidencyResponse, Error> {
         let call = |channel, request| async move { stub(channel).list_residency(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// Uploads a PEFT directory in chunks, checksums first.
@@ -124,7 +150,9 @@ impl Client {
             let channel = self.channel();
             async move { stub(channel).upload_adapter_version(request).await }
         };
-        let reply = self.attempts(Some(self.timeouts().transfer), Repeat::Safe, once).await;
+        let reply = self
+            .attempts(Some(self.timeouts().transfer), Repeat::Safe, once)
+            .await;
         // A file that could not be read explains what the server thought of the gap.
         if let Some(error) = broken.lock().unwrap_or_else(PoisonError::into_inner).take() {
             return Err(error);
@@ -137,14 +165,22 @@ impl Client {
         &self,
         name: &str,
     ) -> Result<Replies<v1::DownloadAdapterVersionResponse>, Error> {
-        let request = v1::DownloadAdapterVersionRequest { name: name.to_owned() };
-        let call = |channel, request| async move { stub(channel).download_adapter_version(request).await };
-        self.streaming(Some(self.timeouts().transfer), request, call).await
+        let request = v1::DownloadAdapterVersionRequest {
+            name: name.to_owned(),
+        };
+        let call =
+            |channel, request| async move { stub(channel).download_adapter_version(request).await };
+        self.streaming(Some(self.timeouts().transfer), request, call)
+            .await
     }
 
     /// Downloads a version into a directory. Files appear under their names only when size
     /// and checksum are right.
-    pub async fn download_adapter(&self, name: &str, dir: &Path) -> Result<v1::AdapterVersion, Error> {
+    pub async fn download_adapter(
+        &self,
+        name: &str,
+        dir: &Path,
+    ) -> Result<v1::AdapterVersion, Error> {
         let mut replies = self.download_adapter_stream(name).await?;
         let mut receiver = None;
         while let Some(reply) = replies.next().await {
@@ -169,7 +205,10 @@ impl Client {
         F: Fn(Channel, Request<Q>) -> Fut,
         Fut: Future<Output = Result<Response<R>, Status>>,
     {
-        match self.unary(self.timeouts().control, Repeat::Safe, request, call).await {
+        match self
+            .unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
+        {
             Ok(_) => Ok(()),
             Err(error) if error.code == tonic::Code::NotFound && error.attempts > 1 => Ok(()),
             Err(error) => Err(error),

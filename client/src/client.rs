@@ -146,9 +146,10 @@ impl Client {
     pub fn with_channel(channel: Channel, config: ClientConfig) -> Result<Self, Error> {
         let authorization = match &config.api_key {
             Some(key) => {
-                let mut value: MetadataValue<Ascii> = format!("Bearer {key}")
-                    .parse()
-                    .map_err(|_| Error::argument("the API key holds characters that no header may"))?;
+                let mut value: MetadataValue<Ascii> =
+                    format!("Bearer {key}").parse().map_err(|_| {
+                        Error::argument("the API key holds characters that no header may")
+                    })?;
                 value.set_sensitive(true);
                 Some(value)
             }
@@ -205,7 +206,9 @@ impl Client {
     pub(crate) fn request<Q>(&self, message: Q, remaining: Option<Duration>) -> Request<Q> {
         let mut request = Request::new(message);
         if let Some(value) = &self.authorization {
-            request.metadata_mut().insert("authorization", value.clone());
+            request
+                .metadata_mut()
+                .insert("authorization", value.clone());
         }
         if let Some(limit) = remaining {
             request.set_timeout(limit);
@@ -330,7 +333,12 @@ fn endpoint(config: &ClientConfig) -> Result<Endpoint, Error> {
             "this build has no TLS: put a TLS proxy in front, or give a channel of your own to Client::with_channel",
         ));
     }
-    let wrong = |_| Error::argument(format!("{:?} is no address like http://host:port", config.endpoint));
+    let wrong = |_| {
+        Error::argument(format!(
+            "{:?} is no address like http://host:port",
+            config.endpoint
+        ))
+    };
     let endpoint = Endpoint::from_shared(address).map_err(wrong)?;
     Ok(endpoint
         .user_agent(concat!("espalier-client/", env!("CARGO_PKG_VERSION")))

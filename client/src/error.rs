@@ -1,7 +1,12 @@
 //! One error for everything that can go wrong in a call: what the server's status and its
 //! details say, in fields, with a next step for people. Knows no transport beyond tonic's status.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    ops::{Deref, DerefMut},
+    time::Duration,
+};
 
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -18,9 +23,28 @@ pub struct FieldViolation {
     pub description: String,
 }
 
-/// A failed call.
+/// A failed call. Its fields are those of [`Fault`], which lies behind a pointer so that
+/// results stay small.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Error {
+pub struct Error(Box<Fault>);
+
+impl Deref for Error {
+    type Target = Fault;
+
+    fn deref(&self) -> &Fault {
+        &self.0
+    }
+}
+
+impl DerefMut for Error {
+    fn deref_mut(&mut self) -> &mut Fault {
+        &mut self.0
+    }
+}
+
+/// What is known of a failed call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
     /// The gRPC code.
     pub code: Code,
     /// The stable reason, UPPER_SNAKE; for example `ADAPTER_NOT_FOUND`. Reasons that begin
@@ -48,7 +72,7 @@ impl Error {
     /// An error found on this side, before or without the server.
     #[must_use]
     pub fn local(code: Code, reason: &str, message: impl Into<String>) -> Self {
-        Self {
+        Self(Box::new(Fault {
             code,
             reason: format!("CLIENT_{reason}"),
             message: message.into(),
@@ -59,7 +83,7 @@ impl Error {
             retry_forbidden: false,
             request_id: None,
             attempts: 0,
-        }
+        }))
     }
 
     /// An argument that cannot be sent.
@@ -103,7 +127,9 @@ impl Error {
                 "check the key, or make a new one with `espalier tenants keys create TENANT`"
             }
             "PERMISSION_DENIED" => "use a key of that tenant, or another --tenant",
-            "ADAPTER_NOT_FOUND" | "VERSION_NOT_FOUND" | "ADAPTER_VERSION_NOT_FOUND"
+            "ADAPTER_NOT_FOUND"
+            | "VERSION_NOT_FOUND"
+            | "ADAPTER_VERSION_NOT_FOUND"
             | "ALIAS_NOT_FOUND" => "list what is there with `espalier adapters list`",
             "DATASET_NOT_FOUND" => "list what is there with `espalier data list`",
             "JOB_NOT_FOUND" | "TRAINING_JOB_NOT_FOUND" => {
@@ -137,9 +163,9 @@ impl Error {
         match self.code {
             Code::Internal | Code::DataLoss | Code::Unknown => self.request_id.as_ref().map(log),
             Code::Unavailable => Some("try again in a moment".to_owned()),
-            Code::ResourceExhausted => self.retry_after.map(|wait| {
-                format!("wait {:.1} s, then try again", wait.as_secs_f64())
-            }),
+            Code::ResourceExhausted => self
+                .retry_after
+                .map(|wait| format!("wait {:.1} s, then try again", wait.as_secs_f64())),
             Code::Unimplemented if self.reason == "METHOD_UNKNOWN" => {
                 Some("the server is older than this client, or no Espalier server".to_owned())
             }
@@ -268,7 +294,10 @@ mod tests {
         assert_eq!(error.retry_after, Some(Duration::from_millis(250)));
         assert_eq!(error.request_id.as_deref(), Some("req-1"));
         let text = error.to_string();
-        assert!(text.contains("sampling.n: 17 is over the limit of 16"), "{text}");
+        assert!(
+            text.contains("sampling.n: 17 is over the limit of 16"),
+            "{text}"
+        );
         assert!(!error.is_retryable());
     }
 
@@ -276,7 +305,9 @@ mod tests {
     fn pushback_sets_the_wait_or_forbids() {
         let with = |value: &str| {
             let mut status = Status::unavailable("full");
-            status.metadata_mut().insert(PUSHBACK, value.parse().unwrap());
+            status
+                .metadata_mut()
+                .insert(PUSHBACK, value.parse().unwrap());
             Error::from(status)
         };
         let wait = with("1500");
@@ -307,7 +338,10 @@ mod tests {
     #[test]
     fn an_error_without_details_keeps_code_and_message() {
         let error = Error::from(Status::internal("boom"));
-        assert_eq!((error.code, error.message.as_str()), (Code::Internal, "boom"));
+        assert_eq!(
+            (error.code, error.message.as_str()),
+            (Code::Internal, "boom")
+        );
         assert_eq!(error.reason, "");
         assert_eq!(error.next_step(), None);
     }

@@ -14,9 +14,13 @@ fn stub(channel: Channel) -> InferenceServiceClient<Channel> {
 
 impl Client {
     /// Continues a raw text.
-    pub async fn generate(&self, request: v1::GenerateRequest) -> Result<v1::GenerateResponse, Error> {
+    pub async fn generate(
+        &self,
+        request: v1::GenerateRequest,
+    ) -> Result<v1::GenerateResponse, Error> {
         let call = |channel, request| async move { stub(channel).generate(request).await };
-        self.unary(self.timeouts().generate, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().generate, Repeat::Safe, request, call)
+            .await
     }
 
     /// Continues a raw text, streamed.
@@ -25,43 +29,59 @@ impl Client {
         request: v1::GenerateRequest,
     ) -> Result<Replies<v1::GenerateChunk>, Error> {
         let call = |channel, request| async move { stub(channel).stream_generate(request).await };
-        self.streaming(Some(self.timeouts().generate), request, call).await
+        self.streaming(Some(self.timeouts().generate), request, call)
+            .await
     }
 
     /// Answers a chat.
     pub async fn chat(&self, request: v1::ChatRequest) -> Result<v1::ChatResponse, Error> {
         let call = |channel, request| async move { stub(channel).chat(request).await };
-        self.unary(self.timeouts().generate, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().generate, Repeat::Safe, request, call)
+            .await
     }
 
     /// Answers a chat, streamed.
-    pub async fn stream_chat(&self, request: v1::ChatRequest) -> Result<Replies<v1::ChatChunk>, Error> {
+    pub async fn stream_chat(
+        &self,
+        request: v1::ChatRequest,
+    ) -> Result<Replies<v1::ChatChunk>, Error> {
         let call = |channel, request| async move { stub(channel).stream_chat(request).await };
-        self.streaming(Some(self.timeouts().generate), request, call).await
+        self.streaming(Some(self.timeouts().generate), request, call)
+            .await
     }
 
     /// Chooses among labels.
-    pub async fn classify(&self, request: v1::ClassifyRequest) -> Result<v1::ClassifyResponse, Error> {
+    pub async fn classify(
+        &self,
+        request: v1::ClassifyRequest,
+    ) -> Result<v1::ClassifyResponse, Error> {
         let call = |channel, request| async move { stub(channel).classify(request).await };
-        self.unary(self.timeouts().inference, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().inference, Repeat::Safe, request, call)
+            .await
     }
 
     /// Turns texts into vectors.
     pub async fn embed(&self, request: v1::EmbedRequest) -> Result<v1::EmbedResponse, Error> {
         let call = |channel, request| async move { stub(channel).embed(request).await };
-        self.unary(self.timeouts().inference, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().inference, Repeat::Safe, request, call)
+            .await
     }
 
     /// Log-probabilities of continuations.
     pub async fn score(&self, request: v1::ScoreRequest) -> Result<v1::ScoreResponse, Error> {
         let call = |channel, request| async move { stub(channel).score(request).await };
-        self.unary(self.timeouts().inference, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().inference, Repeat::Safe, request, call)
+            .await
     }
 
     /// Text or chat to token ids.
-    pub async fn tokenize(&self, request: v1::TokenizeRequest) -> Result<v1::TokenizeResponse, Error> {
+    pub async fn tokenize(
+        &self,
+        request: v1::TokenizeRequest,
+    ) -> Result<v1::TokenizeResponse, Error> {
         let call = |channel, request| async move { stub(channel).tokenize(request).await };
-        self.unary(self.timeouts().inference, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().inference, Repeat::Safe, request, call)
+            .await
     }
 
     /// Token ids to text.
@@ -70,6 +90,7 @@ impl Client {
         request: v1::DetokenizeRequest,
     ) -> Result<v1::DetokenizeResponse, Error> {
         let call = |channel, request| async move { stub(channel).detokenize(request).await };
-        self.unary(self.timeouts().inference, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().inference, Repeat::Safe, request, call)
+            .await
     }
 }

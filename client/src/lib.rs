@@ -39,7 +39,7 @@ pub mod transfer;
 pub mod cli;
 
 pub use client::{Client, ClientConfig, Timeouts};
-pub use error::{Error, FieldViolation};
+pub use error::{Error, Fault, FieldViolation};
 pub use espalier_proto::v1;
 pub use names::Names;
 pub use retry::RetryPolicy;

@@ -113,10 +113,19 @@ mod tests {
             ("tickets", "tenants/acme/adapters/tickets"),
             ("tickets@canary", "tenants/acme/adapters/tickets@canary"),
             ("tickets/7", "tenants/acme/adapters/tickets/versions/7"),
-            ("tickets/versions/7", "tenants/acme/adapters/tickets/versions/7"),
+            (
+                "tickets/versions/7",
+                "tenants/acme/adapters/tickets/versions/7",
+            ),
             ("tenants/globex/adapters/x", "tenants/globex/adapters/x"),
-            ("tenants/globex/adapters/x/3", "tenants/globex/adapters/x/versions/3"),
-            ("tenants/globex/adapters/x@old", "tenants/globex/adapters/x@old"),
+            (
+                "tenants/globex/adapters/x/3",
+                "tenants/globex/adapters/x/versions/3",
+            ),
+            (
+                "tenants/globex/adapters/x@old",
+                "tenants/globex/adapters/x@old",
+            ),
         ];
         for (given, expected) in cases {
             assert_eq!(names.adapter(given).unwrap(), expected);
@@ -140,7 +149,10 @@ mod tests {
 
     #[test]
     fn parts_of_names() {
-        assert_eq!(adapter_of("tenants/a/adapters/b/versions/3"), "tenants/a/adapters/b");
+        assert_eq!(
+            adapter_of("tenants/a/adapters/b/versions/3"),
+            "tenants/a/adapters/b"
+        );
         assert_eq!(adapter_of("tenants/a/adapters/b@c"), "tenants/a/adapters/b");
         assert_eq!(adapter_of("tenants/a/adapters/b"), "tenants/a/adapters/b");
         assert_eq!(short("tenants/a/adapters/b"), "b");

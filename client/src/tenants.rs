@@ -14,17 +14,24 @@ fn stub(channel: Channel) -> TenantServiceClient<Channel> {
 
 impl Client {
     /// Registers a tenant.
-    pub async fn create_tenant(&self, mut request: v1::CreateTenantRequest) -> Result<v1::Tenant, Error> {
+    pub async fn create_tenant(
+        &self,
+        mut request: v1::CreateTenantRequest,
+    ) -> Result<v1::Tenant, Error> {
         crate::transfer::draw_request_id(&mut request.request_id);
         let call = |channel, request| async move { stub(channel).create_tenant(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// One tenant, `tenants/{t}`.
     pub async fn get_tenant(&self, name: &str) -> Result<v1::Tenant, Error> {
-        let request = v1::GetTenantRequest { name: name.to_owned() };
+        let request = v1::GetTenantRequest {
+            name: name.to_owned(),
+        };
         let call = |channel, request| async move { stub(channel).get_tenant(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// One page of tenants.
@@ -33,12 +40,16 @@ impl Client {
         request: v1::ListTenantsRequest,
     ) -> Result<v1::ListTenantsResponse, Error> {
         let call = |channel, request| async move { stub(channel).list_tenants(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// Removes a tenant; with all that it owns when `force` is set.
     pub async fn delete_tenant(&self, name: &str, force: bool) -> Result<(), Error> {
-        let request = v1::DeleteTenantRequest { name: name.to_owned(), force };
+        let request = v1::DeleteTenantRequest {
+            name: name.to_owned(),
+            force,
+        };
         let call = |channel, request| async move { stub(channel).delete_tenant(request).await };
         self.delete(request, call).await
     }
@@ -49,7 +60,8 @@ impl Client {
         request: v1::CreateApiKeyRequest,
     ) -> Result<v1::CreateApiKeyResponse, Error> {
         let call = |channel, request| async move { stub(channel).create_api_key(request).await };
-        self.unary(self.timeouts().control, Repeat::Never, request, call).await
+        self.unary(self.timeouts().control, Repeat::Never, request, call)
+            .await
     }
 
     /// One page of keys.
@@ -58,13 +70,17 @@ impl Client {
         request: v1::ListApiKeysRequest,
     ) -> Result<v1::ListApiKeysResponse, Error> {
         let call = |channel, request| async move { stub(channel).list_api_keys(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// Ends a key.
     pub async fn revoke_api_key(&self, name: &str) -> Result<v1::ApiKey, Error> {
-        let request = v1::RevokeApiKeyRequest { name: name.to_owned() };
+        let request = v1::RevokeApiKeyRequest {
+            name: name.to_owned(),
+        };
         let call = |channel, request| async move { stub(channel).revoke_api_key(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 }

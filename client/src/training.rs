@@ -44,14 +44,18 @@ impl Client {
             let mut stub = stub(channel).max_encoding_message_size(usize::MAX);
             stub.create_training_job(request).await
         };
-        self.unary(self.timeouts().transfer, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().transfer, Repeat::Safe, request, call)
+            .await
     }
 
     /// One job.
     pub async fn get_training_job(&self, name: &str) -> Result<v1::TrainingJob, Error> {
-        let request = v1::GetTrainingJobRequest { name: name.to_owned() };
+        let request = v1::GetTrainingJobRequest {
+            name: name.to_owned(),
+        };
         let call = |channel, request| async move { stub(channel).get_training_job(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// One page of jobs.
@@ -59,15 +63,21 @@ impl Client {
         &self,
         request: v1::ListTrainingJobsRequest,
     ) -> Result<v1::ListTrainingJobsResponse, Error> {
-        let call = |channel, request| async move { stub(channel).list_training_jobs(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        let call =
+            |channel, request| async move { stub(channel).list_training_jobs(request).await };
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// Stops a job.
     pub async fn cancel_training_job(&self, name: &str) -> Result<v1::TrainingJob, Error> {
-        let request = v1::CancelTrainingJobRequest { name: name.to_owned() };
-        let call = |channel, request| async move { stub(channel).cancel_training_job(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        let request = v1::CancelTrainingJobRequest {
+            name: name.to_owned(),
+        };
+        let call =
+            |channel, request| async move { stub(channel).cancel_training_job(request).await };
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// One connection's worth of a job's events.
@@ -76,8 +86,12 @@ impl Client {
         name: &str,
         from_sequence: u64,
     ) -> Result<Replies<TrainingEvent>, Error> {
-        let request = v1::WatchTrainingJobRequest { name: name.to_owned(), from_sequence };
-        let call = |channel, request| async move { stub(channel).watch_training_job(request).await };
+        let request = v1::WatchTrainingJobRequest {
+            name: name.to_owned(),
+            from_sequence,
+        };
+        let call =
+            |channel, request| async move { stub(channel).watch_training_job(request).await };
         self.streaming(None, request, call).await
     }
 
@@ -114,7 +128,9 @@ impl Client {
             let channel = self.channel();
             async move { stub(channel).upload_dataset(request).await }
         };
-        let reply = self.attempts(Some(self.timeouts().transfer), Repeat::Safe, once).await;
+        let reply = self
+            .attempts(Some(self.timeouts().transfer), Repeat::Safe, once)
+            .await;
         if let Some(error) = broken.lock().unwrap_or_else(PoisonError::into_inner).take() {
             return Err(error);
         }
@@ -123,9 +139,12 @@ impl Client {
 
     /// One dataset.
     pub async fn get_dataset(&self, name: &str) -> Result<v1::Dataset, Error> {
-        let request = v1::GetDatasetRequest { name: name.to_owned() };
+        let request = v1::GetDatasetRequest {
+            name: name.to_owned(),
+        };
         let call = |channel, request| async move { stub(channel).get_dataset(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// One page of datasets.
@@ -134,12 +153,15 @@ impl Client {
         request: v1::ListDatasetsRequest,
     ) -> Result<v1::ListDatasetsResponse, Error> {
         let call = |channel, request| async move { stub(channel).list_datasets(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call).await
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
     }
 
     /// Removes a dataset.
     pub async fn delete_dataset(&self, name: &str) -> Result<(), Error> {
-        let request = v1::DeleteDatasetRequest { name: name.to_owned() };
+        let request = v1::DeleteDatasetRequest {
+            name: name.to_owned(),
+        };
         let call = |channel, request| async move { stub(channel).delete_dataset(request).await };
         self.delete(request, call).await
     }
@@ -163,7 +185,11 @@ impl Watch {
         while !self.ended {
             let found = match &mut self.replies {
                 Some(replies) => replies.next().await,
-                None => match self.client.watch_training_job_once(&self.name, self.next).await {
+                None => match self
+                    .client
+                    .watch_training_job_once(&self.name, self.next)
+                    .await
+                {
                     Ok(replies) => {
                         self.replies = Some(replies);
                         continue;

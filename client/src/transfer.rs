@@ -120,7 +120,10 @@ impl Reader {
 pub(crate) type Broken = Arc<Mutex<Option<Error>>>;
 
 /// The pieces of several sources in order: (index of the source, offset, bytes).
-fn pieces(sources: Vec<Source>, broken: Broken) -> impl Stream<Item = (usize, u64, Vec<u8>)> + Send {
+fn pieces(
+    sources: Vec<Source>,
+    broken: Broken,
+) -> impl Stream<Item = (usize, u64, Vec<u8>)> + Send {
     struct State {
         sources: Vec<Source>,
         index: usize,
@@ -128,7 +131,13 @@ fn pieces(sources: Vec<Source>, broken: Broken) -> impl Stream<Item = (usize, u6
         reader: Option<Reader>,
         broken: Broken,
     }
-    let start = State { sources, index: 0, offset: 0, reader: None, broken };
+    let start = State {
+        sources,
+        index: 0,
+        offset: 0,
+        reader: None,
+        broken,
+    };
     stream::unfold(start, |mut state| async move {
         loop {
             let source = state.sources.get(state.index)?;
@@ -192,8 +201,14 @@ pub(crate) struct PreparedAdapter {
 impl AdapterUpload {
     pub(crate) async fn prepare(self) -> Result<PreparedAdapter, Error> {
         let mut parts = vec![
-            (ArtifactPart::Config, Source::File(self.dir.join(AdapterArtifact::CONFIG_FILE))),
-            (ArtifactPart::Weights, Source::File(self.dir.join(AdapterArtifact::WEIGHTS_FILE))),
+            (
+                ArtifactPart::Config,
+                Source::File(self.dir.join(AdapterArtifact::CONFIG_FILE)),
+            ),
+            (
+                ArtifactPart::Weights,
+                Source::File(self.dir.join(AdapterArtifact::WEIGHTS_FILE)),
+            ),
         ];
         if let Some(labels) = labels_of(&self.dir)? {
             parts.push((ArtifactPart::Labels, Source::Bytes(labels.into())));
@@ -201,7 +216,11 @@ impl AdapterUpload {
         let mut infos = Vec::new();
         for (part, source) in &parts {
             let (size_bytes, sha256) = source.measure().await?;
-            infos.push(ArtifactPartInfo { part: (*part).into(), size_bytes, sha256 });
+            infos.push(ArtifactPartInfo {
+                part: (*part).into(),
+                size_bytes,
+                sha256,
+            });
         }
         let mut metadata = UploadAdapterVersionMetadata {
             parent: self.adapter,
@@ -225,10 +244,16 @@ impl PreparedAdapter {
         broken: Broken,
     ) -> impl Stream<Item = UploadAdapterVersionRequest> + Send + use<> {
         use upload_adapter_version_request::Payload;
-        let message = |payload| UploadAdapterVersionRequest { payload: Some(payload) };
+        let message = |payload| UploadAdapterVersionRequest {
+            payload: Some(payload),
+        };
         let parts: Vec<i32> = self.metadata.parts.iter().map(|info| info.part).collect();
         let chunks = pieces(self.sources.clone(), broken).map(move |(index, offset, data)| {
-            message(Payload::Chunk(ArtifactChunk { part: parts[index], offset, data }))
+            message(Payload::Chunk(ArtifactChunk {
+                part: parts[index],
+                offset,
+                data,
+            }))
         });
         let first = message(Payload::Metadata(self.metadata.clone()));
         stream::iter([first]).chain(chunks)
@@ -253,10 +278,17 @@ pub fn labels_of(dir: &Path) -> Result<Option<Vec<u8>>, Error> {
     };
     let mut labels = vec![None; named.len()];
     for (index, label) in named {
-        let slot = index.parse::<usize>().ok().and_then(|at| labels.get_mut(at));
+        let slot = index
+            .parse::<usize>()
+            .ok()
+            .and_then(|at| labels.get_mut(at));
         match (slot, label.as_str()) {
             (Some(slot), Some(label)) => *slot = Some(label.to_owned()),
-            _ => return Err(wrong(format!("id2label.{index} does not name row and label"))),
+            _ => {
+                return Err(wrong(format!(
+                    "id2label.{index} does not name row and label"
+                )));
+            }
         }
     }
     let Some(labels) = labels.into_iter().collect::<Option<Vec<_>>>() else {
@@ -326,7 +358,9 @@ impl PreparedDataset {
         broken: Broken,
     ) -> impl Stream<Item = UploadDatasetRequest> + Send + use<> {
         use upload_dataset_request::Payload;
-        let message = |payload| UploadDatasetRequest { payload: Some(payload) };
+        let message = |payload| UploadDatasetRequest {
+            payload: Some(payload),
+        };
         let chunks = pieces(vec![self.source.clone()], broken)
             .map(move |(_, offset, data)| message(Payload::Chunk(DatasetChunk { offset, data })));
         let first = message(Payload::Metadata(self.metadata.clone()));
@@ -347,13 +381,22 @@ pub(crate) struct Receiver {
 
 impl Receiver {
     pub(crate) fn disorder(why: &str) -> Error {
-        Error::local(Code::DataLoss, "DOWNLOAD", format!("the download is broken: {why}"))
+        Error::local(
+            Code::DataLoss,
+            "DOWNLOAD",
+            format!("the download is broken: {why}"),
+        )
     }
 
     pub(crate) async fn new(dir: &Path, version: AdapterVersion) -> Result<Self, Error> {
         let made = tokio::fs::create_dir_all(dir).await;
         made.map_err(|error| Error::file(dir, &error))?;
-        Ok(Self { dir: dir.to_owned(), version, index: 0, open: None })
+        Ok(Self {
+            dir: dir.to_owned(),
+            version,
+            index: 0,
+            open: None,
+        })
     }
 
     fn paths(&self) -> (PathBuf, PathBuf) {
@@ -380,10 +423,14 @@ impl Receiver {
 
     async fn open_part(&mut self, path: &Path) -> Result<&mut (File, Sha256, u64), Error> {
         if self.open.is_none() {
-            let file = File::create(path).await.map_err(|e| Error::file(path, &e))?;
+            let file = File::create(path)
+                .await
+                .map_err(|e| Error::file(path, &e))?;
             self.open = Some((file, Sha256::new(), 0));
         }
-        self.open.as_mut().ok_or_else(|| Self::disorder("no part is open"))
+        self.open
+            .as_mut()
+            .ok_or_else(|| Self::disorder("no part is open"))
     }
 
     /// Checks and renames the parts that are complete.
@@ -396,9 +443,14 @@ impl Receiver {
                 return Ok(());
             }
             if *size > size_bytes || hex::encode(hash.clone().finalize()) != sha256 {
-                return Err(Self::disorder(&format!("{} has another checksum than the header says", name.display())));
+                return Err(Self::disorder(&format!(
+                    "{} has another checksum than the header says",
+                    name.display()
+                )));
             }
-            file.sync_all().await.map_err(|error| Error::file(&path, &error))?;
+            file.sync_all()
+                .await
+                .map_err(|error| Error::file(&path, &error))?;
             self.open = None;
             let renamed = tokio::fs::rename(&path, &name).await;
             renamed.map_err(|error| Error::file(&name, &error))?;
@@ -457,7 +509,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_file_that_is_not_there_is_named() {
-        let upload = DatasetUpload { file: "no/such/file.csv".into(), ..Default::default() };
+        let upload = DatasetUpload {
+            file: "no/such/file.csv".into(),
+            ..Default::default()
+        };
         let error = upload.prepare().await.err().unwrap();
         assert!(error.message.contains("no/such/file.csv"), "{error}");
     }

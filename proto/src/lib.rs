@@ -6,6 +6,7 @@
 #[allow(
     missing_docs,
     clippy::all,
+    clippy::allow_attributes_without_reason,
     rustdoc::all,
     reason = "generated code; its comments are those of the protos"
 )]
@@ -19,6 +20,7 @@ pub mod espalier {
 #[allow(
     missing_docs,
     clippy::all,
+    clippy::allow_attributes_without_reason,
     rustdoc::all,
     reason = "generated code; its comments are those of the protos"
 )]
