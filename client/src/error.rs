@@ -127,14 +127,12 @@ impl Error {
                 "check the key, or make a new one with `espalier tenants keys create TENANT`"
             }
             "PERMISSION_DENIED" => "use a key of that tenant, or another --tenant",
-            "ADAPTER_NOT_FOUND"
-            | "VERSION_NOT_FOUND"
-            | "ADAPTER_VERSION_NOT_FOUND"
-            | "ALIAS_NOT_FOUND" => "list what is there with `espalier adapters list`",
-            "DATASET_NOT_FOUND" => "list what is there with `espalier data list`",
-            "JOB_NOT_FOUND" | "TRAINING_JOB_NOT_FOUND" => {
-                "list what is there with `espalier jobs list`"
+            "ADAPTER_NOT_FOUND" | "ADAPTER_VERSION_NOT_FOUND" | "ADAPTER_ALIAS_NOT_FOUND" => {
+                "list what is there with `espalier adapters list`"
             }
+            "API_KEY_NOT_FOUND" => "list what is there with `espalier tenants keys list TENANT`",
+            "DATASET_NOT_FOUND" => "list what is there with `espalier data list`",
+            "TRAINING_JOB_NOT_FOUND" => "list what is there with `espalier jobs list`",
             "TENANT_NOT_FOUND" => "make it with `espalier tenants create TENANT`",
             "RESOURCE_IN_USE" => "remove what uses it first, or pass --force where there is one",
             "ETAG_MISMATCH" => "somebody else changed it meanwhile: read it again, then decide",

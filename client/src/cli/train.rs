@@ -22,9 +22,11 @@ use crate::{
     },
 };
 
-/// Files up to this size travel inside the request; larger ones become datasets. The smallest
-/// limit of a message is 4 MiB, and a job may bring two files.
+/// Files up to this size travel inside the request; larger ones become datasets. A message is
+/// limited to 4 MiB, and a job may bring two files.
 const INLINE_BYTES: u64 = 1 << 20;
+/// The same as lines: what servers take inline by default.
+const INLINE_LINES: usize = 1000;
 
 /// What is learned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -388,7 +390,8 @@ impl Train {
                 return Err(error.into());
             }
         };
-        if size > INLINE_BYTES && !self.dry_run {
+        let large = size > INLINE_BYTES || text.lines().count() > INLINE_LINES;
+        if large && !self.dry_run {
             let name = push(session, path, format, columns, &content).await?;
             return Ok((source(Source::Dataset(name)), kind));
         }
