@@ -4,6 +4,7 @@
 mod adapters;
 mod chart;
 mod chat;
+mod check;
 mod data;
 mod generate;
 mod infer;
