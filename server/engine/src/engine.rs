@@ -6,6 +6,8 @@
 
 mod intake;
 mod postprocess;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -307,10 +309,13 @@ impl Engine {
                     });
                     continue;
                 }
-                Lookup::Ready(_) => self
-                    .pool
-                    .residency_of(&digest, now)
-                    .ok_or(EngineError::Stopped),
+                Lookup::Ready(lease) => {
+                    // The asker holds nothing: the list must not count this look as a holder.
+                    drop(lease);
+                    self.pool
+                        .residency_of(&digest, now)
+                        .ok_or(EngineError::Stopped)
+                }
                 Lookup::Failed(error) => Err(error),
             };
             let _ = reply.send(answer);

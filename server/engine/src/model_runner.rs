@@ -15,6 +15,10 @@ use crate::model::{BaseSites, Batch, KvCache, Model, ResidentAdapter, SeqSpan, W
 /// Tokens of an adapter's self-check; they fit in one block.
 pub(crate) const SELF_CHECK_TOKENS: usize = 4;
 
+/// In tests, a step whose rows begin so panics.
+#[cfg(test)]
+pub(crate) const POISON: [u32; 4] = [3, 3, 3, 3];
+
 /// One sequence's rows in a step.
 pub(crate) struct RunItem<'a> {
     pub(crate) tokens: &'a [u32],
@@ -71,6 +75,13 @@ impl ModelRunner {
     /// One step. `items` of one adapter must stand together. The wanted states after the final norm go to `states`,
     /// item after item, `[wanted rows, hidden]`.
     pub(crate) fn run(&mut self, items: &[RunItem<'_>], states: &mut Vec<f32>) {
+        #[cfg(test)]
+        for item in items {
+            assert!(
+                !item.tokens.starts_with(&POISON),
+                "a test asked for this panic"
+            );
+        }
         self.tokens.clear();
         let mut spans = Vec::with_capacity(items.len());
         for item in items {

@@ -262,6 +262,7 @@ mod tests {
     use candle_core::{Device, Tensor};
     use candle_transformers::generation::{LogitsProcessor, Sampling};
     use proptest::prelude::*;
+    use rand::Rng;
 
     fn row(seed: u64, vocab: usize) -> Vec<f32> {
         let mut rng = ChaCha12Rng::seed_from_u64(seed);
