@@ -14,7 +14,7 @@ use crate::adapter_pool::AdapterResidency;
 use crate::command::{CommandSender, EngineCommand, SendRefused, Submission};
 use crate::config::EngineConfig;
 use crate::error::EngineError;
-use crate::metrics::EngineStats;
+use crate::metrics::{self, EngineStats};
 use crate::model::{LoadedModel, ModelConfig};
 use crate::request::{Event, Request};
 use crate::train::{TrainingJob, TrainingStart, TrainingSubmission};
@@ -143,7 +143,11 @@ impl EngineHandle {
     pub fn submit(&self, request: Request) -> Result<mpsc::Receiver<Event>, EngineError> {
         self.refuse_if_draining()?;
         request.validate(&self.shared.config, &self.shared.model)?;
-        let ticket = self.shared.gauges.ticket(self.shared.config.max_queue)?;
+        let ticket = self
+            .shared
+            .gauges
+            .ticket(self.shared.config.max_queue)
+            .inspect_err(|_| metrics::admission("queue_full"))?;
         let (events, receiver) = mpsc::channel(self.shared.config.event_buffer);
         self.send(EngineCommand::Submit(Box::new(Submission {
             request,

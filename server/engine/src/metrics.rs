@@ -1,7 +1,7 @@
 //! The names of what the engine counts, and the snapshot that health checks read. No label holds a tenant, an adapter
 //! or text of a prompt: the number of series is fixed.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
@@ -53,7 +53,6 @@ const REQUESTS_RUNNING: &str = "espalier_requests_running";
 const REQUESTS_WAITING: &str = "espalier_requests_waiting";
 const KV_USAGE: &str = "espalier_kv_cache_usage_ratio";
 const CACHE_CONFIG: &str = "espalier_cache_config_info";
-const LORA_REQUESTS: &str = "espalier_lora_requests_info";
 const LORA_RESIDENT: &str = "espalier_lora_slots_used";
 const LORA_BYTES: &str = "espalier_lora_device_bytes";
 const LORA_LEASES: &str = "espalier_lora_leases";
@@ -91,10 +90,6 @@ pub(crate) fn describe(config: &EngineConfig) {
     describe_gauge!(
         CACHE_CONFIG,
         "always 1; the labels say how large the KV cache is"
-    );
-    describe_gauge!(
-        LORA_REQUESTS,
-        "time of the last refresh; the labels list counts of adapters (gateway protocol)"
     );
     describe_gauge!(LORA_RESIDENT, "adapters in memory");
     describe_gauge!(
@@ -168,11 +163,6 @@ pub(crate) fn gauges(stats: &EngineStats, service_gap: u64) {
     gauge!(FAIRNESS_GAP).set(service_gap as f64);
     gauge!(TRAINING_IMPACT).set(stats.training_impact);
     counter!(PREEMPTIONS).absolute(stats.preemptions);
-    let seconds = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs_f64();
-    gauge!(LORA_REQUESTS).set(seconds);
 }
 
 pub(crate) fn step(

@@ -223,6 +223,13 @@ impl TrainingWorker {
     }
 }
 
+/// An engine thread that ends must not leave trainers waiting for a turn that never comes.
+impl Drop for TrainingWorker {
+    fn drop(&mut self) {
+        self.suspend_all();
+    }
+}
+
 fn share(now: BusyTime, before: BusyTime) -> f64 {
     let steps = (now.steps - before.steps).as_secs_f64();
     if steps > 0.0 {
