@@ -62,3 +62,6 @@ pub struct Batch<'a, T = f32> {
     /// Which adapter they run with.
     pub segments: &'a [Segment<T>],
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -6,6 +6,8 @@
 mod learner;
 mod plan;
 mod start;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
@@ -26,7 +28,8 @@ use learner::{Learner, Numbered};
 pub use espalier_adapters::pace::{Pace, Stopped};
 pub use espalier_adapters::train::schedule::Decay;
 pub use plan::{
-    EvalReport, Finished, HyperParameters, Method, StepReport, Summary, TrainError, TrainEvent, TrainPlan,
+    EvalReport, Finished, HyperParameters, Method, StepReport, Summary, TrainError, TrainEvent,
+    TrainPlan,
 };
 
 /// Parameters that the optimizer updates between two breaths.
@@ -49,7 +52,10 @@ pub struct Trainer {
 
 impl std::fmt::Debug for Trainer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Trainer").field("state", &self.state).field("schedule", &self.schedule).finish_non_exhaustive()
+        f.debug_struct("Trainer")
+            .field("state", &self.state)
+            .field("schedule", &self.schedule)
+            .finish_non_exhaustive()
     }
 }
 
@@ -65,20 +71,38 @@ impl Trainer {
         let weights = start::initial(&plan, &model)?;
         let adapter = ResidentAdapter::build(&weights, model.as_ref())
             .map_err(|misfit| TrainError::plan("init", misfit.to_string()))?;
-        let state = RunState { plan: plan.digest(model.config()), ..RunState::default() };
+        let state = RunState {
+            plan: plan.digest(model.config()),
+            ..RunState::default()
+        };
         let optimizer = AdamW::new(adapter.parameters().len());
-        let dropout = plan.lora.as_ref().map_or(0.0, |lora| lora.lora_dropout as f32);
+        let dropout = plan
+            .lora
+            .as_ref()
+            .map_or(0.0, |lora| lora.lora_dropout as f32);
         let limits = (plan.hp.activation_bytes, dropout);
         let learner = Learner::new(model, adapter, limits, plan.seed);
         let schedule = schedule(&plan);
-        Ok(Self { plan: Arc::new(plan), learner, optimizer, state, best: None, schedule, states: None })
+        Ok(Self {
+            plan: Arc::new(plan),
+            learner,
+            optimizer,
+            state,
+            best: None,
+            schedule,
+            states: None,
+        })
     }
 
     /// A run that goes on after a checkpoint's steps. It ends bit-equal to one without a break.
     ///
     /// # Errors
     /// [`TrainError::Checkpoint`] when the bytes are broken or another plan's.
-    pub fn resume(model: Arc<Model>, plan: TrainPlan, checkpoint: &[u8]) -> Result<Self, TrainError> {
+    pub fn resume(
+        model: Arc<Model>,
+        plan: TrainPlan,
+        checkpoint: &[u8],
+    ) -> Result<Self, TrainError> {
         let mut trainer = Self::new(model, plan)?;
         let broken = |error: &dyn std::fmt::Display| TrainError::Checkpoint(error.to_string());
         let checkpoint = Checkpoint::from_bytes(checkpoint).map_err(|error| broken(&error))?;
@@ -87,11 +111,18 @@ impl Trainer {
         }
         let (params, _) = trainer.learner.parameters_and_gradients();
         if params.len() != checkpoint.params.len() {
-            return Err(broken(&format!("{} parameters, not {}", checkpoint.params.len(), params.len())));
+            return Err(broken(&format!(
+                "{} parameters, not {}",
+                checkpoint.params.len(),
+                params.len()
+            )));
         }
         params.copy_from_slice(&checkpoint.params);
-        trainer.optimizer =
-            AdamW { step: checkpoint.state.step, mean: checkpoint.mean, square: checkpoint.square };
+        trainer.optimizer = AdamW {
+            step: checkpoint.state.step,
+            mean: checkpoint.mean,
+            square: checkpoint.square,
+        };
         trainer.state = checkpoint.state;
         trainer.best = checkpoint.best;
         Ok(trainer)
@@ -116,7 +147,11 @@ impl Trainer {
     ///
     /// # Errors
     /// [`TrainError::Stopped`] when the pace says so, [`TrainError::NotFinite`] when the run diverged.
-    pub fn run(&mut self, pace: &dyn Pace, events: &mut dyn FnMut(TrainEvent)) -> Result<Finished, TrainError> {
+    pub fn run(
+        &mut self,
+        pace: &dyn Pace,
+        events: &mut dyn FnMut(TrainEvent),
+    ) -> Result<Finished, TrainError> {
         self.embed(pace, events)?;
         while self.state.step < self.schedule.total && !self.state.stopped_early {
             let report = self.next_step(pace)?;
@@ -129,7 +164,10 @@ impl Trainer {
             let every = self.plan.hp.checkpoint_steps.unwrap_or(CHECKPOINT_STEPS);
             let running = step < self.schedule.total && !self.state.stopped_early;
             if every > 0 && step.is_multiple_of(every) && running {
-                events(TrainEvent::Checkpoint { step, bytes: self.checkpoint()? });
+                events(TrainEvent::Checkpoint {
+                    step,
+                    bytes: self.checkpoint()?,
+                });
             }
         }
         self.finish()
@@ -147,15 +185,25 @@ impl Trainer {
             square: self.optimizer.square.clone(),
             best: self.best.clone(),
         };
-        checkpoint.to_bytes().map_err(|error| TrainError::Checkpoint(error.to_string()))
+        checkpoint
+            .to_bytes()
+            .map_err(|error| TrainError::Checkpoint(error.to_string()))
     }
 
     /// One optimizer step on a batch of the caller's choice, which need not be of the plan's data.
     ///
     /// # Errors
     /// As [`Trainer::run`]; [`TrainError::Plan`] on an empty batch.
-    pub fn step_on(&mut self, batch: &[Example], pace: &dyn Pace) -> Result<StepReport, TrainError> {
-        let numbered: Vec<Numbered<'_>> = batch.iter().enumerate().map(|(i, e)| (i as u64, e)).collect();
+    pub fn step_on(
+        &mut self,
+        batch: &[Example],
+        pace: &dyn Pace,
+    ) -> Result<StepReport, TrainError> {
+        let numbered: Vec<Numbered<'_>> = batch
+            .iter()
+            .enumerate()
+            .map(|(i, e)| (i as u64, e))
+            .collect();
         if numbered.is_empty() {
             return Err(TrainError::plan("batch", "holds no example"));
         }
@@ -167,7 +215,11 @@ impl Trainer {
     }
 
     /// States of all examples, once, when the head trains alone.
-    fn embed(&mut self, pace: &dyn Pace, events: &mut dyn FnMut(TrainEvent)) -> Result<(), TrainError> {
+    fn embed(
+        &mut self,
+        pace: &dyn Pace,
+        events: &mut dyn FnMut(TrainEvent),
+    ) -> Result<(), TrainError> {
         if !self.plan.head_only() || self.states.is_some() {
             return Ok(());
         }
@@ -177,8 +229,16 @@ impl Trainer {
         let mut before = 0;
         let mut cached = Vec::new();
         for items in [&plan.train.items[..], valid] {
-            let mut report = |done: usize| events(TrainEvent::Embedded { done: before + done, total });
-            cached.push(self.learner.last_states(&numbered(items), pace, &mut report)?);
+            let mut report = |done: usize| {
+                events(TrainEvent::Embedded {
+                    done: before + done,
+                    total,
+                })
+            };
+            cached.push(
+                self.learner
+                    .last_states(&numbered(items), pace, &mut report)?,
+            );
             before += items.len();
         }
         self.states = cached.pop().and_then(|valid| Some((cached.pop()?, valid)));
@@ -197,10 +257,17 @@ impl Trainer {
     fn next_step(&mut self, pace: &dyn Pace) -> Result<StepReport, TrainError> {
         let plan = Arc::clone(&self.plan);
         let chosen = self.batch(self.state.step);
-        let batch: Vec<Numbered<'_>> = chosen.iter().map(|i| (*i as u64, &plan.train.items[*i])).collect();
+        let batch: Vec<Numbered<'_>> = chosen
+            .iter()
+            .map(|i| (*i as u64, &plan.train.items[*i]))
+            .collect();
         let states = self.states.as_ref().map(|(train, _)| {
             let width = train.len() / plan.train.items.len();
-            chosen.iter().flat_map(|i| &train[i * width..][..width]).copied().collect::<Vec<f32>>()
+            chosen
+                .iter()
+                .flat_map(|i| &train[i * width..][..width])
+                .copied()
+                .collect::<Vec<f32>>()
         });
         self.step(&batch, states.as_deref(), pace)
     }
@@ -236,10 +303,13 @@ impl Trainer {
     fn update(&mut self, step: u64, grad_norm: f64, pace: &dyn Pace) -> f64 {
         let hp = &self.plan.hp;
         let share = self.schedule.share(step.min(self.schedule.total));
-        let (rate, head_rate) = hp.rates(self.plan.head_only());
+        let (rate, head_rate) = hp.rates();
         let len = self.learner.adapter.parameters().len();
         let head = self.learner.adapter.head_range().unwrap_or(len..len);
-        let groups = [(0..head.start, rate * share), (head.clone(), head_rate * share)];
+        let groups = [
+            (0..head.start, rate * share),
+            (head.clone(), head_rate * share),
+        ];
         let scale = clip(grad_norm, hp.max_grad_norm);
         let config = hp.optimizer();
         self.optimizer.step += 1;
@@ -247,16 +317,39 @@ impl Trainer {
         for (range, learning_rate) in groups {
             for start in range.clone().step_by(UPDATE_CHUNK) {
                 let range = start..(start + UPDATE_CHUNK).min(range.end);
-                self.optimizer.update(&config, &Group { range, learning_rate }, scale, params, grads);
+                self.optimizer.update(
+                    &config,
+                    &Group {
+                        range,
+                        learning_rate,
+                    },
+                    scale,
+                    params,
+                    grads,
+                );
                 let _asked_again_at_the_next_step = pace.breathe();
             }
         }
-        if self.plan.head_only() { head_rate * share } else { rate * share }
+        if self.plan.head_only() {
+            head_rate * share
+        } else {
+            rate * share
+        }
     }
 
-    fn advance(&mut self, step: u64, sum: LossSum, tokens: u64, (grad_norm, learning_rate): (f64, f64)) -> StepReport {
+    fn advance(
+        &mut self,
+        step: u64,
+        sum: LossSum,
+        tokens: u64,
+        (grad_norm, learning_rate): (f64, f64),
+    ) -> StepReport {
         let (epoch, next_index) = position(&self.plan, step);
-        let first = if step == 1 { Bits(sum.mean()) } else { self.state.first_loss };
+        let first = if step == 1 {
+            Bits(sum.mean())
+        } else {
+            self.state.first_loss
+        };
         self.state.step = step;
         self.state.epoch = epoch;
         self.state.next_index = next_index as u64;
@@ -277,7 +370,11 @@ impl Trainer {
     }
 
     fn eval_due(&self, step: u64) -> bool {
-        let every = self.plan.hp.eval_steps.unwrap_or_else(|| steps_per_epoch(&self.plan));
+        let every = self
+            .plan
+            .hp
+            .eval_steps
+            .unwrap_or_else(|| steps_per_epoch(&self.plan));
         self.plan.valid.is_some() && (step.is_multiple_of(every) || step == self.schedule.total)
     }
 
@@ -296,19 +393,33 @@ impl Trainer {
         };
         let (step, loss, accuracy) = (self.state.step, sum.mean(), sum.accuracy());
         if !loss.is_finite() {
-            return Err(TrainError::NotFinite { what: "the validation loss", value: loss, step });
+            return Err(TrainError::NotFinite {
+                what: "the validation loss",
+                value: loss,
+                step,
+            });
         }
         let best = self.state.best.is_none_or(|best| loss < best.loss.0);
         if best {
-            self.state.best = Some(BestEval { step, loss: Bits(loss), accuracy: Bits(accuracy) });
+            self.state.best = Some(BestEval {
+                step,
+                loss: Bits(loss),
+                accuracy: Bits(accuracy),
+            });
             self.best = Some(self.learner.adapter.parameters().to_vec());
             self.state.evals_without_better = 0;
         } else {
             self.state.evals_without_better += 1;
         }
         let patience = plan.hp.early_stopping_patience;
-        self.state.stopped_early = patience.is_some_and(|patience| self.state.evals_without_better >= patience);
-        Ok(EvalReport { step, loss, accuracy, best })
+        self.state.stopped_early =
+            patience.is_some_and(|patience| self.state.evals_without_better >= patience);
+        Ok(EvalReport {
+            step,
+            loss,
+            accuracy,
+            best,
+        })
     }
 
     fn finish(&mut self) -> Result<Finished, TrainError> {
@@ -322,8 +433,8 @@ impl Trainer {
             (Some(lora), Method::Class { .. }) => lora.clone().with_score_head(),
             (None, _) => LoraConfig::head_only(),
         };
-        let artifact =
-            peft::write(&config, &weights).map_err(|error| TrainError::plan("lora", error.to_string()))?;
+        let artifact = peft::write(&config, &weights)
+            .map_err(|error| TrainError::plan("lora", error.to_string()))?;
         let best = self.state.best.map(|best| EvalReport {
             step: best.step,
             loss: best.loss.0,
@@ -344,7 +455,11 @@ impl Trainer {
 }
 
 fn numbered(items: &[Example]) -> Vec<Numbered<'_>> {
-    items.iter().enumerate().map(|(i, example)| (i as u64, example)).collect()
+    items
+        .iter()
+        .enumerate()
+        .map(|(i, example)| (i as u64, example))
+        .collect()
 }
 
 fn labels(examples: &[Numbered<'_>]) -> Vec<u32> {
@@ -352,7 +467,10 @@ fn labels(examples: &[Numbered<'_>]) -> Vec<u32> {
         Example::Class { label, .. } => Some(*label as u32),
         Example::Lm { .. } => None,
     };
-    examples.iter().filter_map(|(_, example)| label(example)).collect()
+    examples
+        .iter()
+        .filter_map(|(_, example)| label(example))
+        .collect()
 }
 
 fn steps_per_epoch(plan: &TrainPlan) -> u64 {
@@ -362,13 +480,23 @@ fn steps_per_epoch(plan: &TrainPlan) -> u64 {
 /// The epoch of the step after `done` steps, and the index in its order where that step begins.
 fn position(plan: &TrainPlan, done: u64) -> (u64, usize) {
     let per_epoch = steps_per_epoch(plan);
-    (done / per_epoch, (done % per_epoch) as usize * plan.hp.batch_size)
+    (
+        done / per_epoch,
+        (done % per_epoch) as usize * plan.hp.batch_size,
+    )
 }
 
 fn schedule(plan: &TrainPlan) -> Schedule {
-    let epochs = plan.hp.epochs.unwrap_or(if plan.head_only() { 100 } else { 3 });
+    let epochs = plan
+        .hp
+        .epochs
+        .unwrap_or(if plan.head_only() { 100 } else { 3 });
     let all = steps_per_epoch(plan).saturating_mul(epochs);
     let total = plan.hp.max_steps.map_or(all, |limit| limit.min(all));
     let warmup = plan.hp.warmup_steps.unwrap_or(total / 20);
-    Schedule { warmup, total, decay: plan.hp.decay }
+    Schedule {
+        warmup,
+        total,
+        decay: plan.hp.decay,
+    }
 }

@@ -11,7 +11,9 @@ use espalier_adapters::linear::{AdapterGrads, BaseSites, ResidentAdapter};
 use espalier_adapters::ops::Ops;
 use espalier_adapters::pace::{Pace, Stopped};
 use espalier_adapters::train::examples::Example;
-use espalier_adapters::train::loss::{LossBuffers, LossSum, Target, linear_cross_entropy, softmax_cross_entropy};
+use espalier_adapters::train::loss::{
+    LossBuffers, LossSum, Target, linear_cross_entropy, softmax_cross_entropy,
+};
 
 use crate::model::{Model, Saved, TrainRows, Workspace};
 
@@ -44,7 +46,10 @@ struct Packed {
 
 impl Packed {
     fn of(examples: &[Numbered<'_>]) -> Self {
-        let mut packed = Self { tokens: Vec::new(), sequences: Vec::new() };
+        let mut packed = Self {
+            tokens: Vec::new(),
+            sequences: Vec::new(),
+        };
         for (_, example) in examples {
             let start = packed.tokens.len();
             packed.tokens.extend_from_slice(example.ids());
@@ -54,14 +59,22 @@ impl Packed {
     }
 
     fn rows(&self) -> TrainRows<'_> {
-        TrainRows { tokens: &self.tokens, sequences: &self.sequences }
+        TrainRows {
+            tokens: &self.tokens,
+            sequences: &self.sequences,
+        }
     }
 }
 
 // === impl Learner ===
 
 impl Learner {
-    pub(super) fn new(model: Arc<Model>, adapter: ResidentAdapter, limits: (usize, f32), seed: u64) -> Self {
+    pub(super) fn new(
+        model: Arc<Model>,
+        adapter: ResidentAdapter,
+        limits: (usize, f32),
+        seed: u64,
+    ) -> Self {
         let grads = vec![Some(AdapterGrads::of(&adapter))];
         Self {
             model,
@@ -89,7 +102,10 @@ impl Learner {
     }
 
     pub(super) fn clear_gradients(&mut self) {
-        self.grads.iter_mut().flatten().for_each(|grads| grads.all_mut().fill(0.0));
+        self.grads
+            .iter_mut()
+            .flatten()
+            .for_each(|grads| grads.all_mut().fill(0.0));
     }
 
     /// Sums the examples' losses and adds `scale` times their gradients.
@@ -101,8 +117,13 @@ impl Learner {
     ) -> Result<LossSum, Stopped> {
         let lowest = self.adapter.lowest_layer();
         let config = self.model.config();
-        let row_bytes = lowest.map_or(0, |lowest| Saved::<f32>::row_bytes(config, config.layers - lowest));
-        let budget = self.activation_bytes.checked_div(row_bytes).unwrap_or(FORWARD_ROWS);
+        let row_bytes = lowest.map_or(0, |lowest| {
+            Saved::<f32>::row_bytes(config, config.layers - lowest)
+        });
+        let budget = self
+            .activation_bytes
+            .checked_div(row_bytes)
+            .unwrap_or(FORWARD_ROWS);
         let mut sum = LossSum::default();
         for part in parts(examples, budget) {
             let dropout = (self.dropout_rate > 0.0).then(|| self.dropout(part, step));
@@ -114,7 +135,11 @@ impl Learner {
     }
 
     /// Sums the examples' losses.
-    pub(super) fn judge(&mut self, examples: &[Numbered<'_>], pace: &dyn Pace) -> Result<LossSum, Stopped> {
+    pub(super) fn judge(
+        &mut self,
+        examples: &[Numbered<'_>],
+        pace: &dyn Pace,
+    ) -> Result<LossSum, Stopped> {
         let mut sum = LossSum::default();
         for part in parts(examples, FORWARD_ROWS) {
             self.saved.lowest = None;
@@ -137,9 +162,16 @@ impl Learner {
             self.saved.lowest = None;
             self.saved.inputs_only = false;
             let packed = Packed::of(part);
-            let pass = Pass { ops: self.model.ops(), segments: &[], pace, dropout: None };
+            let pass = Pass {
+                ops: self.model.ops(),
+                segments: &[],
+                pace,
+                dropout: None,
+            };
             let rows = packed.rows();
-            let hidden = self.model.forward_train(&pass, rows, &mut self.saved, &mut self.workspace)?;
+            let hidden =
+                self.model
+                    .forward_train(&pass, rows, &mut self.saved, &mut self.workspace)?;
             for sequence in &packed.sequences {
                 states.extend_from_slice(&hidden[(sequence.end - 1) * width..sequence.end * width]);
             }
@@ -149,13 +181,19 @@ impl Learner {
     }
 
     /// The head's loss on cached states `[examples, hidden]`; with `scale`, adds its gradient.
-    pub(super) fn head_pass(&mut self, states: &[f32], labels: &[u32], scale: Option<f32>) -> LossSum {
+    pub(super) fn head_pass(
+        &mut self,
+        states: &[f32],
+        labels: &[u32],
+        scale: Option<f32>,
+    ) -> LossSum {
         let classes = self.adapter.labels().len();
         let mut logits = vec![0.0; labels.len() * classes];
         let mut losses = vec![0.0; labels.len()];
         let ops = self.model.ops();
         self.adapter.score(ops, states, &mut logits);
-        let sum = softmax_cross_entropy(ops, &mut logits, labels, scale.unwrap_or(0.0), &mut losses);
+        let sum =
+            softmax_cross_entropy(ops, &mut logits, labels, scale.unwrap_or(0.0), &mut losses);
         let head = self.grads[0].as_mut().and_then(AdapterGrads::head_mut);
         if let (Some(head), Some(_)) = (head, scale) {
             ops.outer(&logits, states, classes, 1.0, head);
@@ -168,7 +206,10 @@ impl Learner {
             let positions = 0..example.ids().len() as u64;
             positions.map(move |position| Dropout::row_key(self.seed, step, *number, position))
         });
-        Dropout { rate: self.dropout_rate, row_keys: keys.collect() }
+        Dropout {
+            rate: self.dropout_rate,
+            row_keys: keys.collect(),
+        }
     }
 
     /// Forward over one micro-batch, and back where there is a scale.
@@ -181,25 +222,57 @@ impl Learner {
     ) -> Result<LossSum, Stopped> {
         let packed = Packed::of(examples);
         let model = Arc::clone(&self.model);
-        let segments = [Segment { rows: 0..packed.tokens.len(), adapter: Some(Arc::clone(&self.adapter)) }];
-        let pass = Pass { ops: model.ops(), segments: &segments, pace, dropout };
-        let hidden = model.forward_train(&pass, packed.rows(), &mut self.saved, &mut self.workspace)?;
+        let segments = [Segment {
+            rows: 0..packed.tokens.len(),
+            adapter: Some(Arc::clone(&self.adapter)),
+        }];
+        let pass = Pass {
+            ops: model.ops(),
+            segments: &segments,
+            pace,
+            dropout,
+        };
+        let hidden =
+            model.forward_train(&pass, packed.rows(), &mut self.saved, &mut self.workspace)?;
         self.dstates.clear();
-        self.dstates.resize(if scale.is_some() { hidden.len() } else { 0 }, 0.0);
+        self.dstates
+            .resize(if scale.is_some() { hidden.len() } else { 0 }, 0.0);
         let dstates = scale.is_some().then_some(self.dstates.as_mut_slice());
         let factor = scale.unwrap_or(0.0);
         let targets = targets(examples, &packed);
         let sum = if self.adapter.labels().is_empty() {
             let context = (model.ops(), pace);
-            linear_cross_entropy(context, model.head(), hidden, &targets, factor, dstates, &mut self.loss)?
+            linear_cross_entropy(
+                context,
+                model.head(),
+                hidden,
+                &targets,
+                factor,
+                dstates,
+                &mut self.loss,
+            )?
         } else {
             let head = self.grads[0].as_mut().and_then(AdapterGrads::head_mut);
             let gradients = dstates.zip(head);
-            class_loss(model.ops(), &self.adapter, hidden, &targets, factor, gradients)
+            class_loss(
+                model.ops(),
+                &self.adapter,
+                hidden,
+                &targets,
+                factor,
+                gradients,
+            )
         };
         if scale.is_some() {
             let rows = packed.rows();
-            model.backward(&pass, rows, &mut self.saved, &self.dstates, &mut self.grads, &mut self.workspace)?;
+            model.backward(
+                &pass,
+                rows,
+                &mut self.saved,
+                &self.dstates,
+                &mut self.grads,
+                &mut self.workspace,
+            )?;
         }
         Ok(sum)
     }
@@ -230,9 +303,15 @@ fn targets(examples: &[Numbered<'_>], packed: &Packed) -> Vec<Target> {
         match example {
             Example::Lm { ids, learn } => {
                 let learnt = (1..ids.len()).filter(|position| learn[*position]);
-                targets.extend(learnt.map(|p| Target { row: rows.start + p - 1, label: ids[p] }));
+                targets.extend(learnt.map(|p| Target {
+                    row: rows.start + p - 1,
+                    label: ids[p],
+                }));
             }
-            Example::Class { label, .. } => targets.push(Target { row: rows.end - 1, label: *label as u32 }),
+            Example::Class { label, .. } => targets.push(Target {
+                row: rows.end - 1,
+                label: *label as u32,
+            }),
         }
     }
     targets
@@ -253,7 +332,11 @@ fn class_loss<O: Ops<T = f32>>(
     let classes = adapter.labels().len();
     let width = head.len() / classes;
     let rows = |target: &Target| target.row * width..(target.row + 1) * width;
-    let states: Vec<f32> = targets.iter().flat_map(|target| &hidden[rows(target)]).copied().collect();
+    let states: Vec<f32> = targets
+        .iter()
+        .flat_map(|target| &hidden[rows(target)])
+        .copied()
+        .collect();
     let labels: Vec<u32> = targets.iter().map(|target| target.label).collect();
     let (mut logits, mut losses) = (vec![0.0; targets.len() * classes], vec![0.0; targets.len()]);
     adapter.score(ops, &states, &mut logits);

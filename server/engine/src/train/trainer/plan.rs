@@ -16,7 +16,7 @@ use crate::model::ModelConfig;
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HyperParameters {
-    /// Peak learning rate; `None` is 1e-3, or 1e-2 when the head trains alone.
+    /// Peak learning rate; `None` is 1e-3.
     pub learning_rate: Option<f64>,
     /// Peak learning rate of the classification head; `None` is `learning_rate`.
     pub head_learning_rate: Option<f64>,
@@ -226,14 +226,17 @@ pub enum TrainError {
 
 impl TrainError {
     pub(super) fn plan(field: &'static str, reason: impl Into<String>) -> Self {
-        Self::Plan { field, reason: reason.into() }
+        Self::Plan {
+            field,
+            reason: reason.into(),
+        }
     }
 }
 
 impl HyperParameters {
     /// Peak learning rates of A and B, and of the head.
-    pub(super) fn rates(&self, head_only: bool) -> (f64, f64) {
-        let rate = self.learning_rate.unwrap_or(if head_only { 1e-2 } else { 1e-3 });
+    pub(super) fn rates(&self) -> (f64, f64) {
+        let rate = self.learning_rate.unwrap_or(1e-3);
         (rate, self.head_learning_rate.unwrap_or(rate))
     }
 
@@ -249,20 +252,41 @@ impl HyperParameters {
     fn validate(&self) -> Result<(), TrainError> {
         let (low, high) = (0.0..1.0, 0.0..=1.0);
         let fractions = [("beta1", self.beta1), ("beta2", self.beta2)];
-        let rates = [("learning_rate", self.rates(false).0), ("head_learning_rate", self.rates(false).1)];
-        if let Some((field, value)) = fractions.into_iter().find(|(_, value)| !low.contains(value)) {
+        let rates = [
+            ("learning_rate", self.rates().0),
+            ("head_learning_rate", self.rates().1),
+        ];
+        if let Some((field, value)) = fractions
+            .into_iter()
+            .find(|(_, value)| !low.contains(value))
+        {
             return Err(TrainError::plan(field, format!("{value} is not in 0..1")));
         }
-        if let Some((field, value)) = rates.into_iter().find(|(_, rate)| !(*rate > 0.0 && *rate <= 1.0)) {
-            return Err(TrainError::plan(field, format!("{value} is not above 0 and at most 1")));
+        if let Some((field, value)) = rates
+            .into_iter()
+            .find(|(_, rate)| !(*rate > 0.0 && *rate <= 1.0))
+        {
+            return Err(TrainError::plan(
+                field,
+                format!("{value} is not above 0 and at most 1"),
+            ));
         }
         if !high.contains(&self.weight_decay) {
-            return Err(TrainError::plan("weight_decay", format!("{} is not in 0..=1", self.weight_decay)));
+            return Err(TrainError::plan(
+                "weight_decay",
+                format!("{} is not in 0..=1", self.weight_decay),
+            ));
         }
         if !(self.epsilon > 0.0 && self.epsilon <= 1.0) {
-            return Err(TrainError::plan("epsilon", format!("{} is not above 0 and at most 1", self.epsilon)));
+            return Err(TrainError::plan(
+                "epsilon",
+                format!("{} is not above 0 and at most 1", self.epsilon),
+            ));
         }
-        if self.max_grad_norm.is_some_and(|limit| !(limit > 0.0 && limit.is_finite())) {
+        if self
+            .max_grad_norm
+            .is_some_and(|limit| !(limit > 0.0 && limit.is_finite()))
+        {
             return Err(TrainError::plan("max_grad_norm", "is not above 0"));
         }
         let counts = [
@@ -282,7 +306,13 @@ impl HyperParameters {
 impl TrainPlan {
     /// Whether only a head is trained.
     pub(super) fn head_only(&self) -> bool {
-        matches!(self.method, Method::Class { head_only: true, .. })
+        matches!(
+            self.method,
+            Method::Class {
+                head_only: true,
+                ..
+            }
+        )
     }
 
     /// Checks all that can be checked before anything is computed.
@@ -303,16 +333,24 @@ impl TrainPlan {
         if let Method::Class { labels, .. } = &self.method
             && labels.len() < 2
         {
-            return Err(TrainError::plan("labels", format!("{} is not at least 2", labels.len())));
+            return Err(TrainError::plan(
+                "labels",
+                format!("{} is not at least 2", labels.len()),
+            ));
         }
         match &self.lora {
-            Some(lora) if lora.use_dora => {
-                Err(TrainError::plan("use_dora", "DoRA adapters are served, not trained; train LoRA or rsLoRA"))
-            }
-            Some(lora) if !(0.0..1.0).contains(&lora.lora_dropout) => {
-                Err(TrainError::plan("lora_dropout", format!("{} is not in 0..1", lora.lora_dropout)))
-            }
-            Some(_) if self.head_only() => Err(TrainError::plan("lora", "a head that is trained alone has no LoRA below it")),
+            Some(lora) if lora.use_dora => Err(TrainError::plan(
+                "use_dora",
+                "DoRA adapters are served, not trained; train LoRA or rsLoRA",
+            )),
+            Some(lora) if !(0.0..1.0).contains(&lora.lora_dropout) => Err(TrainError::plan(
+                "lora_dropout",
+                format!("{} is not in 0..1", lora.lora_dropout),
+            )),
+            Some(_) if self.head_only() => Err(TrainError::plan(
+                "lora",
+                "a head that is trained alone has no LoRA below it",
+            )),
             None if !self.head_only() => Err(TrainError::plan("lora", "is missing")),
             _ => Ok(()),
         }
@@ -327,40 +365,68 @@ impl TrainPlan {
     ) -> Result<(), TrainError> {
         let ids = example.ids();
         if ids.is_empty() || ids.len() > context_length {
-            let reason = format!("an example has {} tokens, not 1..={context_length}", ids.len());
+            let reason = format!(
+                "an example has {} tokens, not 1..={context_length}",
+                ids.len()
+            );
             return Err(TrainError::plan(field, reason));
         }
         if let Some(id) = ids.iter().find(|id| **id as usize >= vocab) {
-            return Err(TrainError::plan(field, format!("token {id} is not below the vocabulary's {vocab}")));
+            return Err(TrainError::plan(
+                field,
+                format!("token {id} is not below the vocabulary's {vocab}"),
+            ));
         }
         match (&self.method, example) {
             (Method::Lm, Example::Lm { ids, learn }) => {
-                let fits = learn.len() == ids.len() && learn.first() == Some(&false) && learn.contains(&true);
-                fits.then_some(()).ok_or_else(|| TrainError::plan(field, "an example has no token to learn"))
+                let fits = learn.len() == ids.len()
+                    && learn.first() == Some(&false)
+                    && learn.contains(&true);
+                fits.then_some(())
+                    .ok_or_else(|| TrainError::plan(field, "an example has no token to learn"))
             }
-            (Method::Class { labels, .. }, Example::Class { label, .. }) if *label < labels.len() => Ok(()),
-            (Method::Class { labels, .. }, Example::Class { label, .. }) => {
-                Err(TrainError::plan(field, format!("label {label} is not below {}", labels.len())))
+            (Method::Class { labels, .. }, Example::Class { label, .. })
+                if *label < labels.len() =>
+            {
+                Ok(())
             }
-            _ => Err(TrainError::plan(field, "an example is of another kind than the method")),
+            (Method::Class { labels, .. }, Example::Class { label, .. }) => Err(TrainError::plan(
+                field,
+                format!("label {label} is not below {}", labels.len()),
+            )),
+            _ => Err(TrainError::plan(
+                field,
+                "an example is of another kind than the method",
+            )),
         }
     }
 
     /// Identifies plan and base, so that a checkpoint goes on only where it began.
     pub(super) fn digest(&self, base: &ModelConfig) -> String {
         let mut hash = Sha256::new();
-        hash.update(format!("espalier-plan-v1 {:?} {:?} {:?} {} {base:?}", self.method, self.lora, self.hp, self.seed));
+        hash.update(format!(
+            "espalier-plan-v1 {:?} {:?} {:?} {} {base:?}",
+            self.method, self.lora, self.hp, self.seed
+        ));
         for examples in [Some(&self.train), self.valid.as_ref()] {
             let items = examples.map_or(&[][..], |examples| &examples.items);
             hash.update((items.len() as u64).to_le_bytes());
-            items.iter().for_each(|example| hash_example(&mut hash, example));
+            items
+                .iter()
+                .for_each(|example| hash_example(&mut hash, example));
         }
         for ((layer, site), adapter) in self.init.iter().flat_map(|init| &init.sites) {
             hash.update(format!("{} {}", site.path(*layer), adapter.scale.to_bits()));
-            adapter.a.iter().chain(&adapter.b).for_each(|x| hash.update(x.to_le_bytes()));
+            adapter
+                .a
+                .iter()
+                .chain(&adapter.b)
+                .for_each(|x| hash.update(x.to_le_bytes()));
         }
         if let Some(head) = self.init.as_ref().and_then(|init| init.head.as_ref()) {
-            head.weight.iter().for_each(|x| hash.update(x.to_le_bytes()));
+            head.weight
+                .iter()
+                .for_each(|x| hash.update(x.to_le_bytes()));
         }
         hex::encode(hash.finalize())
     }
@@ -368,9 +434,14 @@ impl TrainPlan {
 
 fn hash_example(hash: &mut Sha256, example: &Example) {
     hash.update((example.ids().len() as u64).to_le_bytes());
-    example.ids().iter().for_each(|id| hash.update(id.to_le_bytes()));
+    example
+        .ids()
+        .iter()
+        .for_each(|id| hash.update(id.to_le_bytes()));
     match example {
-        Example::Lm { learn, .. } => learn.iter().for_each(|learn| hash.update([u8::from(*learn)])),
+        Example::Lm { learn, .. } => learn
+            .iter()
+            .for_each(|learn| hash.update([u8::from(*learn)])),
         Example::Class { label, .. } => hash.update((*label as u64).to_le_bytes()),
     }
 }

@@ -30,7 +30,10 @@ pub(super) fn order(seed: u64, epoch: u64) -> ChaCha8Rng {
 pub(super) fn initial(plan: &TrainPlan, model: &Model) -> Result<AdapterWeights, TrainError> {
     let mut weights = match (&plan.init, &plan.lora) {
         (Some(init), _) if plan.head_only() && !init.sites.is_empty() => {
-            return Err(TrainError::plan("init", "has LoRA sites, but the head is to be trained alone"));
+            return Err(TrainError::plan(
+                "init",
+                "has LoRA sites, but the head is to be trained alone",
+            ));
         }
         (Some(init), _) => init.clone(),
         (None, Some(lora)) => drawn(lora, plan.seed, model)?,
@@ -40,15 +43,26 @@ pub(super) fn initial(plan: &TrainPlan, model: &Model) -> Result<AdapterWeights,
         return Err(TrainError::plan("lora", "adapts no module of this base"));
     }
     if weights.sites.values().any(|site| site.magnitude.is_some()) {
-        return Err(TrainError::plan("init", "is a DoRA adapter; these are served, not trained"));
+        return Err(TrainError::plan(
+            "init",
+            "is a DoRA adapter; these are served, not trained",
+        ));
     }
     match &plan.method {
-        Method::Lm if weights.head.is_some() => Err(TrainError::plan("init", "has a head, but tokens are learnt")),
+        Method::Lm if weights.head.is_some() => Err(TrainError::plan(
+            "init",
+            "has a head, but tokens are learnt",
+        )),
         Method::Lm => Ok(weights),
         Method::Class { labels, .. } => {
-            let head = weights.head.get_or_insert_with(|| head(labels, plan, model));
+            let head = weights
+                .head
+                .get_or_insert_with(|| head(labels, plan, model));
             if head.labels != *labels {
-                return Err(TrainError::plan("init", "its head has other labels than the plan"));
+                return Err(TrainError::plan(
+                    "init",
+                    "its head has other labels than the plan",
+                ));
             }
             Ok(weights)
         }
@@ -66,9 +80,20 @@ fn drawn(lora: &LoraConfig, seed: u64, model: &Model) -> Result<AdapterWeights, 
         let (outputs, inputs) = model.ops().dims(model.weight(layer, site));
         let bound = 1.0 / (inputs as f32).sqrt();
         let mut random = stream(seed, (layer * Site::ALL.len() + site.index()) as u64);
-        let a = (0..plan.r * inputs).map(|_| random.random_range(-bound..bound)).collect();
+        let a = (0..plan.r * inputs)
+            .map(|_| random.random_range(-bound..bound))
+            .collect();
         let b = vec![0.0; outputs * plan.r];
-        weights.sites.insert((layer, site), SiteAdapter { r: plan.r, scale: plan.scale, a, b, magnitude: None });
+        weights.sites.insert(
+            (layer, site),
+            SiteAdapter {
+                r: plan.r,
+                scale: plan.scale,
+                a,
+                b,
+                magnitude: None,
+            },
+        );
     }
     Ok(weights)
 }
@@ -76,8 +101,17 @@ fn drawn(lora: &LoraConfig, seed: u64, model: &Model) -> Result<AdapterWeights, 
 /// A head drawn within `1 / sqrt(hidden)` below LoRA; alone on frozen states its loss is convex and zero is as good.
 fn head(labels: &[String], plan: &TrainPlan, model: &Model) -> ScoreHead {
     let width = model.config().hidden;
-    let bound = if plan.head_only() { 0.0 } else { 1.0 / (width as f32).sqrt() };
+    let bound = if plan.head_only() {
+        0.0
+    } else {
+        1.0 / (width as f32).sqrt()
+    };
     let mut random = stream(plan.seed, HEAD_STREAM);
-    let weight = (0..labels.len() * width).map(|_| bound * random.random_range(-1.0f32..1.0)).collect();
-    ScoreHead { labels: labels.to_vec(), weight }
+    let weight = (0..labels.len() * width)
+        .map(|_| bound * random.random_range(-1.0f32..1.0))
+        .collect();
+    ScoreHead {
+        labels: labels.to_vec(),
+        weight,
+    }
 }

@@ -1,0 +1,190 @@
+//! The whole decoder's backward pass against finite differences in f64.
+
+use std::ops::Range;
+
+use espalier_adapters::batch::{Dropout, Pass};
+use espalier_adapters::linear::AdapterGrads;
+use espalier_adapters::ops::Reference;
+use espalier_adapters::pace::{Pace, Stopped};
+
+use super::*;
+
+type Plain = Reference<f64>;
+
+/// Cuts everything in the smallest pieces.
+struct Breathless;
+
+impl Pace for Breathless {
+    fn breathe(&self) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn quantum_flops(&self) -> usize {
+        1 << 12
+    }
+}
+
+struct Run<'a> {
+    model: &'a Decoder<Plain>,
+    tokens: Vec<u32>,
+    sequences: Vec<Range<usize>>,
+    upstream: Vec<f64>,
+    dropout: Option<Dropout>,
+    inputs_only: bool,
+}
+
+impl Run<'_> {
+    /// `sum(states * upstream)`, and its gradient in the adapter's parameters.
+    fn loss(&self, adapter: &ResidentAdapter<f64>, gradient: bool) -> (f64, Vec<f64>) {
+        let adapter = Arc::new(adapter.clone());
+        let segments = [Segment {
+            rows: 0..self.tokens.len(),
+            adapter: Some(Arc::clone(&adapter)),
+        }];
+        let dropout = self.dropout.as_ref();
+        let pass = Pass {
+            ops: self.model.ops(),
+            segments: &segments,
+            pace: &Breathless,
+            dropout,
+        };
+        let rows = TrainRows {
+            tokens: &self.tokens,
+            sequences: &self.sequences,
+        };
+        let mut saved = Saved::default();
+        saved.lowest = adapter.lowest_layer();
+        saved.inputs_only = self.inputs_only;
+        let mut workspace = Workspace::new();
+        let states = self
+            .model
+            .forward_train(&pass, rows, &mut saved, &mut workspace)
+            .unwrap();
+        let loss = states.iter().zip(&self.upstream).map(|(y, w)| y * w).sum();
+        let mut grads = vec![Some(AdapterGrads::of(&adapter))];
+        if gradient {
+            self.model
+                .backward(
+                    &pass,
+                    rows,
+                    &mut saved,
+                    &self.upstream,
+                    &mut grads,
+                    &mut workspace,
+                )
+                .unwrap();
+        }
+        (loss, grads[0].as_ref().unwrap().all().to_vec())
+    }
+}
+
+fn run(model: &Decoder<Plain>) -> Run<'_> {
+    let config = model.config();
+    let tokens = random_ids(config, 13, 3);
+    let mut rng = ChaCha8Rng::seed_from_u64(4);
+    let upstream = (0..13 * config.hidden)
+        .map(|_| rng.random_range(-1.0..1.0))
+        .collect();
+    Run {
+        model,
+        tokens,
+        sequences: vec![0..8, 8..13],
+        upstream,
+        dropout: None,
+        inputs_only: false,
+    }
+}
+
+fn check(name: &str, run: &Run<'_>, adapter: &AdapterWeights) {
+    let mut adapter = ResidentAdapter::<f64>::build(adapter, run.model).unwrap();
+    let (_, gradient) = run.loss(&adapter, true);
+    let largest = gradient.iter().fold(0.0f64, |a, g| a.max(g.abs()));
+    assert!(largest > 1e-2, "{name}: a gradient of zeros proves nothing");
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    let mut checked = 0;
+    let h = 1e-4;
+    while checked < 150 {
+        let index = rng.random_range(0..gradient.len());
+        // What lies between the parts of the arena is nobody's.
+        if gradient[index] == 0.0 {
+            continue;
+        }
+        let at = adapter.parameters()[index];
+        let mut value = |offset: f64| {
+            adapter.parameters_mut()[index] = at + offset;
+            run.loss(&adapter, false).0
+        };
+        let near = value(h) - value(-h);
+        let far = value(2.0 * h) - value(-2.0 * h);
+        value(0.0);
+        let slope = (8.0 * near - far) / (12.0 * h);
+        let off = (slope - gradient[index]).abs();
+        assert!(
+            off <= 1e-6 * largest,
+            "{name}[{index}]: {slope}, not {}",
+            gradient[index]
+        );
+        checked += 1;
+    }
+}
+
+#[test]
+fn every_family_and_site() {
+    for family in FAMILIES {
+        let model = random_model::<Plain>(
+            &ModelConfig {
+                layers: 2,
+                ..small(family)
+            },
+            1,
+        );
+        let adapter = random_adapter(&model, |_, _| true, false, 2);
+        check(family.as_str(), &run(&model), &adapter);
+    }
+}
+
+#[test]
+fn upper_layers_single_sites_dropout_and_recomputation() {
+    let model = random_model::<Plain>(&small(Family::Qwen3), 1);
+    let upper = random_adapter(&model, |layer, _| layer > 0, false, 2);
+    check("upper layers", &run(&model), &upper);
+    let some = random_adapter(
+        &model,
+        |layer, site| layer == 1 && matches!(site, Site::K | Site::Down),
+        false,
+        2,
+    );
+    check("k and down", &run(&model), &some);
+    check(
+        "recomputed",
+        &Run {
+            inputs_only: true,
+            ..run(&model)
+        },
+        &upper,
+    );
+    let row_keys = (0..13).map(|row| Dropout::row_key(1, 2, 3, row)).collect();
+    let dropout = Some(Dropout {
+        rate: 0.3,
+        row_keys,
+    });
+    let dropped = Run {
+        dropout,
+        ..run(&model)
+    };
+    check("dropout", &dropped, &upper);
+    let resident = ResidentAdapter::build(&upper, &model).unwrap();
+    assert_ne!(
+        dropped.loss(&resident, false).0,
+        run(&model).loss(&resident, false).0
+    );
+    let recomputed = Run {
+        inputs_only: true,
+        ..run(&model)
+    };
+    assert_eq!(
+        recomputed.loss(&resident, true),
+        run(&model).loss(&resident, true),
+        "recomputing changes no bit"
+    );
+}

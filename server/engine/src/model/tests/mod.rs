@@ -1,0 +1,219 @@
+//! The decoder against candle's models, against finite differences, and against itself in other company.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod equality;
+mod finite_differences;
+mod oracle;
+
+use std::sync::Arc;
+
+use espalier_adapters::batch::Segment;
+use espalier_adapters::config::Site;
+use espalier_adapters::ops::{Ops, Real};
+use espalier_adapters::weights::{AdapterWeights, SiteAdapter};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::weights::{Part, Slot};
+use super::*;
+
+/// A small model whose sizes all differ.
+pub(crate) fn small(family: Family) -> ModelConfig {
+    ModelConfig {
+        family,
+        layers: 3,
+        hidden: 24,
+        intermediate: 40,
+        heads: 6,
+        kv_heads: 2,
+        head_dim: 4,
+        vocab: 70,
+        rms_eps: 1e-5,
+        rope: RopeConfig {
+            theta: 1000.0,
+            scaling: RopeScaling::None,
+        },
+        context_length: 256,
+        tie_embeddings: family == Family::Llama,
+        qkv_bias: family == Family::Qwen2,
+        qk_norm: family == Family::Qwen3,
+        sliding_window: (family == Family::Mistral).then_some(5),
+    }
+}
+
+pub(crate) const FAMILIES: [Family; 4] =
+    [Family::Llama, Family::Mistral, Family::Qwen2, Family::Qwen3];
+
+/// Random weights of a size that keeps activations near one.
+pub(crate) fn random_weights(config: &ModelConfig, seed: u64) -> ModelWeights {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut weights = ModelWeights::empty(config.layers);
+    for slot in Slot::all(config) {
+        let shape = slot.shape(config);
+        let norm = matches!(
+            slot,
+            Slot::Norm
+                | Slot::Layer(
+                    _,
+                    Part::AttnNorm | Part::MlpNorm | Part::QNorm | Part::KNorm
+                )
+        );
+        let (middle, spread) = match (norm, shape.len()) {
+            (true, _) => (1.0, 0.5),
+            (_, 1) => (0.0, 0.5),
+            _ => (0.0, 2.0 / (shape[1] as f32).sqrt()),
+        };
+        let len = shape.iter().product();
+        weights.set(
+            slot,
+            (0..len)
+                .map(|_| middle + spread * rng.random_range(-1.0f32..1.0))
+                .collect(),
+        );
+    }
+    weights
+}
+
+pub(crate) fn random_model<O: Ops>(config: &ModelConfig, seed: u64) -> Decoder<O> {
+    Decoder::new(config.clone(), random_weights(config, seed)).unwrap()
+}
+
+/// An adapter of rank 3 with a scale that no mistake leaves at one.
+pub(crate) fn random_adapter<O: Ops>(
+    model: &Decoder<O>,
+    at: impl Fn(usize, Site) -> bool,
+    dora: bool,
+    seed: u64,
+) -> AdapterWeights {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut random = |len: usize, low: f32, high: f32| -> Vec<f32> {
+        (0..len).map(|_| rng.random_range(low..high)).collect()
+    };
+    let mut weights = AdapterWeights::default();
+    for layer in 0..model.layers() {
+        for site in Site::ALL.into_iter().filter(|site| at(layer, *site)) {
+            let (outputs, inputs) = model.ops().dims(model.weight(layer, site));
+            let r = 2 + site.index() % 3;
+            let (a, b) = (
+                random(r * inputs, -0.4, 0.4),
+                random(outputs * r, -0.4, 0.4),
+            );
+            let magnitude = dora.then(|| random(outputs, 0.5, 2.0));
+            weights.sites.insert(
+                (layer, site),
+                SiteAdapter {
+                    r,
+                    scale: 0.7,
+                    a,
+                    b,
+                    magnitude,
+                },
+            );
+        }
+    }
+    weights
+}
+
+pub(crate) fn resident<O: Ops>(
+    model: &Decoder<O>,
+    weights: &AdapterWeights,
+) -> Arc<ResidentAdapter<O::T>> {
+    Arc::new(ResidentAdapter::build(weights, model).unwrap())
+}
+
+pub(crate) fn random_ids(config: &ModelConfig, len: usize, seed: u64) -> Vec<u32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    (0..len)
+        .map(|_| rng.random_range(0..config.vocab as u32))
+        .collect()
+}
+
+/// One sequence of a mixed batch.
+pub(crate) struct Asked<T> {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) adapter: Option<Arc<ResidentAdapter<T>>>,
+}
+
+/// The states of sequences, each `[ids, hidden]`, after passes over chunks of at most `chunk` rows of each.
+pub(crate) fn states<O: Ops>(
+    model: &Decoder<O>,
+    parts: &[Asked<O::T>],
+    chunk: usize,
+) -> Vec<Vec<O::T>> {
+    let config = model.config();
+    let block_size = 4;
+    let longest = parts.iter().map(|p| p.ids.len()).max().unwrap();
+    let per = longest.div_ceil(block_size);
+    let mut kv = KvCache::new(config, per * parts.len(), block_size);
+    // Blocks of the sequences are interleaved and in falling order.
+    let tables: Vec<Vec<u32>> = (0..parts.len())
+        .map(|p| {
+            (0..per)
+                .rev()
+                .map(|b| (b * parts.len() + p) as u32)
+                .collect()
+        })
+        .collect();
+    let mut workspace = Workspace::new();
+    let mut out = vec![Vec::new(); parts.len()];
+    for start in (0..longest).step_by(chunk) {
+        let (mut tokens, mut spans, mut runs, mut who) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (index, part) in parts.iter().enumerate() {
+            let end = (start + chunk).min(part.ids.len());
+            if start >= end {
+                continue;
+            }
+            let rows = tokens.len()..tokens.len() + end - start;
+            tokens.extend_from_slice(&part.ids[start..end]);
+            runs.push((rows.len(), part.adapter.clone()));
+            who.push((index, rows.clone()));
+            spans.push(SeqSpan {
+                rows,
+                start_pos: start,
+                block_table: &tables[index],
+            });
+        }
+        let segments = Segment::join(runs);
+        let batch = Batch {
+            tokens: &tokens,
+            spans: &spans,
+            segments: &segments,
+        };
+        let hidden = model.forward(&batch, &mut kv, &mut workspace);
+        for (index, rows) in who {
+            out[index]
+                .extend_from_slice(&hidden[rows.start * config.hidden..rows.end * config.hidden]);
+        }
+    }
+    out
+}
+
+/// The logits of every row of one sequence.
+pub(crate) fn logits<O: Ops>(
+    model: &Decoder<O>,
+    ids: &[u32],
+    adapter: Option<Arc<ResidentAdapter<O::T>>>,
+) -> Vec<O::T> {
+    let hidden = states(
+        model,
+        &[Asked {
+            ids: ids.to_vec(),
+            adapter,
+        }],
+        7,
+    )
+    .remove(0);
+    let mut out = vec![O::T::default(); ids.len() * model.config().vocab];
+    model.logits(&hidden, &mut out);
+    out
+}
+
+/// The largest difference of two slices.
+pub(crate) fn distance<T: Real>(left: &[T], right: &[T]) -> f64 {
+    assert_eq!(left.len(), right.len());
+    left.iter()
+        .zip(right)
+        .map(|(l, r)| (l.to_f64() - r.to_f64()).abs())
+        .fold(0.0, f64::max)
+}

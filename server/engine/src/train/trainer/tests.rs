@@ -1,0 +1,290 @@
+//! Runs on a tiny random model: cutting, pausing and resuming change no bit; heads and adapters learn.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::cell::Cell;
+
+use espalier_adapters::config::Site;
+use espalier_adapters::pace::Unpaced;
+use espalier_adapters::train::examples::Examples;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::*;
+use crate::model::tests::{random_adapter, random_model, small};
+use crate::model::{Family, Saved};
+
+fn model() -> Arc<Model> {
+    Arc::new(random_model(&small(Family::Qwen3), 1))
+}
+
+fn examples(items: Vec<Example>, labels: Option<Vec<String>>) -> Examples {
+    Examples { lines: (1..=items.len() as u64).collect(), items, labels }
+}
+
+/// Sequences that count upwards, so that there is something to learn.
+fn sequences(count: usize, seed: u64) -> Examples {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut sequence = || {
+        let (start, len) = (rng.random_range(0..50u32), rng.random_range(4..14usize));
+        let ids: Vec<u32> = (0..len as u32).map(|i| (start + i * 3) % 70).collect();
+        let learn = (0..len).map(|i| i > 1).collect();
+        Example::Lm { ids, learn }
+    };
+    examples((0..count).map(|_| sequence()).collect(), None)
+}
+
+/// The last token decides.
+fn classes(count: usize, seed: u64) -> (Examples, Vec<String>) {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let labels: Vec<String> = ["even", "odd", "third"].map(str::to_owned).to_vec();
+    let mut example = || {
+        let ids: Vec<u32> = (0..rng.random_range(2..8)).map(|_| rng.random_range(0..70)).collect();
+        let label = ids.last().map_or(0, |id| *id as usize % 3);
+        Example::Class { ids, label }
+    };
+    (examples((0..count).map(|_| example()).collect(), Some(labels.clone())), labels)
+}
+
+fn hp() -> HyperParameters {
+    HyperParameters {
+        learning_rate: Some(1e-2),
+        weight_decay: 0.1,
+        batch_size: 4,
+        epochs: Some(2),
+        checkpoint_steps: Some(2),
+        eval_steps: Some(3),
+        ..HyperParameters::default()
+    }
+}
+
+fn lm_plan() -> TrainPlan {
+    let lora = LoraConfig { lora_dropout: 0.1, ..LoraConfig::new(3, 5.0, &[Site::Q, Site::V, Site::Down]) };
+    TrainPlan {
+        method: Method::Lm,
+        lora: Some(lora),
+        hp: hp(),
+        seed: 9,
+        train: sequences(18, 1),
+        valid: Some(sequences(5, 2)),
+        init: None,
+    }
+}
+
+fn class_plan(head_only: bool) -> TrainPlan {
+    let (train, labels) = classes(40, 1);
+    let (valid, _) = classes(20, 2);
+    let lora = (!head_only).then(|| LoraConfig::new(2, 4.0, &Site::ALL));
+    TrainPlan {
+        method: Method::Class { labels, head_only },
+        lora,
+        valid: Some(valid),
+        train,
+        ..lm_plan()
+    }
+}
+
+fn finish(trainer: &mut Trainer, pace: &dyn Pace) -> (Finished, Vec<TrainEvent>) {
+    let mut events = Vec::new();
+    let finished = trainer.run(pace, &mut |event| events.push(event)).unwrap();
+    (finished, events)
+}
+
+fn steps(events: &[TrainEvent]) -> Vec<StepReport> {
+    events.iter().filter_map(|event| if let TrainEvent::Step(step) = event { Some(*step) } else { None }).collect()
+}
+
+/// Cuts work in pieces as small as can be.
+struct Fine;
+
+impl Pace for Fine {
+    fn breathe(&self) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn quantum_flops(&self) -> usize {
+        1 << 12
+    }
+}
+
+#[test]
+fn cutting_changes_no_bit() {
+    let (whole, events) = finish(&mut Trainer::new(model(), lm_plan()).unwrap(), &Unpaced);
+    let row = Saved::<f32>::row_bytes(model().config(), 3);
+    for (activation_bytes, pace) in
+        [(512 << 20, &Fine as &dyn Pace), (30 * row, &Unpaced), (20 * row, &Fine), (5 * row, &Unpaced)]
+    {
+        let mut plan = lm_plan();
+        plan.hp.activation_bytes = activation_bytes;
+        let (cut, cut_events) = finish(&mut Trainer::new(model(), plan).unwrap(), pace);
+        assert_eq!(steps(&cut_events), steps(&events), "{activation_bytes} bytes");
+        assert_eq!(cut.artifact, whole.artifact, "{activation_bytes} bytes");
+    }
+    let reports = steps(&events);
+    assert_eq!(reports.len(), 10);
+    assert_eq!(reports[4].targets + reports[5].targets, {
+        let targets = |batch: Vec<usize>| -> usize { batch.iter().map(|i| lm_plan().train.items[*i].targets()).sum() };
+        let trainer = Trainer::new(model(), lm_plan()).unwrap();
+        (targets(trainer.batch(4)) + targets(trainer.batch(5))) as u64
+    });
+    assert!(whole.summary.last_loss < whole.summary.first_loss);
+}
+
+#[test]
+fn packed_losses_are_those_of_each_alone() {
+    let plan = lm_plan();
+    let model = model();
+    let weights = random_adapter(&model, |_, _| true, false, 3);
+    let adapter = ResidentAdapter::build(&weights, model.as_ref()).unwrap();
+    let mut learner = Learner::new(model, adapter, (1 << 20, 0.0), 1);
+    let numbered = numbered(&plan.train.items);
+    let together = learner.judge(&numbered, &Unpaced).unwrap();
+    let mut alone = LossSum::default();
+    numbered.iter().for_each(|one| alone.add(learner.judge(std::slice::from_ref(one), &Unpaced).unwrap()));
+    assert!((together.loss - alone.loss).abs() < 1e-9 * alone.loss);
+    assert_eq!((together.targets, together.correct), (alone.targets, alone.correct));
+    learner.clear_gradients();
+    let learnt = learner.learn(&numbered, (1, 1.0), &Unpaced).unwrap();
+    assert_eq!(learnt, together, "training and judging compute one loss");
+}
+
+#[test]
+fn resumed_is_uninterrupted() {
+    for plan in [lm_plan(), class_plan(false), class_plan(true)] {
+        let mut plan = plan;
+        plan.hp.epochs = Some(2);
+        let (whole, events) = finish(&mut Trainer::new(model(), plan.clone()).unwrap(), &Unpaced);
+        let checkpoints = events.iter().filter_map(|event| match event {
+            TrainEvent::Checkpoint { step, bytes } => Some((*step, bytes.clone())),
+            _ => None,
+        });
+        let mut tried = 0;
+        for (step, bytes) in checkpoints {
+            let mut resumed = Trainer::resume(model(), plan.clone(), &bytes).unwrap();
+            assert_eq!(resumed.steps_done(), step);
+            let (end, rest) = finish(&mut resumed, &Unpaced);
+            assert_eq!(end.artifact, whole.artifact, "resumed after {step}");
+            assert_eq!(end.summary, whole.summary);
+            assert_eq!(steps(&rest), steps(&events)[step as usize..]);
+            tried += 1;
+        }
+        assert!(tried > 2);
+        let other = TrainPlan { seed: plan.seed + 1, ..plan.clone() };
+        let bytes = Trainer::new(model(), other).unwrap().checkpoint().unwrap();
+        let refused = Trainer::resume(model(), plan, &bytes).unwrap_err();
+        assert!(matches!(refused, TrainError::Checkpoint(_)), "{refused}");
+    }
+}
+
+/// Stops at the n-th breath.
+struct StopsAt(Cell<usize>);
+
+impl Pace for StopsAt {
+    fn breathe(&self) -> Result<(), Stopped> {
+        let left = self.0.get();
+        self.0.set(left.saturating_sub(1));
+        if left == 0 { Err(Stopped) } else { Ok(()) }
+    }
+}
+
+#[test]
+fn a_stopped_run_goes_on() {
+    let (whole, _) = finish(&mut Trainer::new(model(), lm_plan()).unwrap(), &Unpaced);
+    let mut trainer = Trainer::new(model(), lm_plan()).unwrap();
+    let mut stops = 0;
+    loop {
+        match trainer.run(&StopsAt(Cell::new(200)), &mut |_| ()) {
+            Err(TrainError::Stopped(_)) => stops += 1,
+            end => {
+                assert_eq!(end.unwrap().artifact, whole.artifact);
+                break;
+            }
+        }
+    }
+    assert!(stops > 3, "stopped {stops} times");
+}
+
+#[test]
+fn heads_and_adapters_learn_and_the_best_is_kept() {
+    for head_only in [true, false] {
+        let mut plan = class_plan(head_only);
+        plan.hp = HyperParameters {
+            epochs: Some(if head_only { 60 } else { 12 }),
+            learning_rate: Some(2e-2),
+            weight_decay: 0.0,
+            ..hp()
+        };
+        let mut trainer = Trainer::new(model(), plan).unwrap();
+        let (finished, events) = finish(&mut trainer, &Unpaced);
+        let best = finished.summary.best.unwrap();
+        assert!(finished.summary.last_loss < 0.5 * finished.summary.first_loss, "{:?}", finished.summary);
+        let losses: Vec<EvalReport> = events
+            .iter()
+            .filter_map(|event| if let TrainEvent::Eval(eval) = event { Some(*eval) } else { None })
+            .collect();
+        let least = losses.iter().min_by(|a, b| a.loss.total_cmp(&b.loss)).unwrap();
+        assert_eq!((best.step, best.loss, finished.summary.kept_step), (least.step, least.loss, least.step));
+        let shape = model().config().base_shape();
+        let (config, weights, _) = peft::read(&finished.artifact, &shape, &peft::Limits::default()).unwrap();
+        assert_eq!(weights.head.as_ref().unwrap().labels, ["even", "odd", "third"]);
+        assert_eq!(weights.sites.is_empty(), head_only, "{config:?}");
+        let kept = ResidentAdapter::build(&weights, model().as_ref()).unwrap();
+        let (valid, _) = classes(20, 2);
+        let mut learner = Learner::new(model(), kept, (1 << 20, 0.0), 1);
+        let again = learner.judge(&numbered(&valid.items), &Unpaced).unwrap();
+        assert!((again.mean() - best.loss).abs() < 1e-6, "the artifact is the best: {} {}", again.mean(), best.loss);
+    }
+}
+
+#[test]
+fn patience_ends_a_run() {
+    let mut plan = lm_plan();
+    plan.hp = HyperParameters {
+        learning_rate: Some(0.3),
+        epochs: Some(200),
+        eval_steps: Some(1),
+        early_stopping_patience: Some(3),
+        ..hp()
+    };
+    let (finished, _) = finish(&mut Trainer::new(model(), plan).unwrap(), &Unpaced);
+    assert!(finished.summary.stopped_early && finished.summary.steps < 900, "{:?}", finished.summary);
+    assert_eq!(finished.summary.steps, finished.summary.kept_step + 3);
+}
+
+#[test]
+fn plans_that_cannot_be_carried_out_say_why() {
+    type Change = fn(&mut TrainPlan);
+    let cases: [(&str, Change); 8] = [
+        ("batch_size: 0", |plan| plan.hp.batch_size = 0),
+        ("learning_rate: -1", |plan| plan.hp.learning_rate = Some(-1.0)),
+        ("use_dora", |plan| plan.lora.iter_mut().for_each(|lora| lora.use_dora = true)),
+        ("train: holds no example", |plan| plan.train.items.clear()),
+        ("train: token 70", |plan| {
+            plan.train.items.push(Example::Lm { ids: vec![1, 70], learn: vec![false, true] });
+        }),
+        ("valid: an example has no token to learn", |plan| {
+            let example = Example::Lm { ids: vec![1, 2], learn: vec![false, false] };
+            plan.valid.iter_mut().for_each(|valid| valid.items.push(example.clone()));
+        }),
+        ("train: an example has 257 tokens, not 1..=256", |plan| {
+            plan.train.items.push(Example::Lm { ids: vec![1; 257], learn: vec![true; 257] });
+        }),
+        ("lora: is missing", |plan| plan.lora = None),
+    ];
+    for (expected, change) in cases {
+        let mut plan = lm_plan();
+        change(&mut plan);
+        let error = Trainer::new(model(), plan).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}, not {expected}");
+    }
+    let mut diverging = lm_plan();
+    diverging.hp.learning_rate = Some(1.0);
+    diverging.hp.epochs = Some(100);
+    diverging.hp.max_grad_norm = None;
+    diverging.init = Some({
+        let mut weights = random_adapter(&model(), |_, _| true, false, 3);
+        weights.sites.values_mut().for_each(|site| site.a.iter_mut().for_each(|a| *a *= 1e30));
+        weights
+    });
+    let error = Trainer::new(model(), diverging).unwrap().run(&Unpaced, &mut |_| ()).unwrap_err();
+    assert!(matches!(error, TrainError::NotFinite { .. }), "{error}");
+}
