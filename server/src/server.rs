@@ -20,7 +20,7 @@ use tonic_health::ServingStatus;
 
 use crate::artifact_store::{ArtifactStore, StoreError};
 use crate::config::{Config, ConfigError};
-use crate::database::{Database, DatabaseError};
+use crate::database::{DataDirLock, Database, DatabaseError};
 use crate::datasets::DatasetStore;
 use crate::jobs::{self, JobError, JobService};
 use crate::registry::Registry;
@@ -100,6 +100,8 @@ pub struct Server {
     jobs: JobService,
     health: tonic_health::server::HealthReporter,
     about: About,
+    /// Held as long as the server lives, so that a second one cannot work on the same directory.
+    lock: DataDirLock,
 }
 
 /// What an operator wants to see at once; its `Display` is the start-up block.
@@ -153,6 +155,7 @@ impl Server {
             cause,
         })?;
         let loopback = is_loopback(listen.ip());
+        let lock = DataDirLock::take(&config.server.data_dir)?;
         let database = Database::open(&config.server.data_dir)?;
         let store = ArtifactStore::open(&config.server.data_dir)?;
         let policy = AccessPolicy {
@@ -174,6 +177,8 @@ impl Server {
             store.clone(),
             limits::registry_limits(&config),
         );
+        // Before anything can store a blob: what a crash left without a name goes.
+        registry.sweep().await.map_err(JobError::from)?;
         let source = StoredAdapters::new(store.clone(), registry.clone(), Handle::current());
         let engine = start_engine(&config, source).await?;
         let shell = Shell::new(config, engine, registry);
@@ -204,6 +209,7 @@ impl Server {
             jobs,
             health,
             about,
+            lock,
         })
     }
 
@@ -228,6 +234,7 @@ impl Server {
             jobs,
             health,
             about,
+            lock: _lock,
         } = self;
         let config = Arc::clone(&shell.config);
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
@@ -365,7 +372,8 @@ fn routes(shell: &Shell, state: State, routes: Routes) -> Routes {
 fn trained_base(shell: &Shell) -> jobs::Base {
     let model = shell.engine.model();
     jobs::Base {
-        name: shell.base.name.clone(),
+        name: model.name.clone(),
+        resource: shell.base.name.clone(),
         digest: model.digest.clone(),
         shape: model.config.base_shape(),
         family: model.config.family,

@@ -67,7 +67,7 @@ pub(crate) fn adapter(adapter: Adapter) -> v1::Adapter {
     }
 }
 
-/// A version for the wire. `base_model` is the base's resource name.
+/// A version for the wire.
 pub(crate) fn version(version: Version) -> v1::AdapterVersion {
     let state = match version.state {
         VersionState::Active => v1::AdapterVersionState::Active,
@@ -79,7 +79,7 @@ pub(crate) fn version(version: Version) -> v1::AdapterVersion {
         state: state.into(),
         digest: content.digest.to_string(),
         size_bytes: content.size,
-        base_model: format!("models/{}", content.base_name),
+        base_model: content.base_name,
         base_digest: content.base_digest,
         config: Some(lora_config(&content.summary)),
         labels: content.summary.labels.clone(),

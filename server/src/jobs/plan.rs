@@ -24,8 +24,10 @@ use crate::datasets::inspect;
 /// What the server knows of the base model.
 #[derive(Clone)]
 pub struct Base {
-    /// Its name.
+    /// What its file calls it.
     pub name: String,
+    /// Its resource name, `models/{m}`.
+    pub resource: String,
     /// Digest of its source weights.
     pub digest: String,
     /// Its sizes.

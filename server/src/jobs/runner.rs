@@ -383,7 +383,7 @@ impl JobService {
                     let version = NewVersion {
                         digest: artifact.digest(),
                         size: artifact.bytes() as u64,
-                        base_name: parts.base.name.clone(),
+                        base_name: parts.base.resource.clone(),
                         base_digest: parts.base.digest.clone(),
                         profile: espalier_adapters::profile::ServingProfile::default(),
                         summary,

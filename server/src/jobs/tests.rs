@@ -163,6 +163,7 @@ fn base() -> Base {
     shape.hidden = 64;
     Base {
         name: "tiny".into(),
+        resource: "models/tiny".into(),
         digest: loaded.digest,
         shape,
         family: loaded.config.family,

@@ -232,7 +232,7 @@ pub struct NewVersion {
     pub digest: VersionDigest,
     /// Bytes of its parts.
     pub size: u64,
-    /// Name of the base model that it was checked against.
+    /// Resource name (`models/{m}`) of the base that it was checked against.
     pub base_name: String,
     /// Digest of that base.
     pub base_digest: String,

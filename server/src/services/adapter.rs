@@ -72,11 +72,12 @@ impl AdapterService {
         store: ArtifactStore,
         engine: EngineHandle,
         config: Arc<Config>,
-        base_name: String,
+        base_resource: String,
     ) -> Self {
         let model = engine.model();
         let base = BaseOf {
-            name: base_name,
+            name: model.name.clone(),
+            resource: base_resource,
             digest: model.digest.clone(),
             shape: model.config.base_shape(),
             limits: artifact_limits(&config),

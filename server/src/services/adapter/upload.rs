@@ -25,6 +25,7 @@ use crate::status::Refusal;
 /// What an upload is checked against.
 pub(super) struct BaseOf {
     pub(super) name: String,
+    pub(super) resource: String,
     pub(super) digest: String,
     pub(super) shape: BaseShape,
     pub(super) limits: peft::Limits,
@@ -210,7 +211,7 @@ impl AdapterService {
                 let version = NewVersion {
                     digest: artifact.digest(),
                     size: artifact.bytes() as u64,
-                    base_name: base.name.clone(),
+                    base_name: base.resource.clone(),
                     base_digest: base.digest.clone(),
                     profile,
                     summary: summarize(&config, &weights, &artifact),
