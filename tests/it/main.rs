@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod golden_inference;
+mod golden_training;
 mod inference_api;
 mod server_life;
 mod server_limits;

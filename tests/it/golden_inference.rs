@@ -1,0 +1,389 @@
+//! What transformers and PEFT compute, against the decoder: logits, log-probabilities, greedy tokens, heads, merged weights,
+//! ids and chat prompts.
+//!
+//! Runs on the project's small goldens, always, and on the directory `ESPALIER_GOLDEN` (default `../shared/golden`
+//! beside the repository) with the model `ESPALIER_MODEL`, when both are there.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use espalier_adapters::batch::Segment;
+use espalier_adapters::config::Site;
+use espalier_adapters::linear::merged;
+use espalier_adapters::peft;
+use espalier_adapters::text::Message;
+use espalier_adapters::weights::AdapterWeights;
+use espalier_engine::model::{
+    BaseSites, Batch, KvCache, LoadedModel, Model, ModelConfig, ModelWeights, ResidentAdapter,
+    SeqSpan, Workspace, load,
+};
+use serde::Deserialize;
+
+/// A directory of goldens and the model that they were made with.
+pub(crate) struct Goldens {
+    pub(crate) dir: PathBuf,
+    pub(crate) model: String,
+}
+
+/// The project's own small goldens.
+pub(crate) fn small() -> Goldens {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
+    Goldens {
+        model: dir.join("model").display().to_string(),
+        dir,
+    }
+}
+
+/// The goldens that the environment names; says so when they are not there.
+pub(crate) fn given() -> Option<Goldens> {
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/golden");
+    let dir = std::env::var_os("ESPALIER_GOLDEN").map_or(beside, PathBuf::from);
+    let Ok(model) = std::env::var("ESPALIER_MODEL") else {
+        eprintln!("skipped: ESPALIER_MODEL names no model");
+        return None;
+    };
+    if !dir.join("base.json").is_file() {
+        eprintln!(
+            "skipped: no goldens in {}; ESPALIER_GOLDEN names another directory",
+            dir.display()
+        );
+        return None;
+    }
+    Some(Goldens { dir, model })
+}
+
+pub(crate) fn json<T: for<'de> Deserialize<'de>>(path: &Path) -> T {
+    let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_slice(&bytes).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+pub(crate) fn adapter(
+    dir: &Path,
+    config: &ModelConfig,
+) -> (espalier_adapters::config::LoraConfig, AdapterWeights) {
+    let limits = peft::Limits::default();
+    let artifact = peft::from_dir(dir, &limits).unwrap();
+    let read = peft::read(&artifact, &config.base_shape(), &limits);
+    let (config, weights, _) =
+        read.unwrap_or_else(|report| panic!("{}: {report:?}", dir.display()));
+    (config, weights)
+}
+
+/// The adapters of a golden directory, by name.
+fn adapters(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir.join("adapters")).unwrap();
+    let mut dirs: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    dirs.sort();
+    dirs
+}
+
+#[derive(Deserialize)]
+struct Case {
+    text: String,
+    input_ids: Vec<u32>,
+    #[serde(flatten)]
+    expected: Expected,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Expected {
+    Tokens(Tokens),
+    Head { logits: Vec<f32>, probs: Vec<f32> },
+}
+
+#[derive(Deserialize)]
+struct Tokens {
+    last_logits_index: Vec<usize>,
+    last_logits: Vec<f32>,
+    top10_ids: Vec<usize>,
+    top10_logits: Vec<f32>,
+    prompt_logprobs: Vec<f64>,
+    greedy_ids: Vec<u32>,
+    greedy_margins: Vec<f32>,
+}
+
+/// One sequence's states after the final norm, in prefill chunks as a server would cut them.
+fn states(model: &Model, ids: &[u32], adapter: Option<&Arc<ResidentAdapter>>) -> Vec<f32> {
+    let blocks = ids.len().div_ceil(16);
+    let mut kv = KvCache::new(model.config(), blocks, 16);
+    let table: Vec<u32> = (0..blocks as u32).rev().collect();
+    let mut workspace = Workspace::new();
+    let mut states = Vec::new();
+    for (index, tokens) in ids.chunks(300).enumerate() {
+        let spans = [SeqSpan {
+            rows: 0..tokens.len(),
+            start_pos: index * 300,
+            block_table: &table,
+        }];
+        let segments = [Segment {
+            rows: 0..tokens.len(),
+            adapter: adapter.cloned(),
+        }];
+        let batch = Batch {
+            tokens,
+            spans: &spans,
+            segments: &segments,
+        };
+        states.extend_from_slice(model.forward(&batch, &mut kv, &mut workspace));
+    }
+    states
+}
+
+fn log_softmax_at(logits: &[f32], id: u32) -> f64 {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let total: f64 = logits.iter().map(|x| f64::from(x - highest).exp()).sum();
+    f64::from(logits[id as usize] - highest) - total.ln()
+}
+
+fn near(what: &str, found: f64, expected: f64, tolerance: f64) {
+    assert!(
+        (found - expected).abs() <= tolerance,
+        "{what}: {found}, not {expected}"
+    );
+}
+
+/// One prompt: its greedy continuation is given, not chosen, so that one near tie does not spoil all that follows.
+fn check_tokens(
+    model: &Model,
+    name: &str,
+    ids: &[u32],
+    golden: &Tokens,
+    adapter: Option<&Arc<ResidentAdapter>>,
+) {
+    let continued: Vec<u32> = [ids, &golden.greedy_ids].concat();
+    let states = states(model, &continued[..continued.len() - 1], adapter);
+    let (width, vocab) = (model.config().hidden, model.config().vocab);
+    let mut logits = vec![0.0; 64 * vocab];
+    for (chunk, states) in states.chunks(64 * width).enumerate() {
+        let logits = &mut logits[..states.len() / width * vocab];
+        model.logits(states, logits);
+        for (row, logits) in logits.chunks_exact(vocab).enumerate() {
+            let position = chunk * 64 + row;
+            if position + 1 < ids.len() {
+                let found = log_softmax_at(logits, ids[position + 1]);
+                near(
+                    &format!("{name} log-probability {position}"),
+                    found,
+                    golden.prompt_logprobs[position],
+                    5e-4,
+                );
+                continue;
+            }
+            if position + 1 == ids.len() {
+                let all = golden.last_logits_index.iter().chain(&golden.top10_ids);
+                for (id, expected) in all.zip(golden.last_logits.iter().chain(&golden.top10_logits))
+                {
+                    near(
+                        &format!("{name} logit {id}"),
+                        logits[*id].into(),
+                        (*expected).into(),
+                        5e-4,
+                    );
+                }
+            }
+            let greedy = position + 1 - ids.len();
+            if golden.greedy_margins[greedy] > 1e-3 {
+                let best = (0..vocab)
+                    .max_by(|a, b| logits[*a].total_cmp(&logits[*b]))
+                    .unwrap();
+                assert_eq!(
+                    best as u32, golden.greedy_ids[greedy],
+                    "{name} greedy token {greedy}"
+                );
+            }
+        }
+    }
+}
+
+fn check_head(
+    model: &Model,
+    name: &str,
+    ids: &[u32],
+    (logits, probs): (&[f32], &[f32]),
+    adapter: &Arc<ResidentAdapter>,
+) {
+    let states = states(model, ids, Some(adapter));
+    let mut found = vec![0.0; adapter.labels().len()];
+    adapter.score(
+        model.ops(),
+        &states[states.len() - model.config().hidden..],
+        &mut found,
+    );
+    assert_eq!(
+        (found.len(), found.len()),
+        (logits.len(), probs.len()),
+        "{name}"
+    );
+    for (label, (expected_logit, expected)) in logits.iter().zip(probs).enumerate() {
+        let probability = log_softmax_at(&found, label as u32).exp();
+        near(
+            &format!("{name} logit of label {label}"),
+            found[label].into(),
+            (*expected_logit).into(),
+            5e-4,
+        );
+        near(
+            &format!("{name} probability of label {label}"),
+            probability,
+            (*expected).into(),
+            1e-4,
+        );
+    }
+}
+
+fn check_cases(model: &Model, name: &str, cases: &[Case], adapter: Option<&Arc<ResidentAdapter>>) {
+    for case in cases {
+        let start: String = case.text.chars().take(20).collect();
+        let name = format!("{name} {start:?}");
+        match &case.expected {
+            Expected::Tokens(golden) => {
+                check_tokens(model, &name, &case.input_ids, golden, adapter)
+            }
+            Expected::Head { logits, probs } => {
+                check_head(
+                    model,
+                    &name,
+                    &case.input_ids,
+                    (logits, probs),
+                    adapter.unwrap(),
+                );
+            }
+        }
+    }
+}
+
+fn merge(mut weights: ModelWeights, adapter: &AdapterWeights) -> ModelWeights {
+    for ((layer, site), delta) in &adapter.sites {
+        let layer = &mut weights.layers[*layer];
+        let weight = match site {
+            Site::Q => &mut layer.q,
+            Site::K => &mut layer.k,
+            Site::V => &mut layer.v,
+            Site::O => &mut layer.o,
+            Site::Gate => &mut layer.gate,
+            Site::Up => &mut layer.up,
+            Site::Down => &mut layer.down,
+        };
+        *weight = merged(weight, delta);
+    }
+    weights
+}
+
+/// The last logits of base and adapter against those of a base that the adapter was merged into.
+fn check_merged(
+    loaded: &LoadedModel,
+    model: &Model,
+    name: &str,
+    adapter: &AdapterWeights,
+    ids: &[u32],
+) {
+    let resident = Arc::new(ResidentAdapter::build(adapter, model).unwrap());
+    let merged = Model::new(
+        loaded.config.clone(),
+        merge(loaded.weights.clone(), adapter),
+    )
+    .unwrap();
+    let last = |model: &Model, adapter| {
+        let states = states(model, ids, adapter);
+        let mut logits = vec![0.0; model.config().vocab];
+        model.logits(&states[states.len() - model.config().hidden..], &mut logits);
+        logits
+    };
+    let (ours, theirs) = (last(model, Some(&resident)), last(&merged, None));
+    for (id, (found, expected)) in ours.iter().zip(&theirs).enumerate() {
+        near(
+            &format!("{name} merged, logit {id}"),
+            (*found).into(),
+            (*expected).into(),
+            5e-4,
+        );
+    }
+    let base = last(model, None);
+    assert!(
+        base.iter().zip(&ours).any(|(b, o)| (b - o).abs() > 1e-3),
+        "{name} changes nothing"
+    );
+}
+
+#[derive(Deserialize)]
+struct Texts {
+    texts: Vec<TextCase>,
+    chats: Vec<ChatCase>,
+}
+
+#[derive(Deserialize)]
+struct TextCase {
+    text: String,
+    ids: Vec<u32>,
+}
+
+#[derive(Deserialize)]
+struct ChatCase {
+    messages: Vec<ChatMessage>,
+    rendered: String,
+}
+
+#[derive(Deserialize)]
+struct ChatMessage {
+    role: String,
+    content: String,
+}
+
+fn check_texts(loaded: &LoadedModel, texts: &Texts) {
+    for case in &texts.texts {
+        assert_eq!(
+            loaded.tokenizer.encode(&case.text).unwrap(),
+            case.ids,
+            "{:?}",
+            case.text
+        );
+    }
+    for case in &texts.chats {
+        let messages: Vec<Message> = case
+            .messages
+            .iter()
+            .map(|m| Message::new(m.role.clone(), m.content.clone()))
+            .collect();
+        let template = loaded.template.as_ref().unwrap();
+        assert_eq!(template.render(&messages, true).unwrap(), case.rendered);
+    }
+}
+
+fn check(goldens: &Goldens) {
+    let loaded = load(&goldens.model).unwrap();
+    check_texts(&loaded, &json(&goldens.dir.join("tokenizer.json")));
+    let model = Model::new(loaded.config.clone(), loaded.weights.clone()).unwrap();
+    let base: Vec<Case> = json(&goldens.dir.join("base.json"));
+    for case in &base {
+        assert_eq!(
+            loaded.tokenizer.encode(&case.text).unwrap(),
+            case.input_ids,
+            "{:?}",
+            case.text
+        );
+    }
+    check_cases(&model, "base", &base, None);
+    let shortest = base.iter().min_by_key(|case| case.input_ids.len()).unwrap();
+    for dir in adapters(&goldens.dir) {
+        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+        let (_, weights) = adapter(&dir, &loaded.config);
+        let resident = Arc::new(ResidentAdapter::build(&weights, &model).unwrap());
+        let cases: Vec<Case> = json(&dir.join("expected.json"));
+        check_cases(&model, &name, &cases, Some(&resident));
+        check_merged(&loaded, &model, &name, &weights, &shortest.input_ids);
+    }
+}
+
+#[test]
+fn small_goldens() {
+    check(&small());
+}
+
+#[test]
+fn given_goldens() {
+    if let Some(goldens) = given() {
+        check(&goldens);
+    }
+}
