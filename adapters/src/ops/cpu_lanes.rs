@@ -84,7 +84,7 @@ pub(super) trait Lanes: Copy {
             let rounder = Self::splat(ROUNDER);
             let t = self.fma(Self::splat(std::f32::consts::LOG2_E), rounder);
             let n = t.sub(rounder);
-            let r = n.fma(Self::splat(-0.693_359_375), self);
+            let r = n.fma(Self::splat(-355.0 / 512.0), self);
             let r = n.fma(Self::splat(2.121_944_4e-4), r);
             let mut p = Self::splat(1.987_569_1e-4);
             for c in [

@@ -4,6 +4,10 @@
 //! tile kernel. Factors are read as they are stored, so weights that change at every training step need no packing. It must not know which adapter this is.
 
 #![allow(unsafe_code, reason = "tiles are pointers")]
+#![allow(
+    clippy::needless_range_loop,
+    reason = "accumulators of a block are indexed by row and column, as the sum is written"
+)]
 
 use rayon::prelude::*;
 

@@ -8,6 +8,10 @@
     unsafe_code,
     reason = "vector instructions and strided tiles need pointers"
 )]
+#![allow(
+    clippy::needless_range_loop,
+    reason = "accumulators of a block are indexed by row and column, as the sum is written"
+)]
 
 use std::sync::OnceLock;
 
