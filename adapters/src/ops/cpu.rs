@@ -1,14 +1,15 @@
 //! The fast operations of a CPU: f32, vectors where the machine has them, both the row rule and equal bits on every path.
 //!
 //! This file only joins the parts to the trait. `cpu_tile` is the inner loop of every product, `cpu_lanes` sixteen numbers at a time; `cpu_matmul` holds the
-//! packed base weights, `cpu_thin` the low-rank factors, `cpu_attention` and its backward the attention, `cpu_rows` what looks at one row at a time.
+//! packed base weights, `cpu_thin` the low-rank factors, `cpu_attention` and its backward the attention, `cpu_rows` and
+//! `cpu_softmax` what looks at one row at a time.
 
 use std::ops::Range;
 
 use super::cpu_matmul::Panels;
 use super::cpu_tile::Isa;
 use super::{AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, Ops};
-use super::{cpu_attention, cpu_attention_backward, cpu_rows, cpu_thin};
+use super::{cpu_attention, cpu_attention_backward, cpu_rows, cpu_softmax, cpu_thin};
 
 /// Operations in f32 on this machine's CPU.
 #[derive(Clone, Copy, Debug)]
@@ -134,6 +135,6 @@ impl Ops for Cpu {
     }
 
     fn cross_entropy(&self, logits: &mut [f32], labels: &[u32], scale: f32, losses: &mut [f32]) {
-        cpu_rows::cross_entropy(self.isa, logits, labels, scale, losses);
+        cpu_softmax::cross_entropy(self.isa, logits, labels, scale, losses);
     }
 }

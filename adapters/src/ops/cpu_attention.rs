@@ -10,7 +10,8 @@
 use std::ops::Range;
 
 use super::cpu_buffer::{Scratch, spread, with_scratch};
-use super::cpu_rows::{exponentials, scaled};
+use super::cpu_rows::scaled;
+use super::cpu_softmax::exponentials;
 use super::cpu_tile::{Isa, Out, PANEL, Tile};
 use super::cpu_transpose::transpose_block;
 use super::{AttentionShape, AttentionSpan, KvRows};

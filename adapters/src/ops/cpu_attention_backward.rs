@@ -10,7 +10,8 @@ use std::ops::Range;
 
 use super::cpu_attention::{Task, check, pack_heads, products, runs, turn_rows, work};
 use super::cpu_buffer::{Scratch, spread, with_scratch};
-use super::cpu_rows::{dot, score_gradients};
+use super::cpu_rows::dot;
+use super::cpu_softmax::score_gradients;
 use super::cpu_tile::{Isa, Out, PANEL, Tile};
 use super::{AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan};
 

@@ -1,4 +1,4 @@
-//! Operations that look at one row at a time: norms, rotary positions, activations, the loss, plain sums.
+//! Operations that look at one row at a time: norms, rotary positions, activations, plain sums.
 //!
 //! Reductions over a row run in 32 lanes with a fixed tree at the end, so their bits depend on the row alone. It must not know how rows are batched.
 
@@ -82,7 +82,7 @@ unsafe fn inverse_rms<V: Lanes>(x: *const f32, eps: f64, n: usize) -> f32 {
 }
 
 /// What a sum over a row adds up. A trait and not a closure, because only a method can be told to always inline, and vectors must stay in registers.
-trait Terms<V: Lanes>: Copy {
+pub(super) trait Terms<V: Lanes>: Copy {
     /// `acc` plus the terms of numbers `at..at + len`, `len` at most sixteen.
     ///
     /// # Safety
@@ -92,7 +92,7 @@ trait Terms<V: Lanes>: Copy {
 
 /// A sum over `n` numbers in 32 lanes: even and odd chunks of sixteen apart, then together, then the tree.
 #[inline(always)]
-unsafe fn fold<V: Lanes>(n: usize, terms: impl Terms<V>) -> f32 {
+pub(super) unsafe fn fold<V: Lanes>(n: usize, terms: impl Terms<V>) -> f32 {
     // SAFETY: promised by the caller.
     unsafe {
         let (mut even, mut odd) = (V::splat(0.0), V::splat(0.0));
@@ -140,27 +140,6 @@ impl<V: Lanes> Terms<V> for Along {
         unsafe {
             let g = V::load_n(self.dy.add(at), len, 0.0).mul(V::load_n(self.w.add(at), len, 0.0));
             g.fma(V::load_n(self.x.add(at), len, 0.0), acc)
-        }
-    }
-}
-
-/// `exp(factor * (x[i] - shift))`, which also replaces `x[i]`.
-#[derive(Clone, Copy)]
-struct Exponentials<V> {
-    x: *mut f32,
-    shift: V,
-    factor: V,
-}
-
-impl<V: Lanes> Terms<V> for Exponentials<V> {
-    #[inline(always)]
-    unsafe fn onto(self, acc: V, at: usize, len: usize) -> V {
-        // SAFETY: promised by the caller.
-        unsafe {
-            let x = V::load_n(self.x.add(at), len, f32::NEG_INFINITY);
-            let e = x.sub(self.shift).mul(self.factor).exp();
-            e.store_n(self.x.add(at), len);
-            acc.add(e)
         }
     }
 }
@@ -463,148 +442,6 @@ unsafe fn swiglu_run_backward_body<V: Lanes>(
             let slope = s.mul(g.fma(one.sub(s), one));
             d.mul(u).mul(slope).store_n(gate.add(at), len);
             d.mul(g).mul(s).store_n(up.add(at), len);
-            at += LANES;
-        }
-    }
-}
-
-/// Each row of logits becomes `scale * (softmax - onehot(label))`; its loss goes to `losses`.
-pub(super) fn cross_entropy(
-    isa: Isa,
-    logits: &mut [f32],
-    labels: &[u32],
-    scale: f32,
-    losses: &mut [f32],
-) {
-    assert_eq!(labels.len(), losses.len(), "one loss for each label");
-    if labels.is_empty() {
-        return;
-    }
-    let vocab = logits.len() / labels.len();
-    assert_eq!(logits.len(), vocab * labels.len(), "whole rows of logits");
-    let work = |((row, label), loss): ((&mut [f32], &u32), &mut f32)| {
-        let label = *label as usize;
-        let target = row[label];
-        // SAFETY: `row` is `vocab` numbers.
-        let log_total = unsafe { softmax_row(isa, row.as_mut_ptr(), vocab, scale) };
-        *loss = log_total - target;
-        row[label] -= scale;
-    };
-    if rows_per_task(labels.len(), vocab, 2) >= labels.len() {
-        logits
-            .chunks_exact_mut(vocab)
-            .zip(labels)
-            .zip(losses)
-            .for_each(work);
-    } else {
-        logits
-            .par_chunks_exact_mut(vocab)
-            .zip(labels)
-            .zip(losses)
-            .for_each(work);
-    }
-}
-
-per_isa! {
-    /// Replaces the row by `scale * softmax(row)` and returns the log of the sum of its exponentials.
-    ///
-    /// # Safety
-    /// `x` is valid for `n` numbers and the machine has `isa`.
-    fn softmax_row(x: *mut f32, n: usize, scale: f32) -> f32 = softmax_row_body
-}
-
-#[inline(always)]
-unsafe fn softmax_row_body<V: Lanes>(x: *mut f32, n: usize, scale: f32) -> f32 {
-    // SAFETY: promised by the caller.
-    unsafe {
-        let highest = highest::<V>(x, n);
-        let (shift, factor) = (V::splat(highest), V::splat(1.0));
-        let total = fold::<V>(n, Exponentials { x, shift, factor });
-        let factor = V::splat(scale / total);
-        let mut at = 0;
-        while at < n {
-            let len = (n - at).min(LANES);
-            V::load_n(x.add(at), len, 0.0)
-                .mul(factor)
-                .store_n(x.add(at), len);
-            at += LANES;
-        }
-        highest + total.ln()
-    }
-}
-
-/// The largest of `n` numbers.
-#[inline(always)]
-unsafe fn highest<V: Lanes>(x: *const f32, n: usize) -> f32 {
-    // SAFETY: promised by the caller.
-    unsafe {
-        let mut best = V::splat(f32::NEG_INFINITY);
-        let mut at = 0;
-        while at < n {
-            best = best.max(V::load_n(x.add(at), (n - at).min(LANES), f32::NEG_INFINITY));
-            at += LANES;
-        }
-        best.largest()
-    }
-}
-
-per_isa! {
-    /// Attention's softmax without its division: `x[i] = exp(scale * (x[i] - max))`; returns the maximum times `scale` and the sum. `n` is a multiple of 32,
-    /// places that a row must not see hold minus infinity, and at least one place does not.
-    ///
-    /// # Safety
-    /// `x` is valid for `n` numbers and the machine has `isa`.
-    pub(super) fn exponentials(x: *mut f32, n: usize, scale: f32) -> (f32, f32) = exponentials_body
-}
-
-#[inline(always)]
-unsafe fn exponentials_body<V: Lanes>(x: *mut f32, n: usize, scale: f32) -> (f32, f32) {
-    // SAFETY: promised by the caller.
-    unsafe {
-        let highest = highest::<V>(x, n);
-        let (shift, factor) = (V::splat(highest), V::splat(scale));
-        let total = fold::<V>(n, Exponentials { x, shift, factor });
-        (highest * scale, total)
-    }
-}
-
-per_isa! {
-    /// From raw scores `s` and `dp = dout . v`: `s = p = exp(scale * s - lse)` and `dp = scale * p * (dp - mean)`.
-    ///
-    /// # Safety
-    /// `s` and `dp` are valid for `n` numbers and the machine has `isa`.
-    pub(super) fn score_gradients(
-        s: *mut f32,
-        dp: *mut f32,
-        n: usize,
-        scale: f32,
-        lse: f32,
-        mean: f32,
-    ) = score_gradients_body
-}
-
-#[inline(always)]
-unsafe fn score_gradients_body<V: Lanes>(
-    s: *mut f32,
-    dp: *mut f32,
-    n: usize,
-    scale: f32,
-    lse: f32,
-    mean: f32,
-) {
-    // SAFETY: promised by the caller.
-    unsafe {
-        let (factor, lse, mean) = (V::splat(scale), V::splat(lse), V::splat(mean));
-        let mut at = 0;
-        while at < n {
-            let len = (n - at).min(LANES);
-            let p = V::load_n(s.add(at), len, f32::NEG_INFINITY)
-                .mul(factor)
-                .sub(lse)
-                .exp();
-            let d = V::load_n(dp.add(at), len, 0.0).sub(mean);
-            p.store_n(s.add(at), len);
-            factor.mul(p).mul(d).store_n(dp.add(at), len);
             at += LANES;
         }
     }

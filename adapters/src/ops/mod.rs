@@ -16,10 +16,13 @@ use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Range, Sub, SubAssign};
 mod cpu;
 mod cpu_attention;
 mod cpu_attention_backward;
+#[cfg(test)]
+mod cpu_attention_tests;
 mod cpu_buffer;
 mod cpu_lanes;
 mod cpu_matmul;
 mod cpu_rows;
+mod cpu_softmax;
 #[cfg(test)]
 mod cpu_tests;
 mod cpu_thin;

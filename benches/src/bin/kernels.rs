@@ -61,8 +61,8 @@ fn read_bandwidth(memory: &[f32]) -> f64 {
                 let lines = a.chunks_exact(16).zip(b.chunks_exact(16));
                 let lines = lines.zip(c.chunks_exact(16).zip(d.chunks_exact(16)));
                 for ((a, b), (c, d)) in lines {
-                    for i in 0..16 {
-                        sums[i] += (a[i] + b[i]) + (c[i] + d[i]);
+                    for (i, sum) in sums.iter_mut().enumerate() {
+                        *sum += (a[i] + b[i]) + (c[i] + d[i]);
                     }
                 }
                 sums.iter().sum::<f32>()

@@ -1,0 +1,215 @@
+//! Proofs of the fast attention: it equals the reference, does not see how rows, blocks or threads are cut, and gives the same bits everywhere.
+
+use std::ops::Range;
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use super::cpu_tests::{assert_close, assert_same_bits, everywhere, random, wide};
+use super::{
+    AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, Cpu, KvRows, Ops, Reference,
+};
+
+/// One attention problem: two sequences in one set of key rows, flat and paged.
+struct Problem {
+    shape: AttentionShape,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+/// Rows and first positions of the two sequences' queries.
+const FIRST: (usize, usize) = (45, 0);
+const SECOND: (usize, usize) = (9, 61);
+const KV_ROWS: usize = 45 + 70;
+
+impl Problem {
+    fn new(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(13);
+        let shape = AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+            window,
+        };
+        let rows = FIRST.0 + SECOND.0;
+        let mut q = random(&mut rng, rows * shape.q_width());
+        q.iter_mut().for_each(|q| *q *= 4.0);
+        Problem {
+            shape,
+            q,
+            k: random(&mut rng, KV_ROWS * shape.kv_width()),
+            v: random(&mut rng, KV_ROWS * shape.kv_width()),
+        }
+    }
+
+    fn all() -> Vec<Self> {
+        vec![
+            Problem::new(4, 2, 16, None),
+            Problem::new(6, 2, 20, Some(11)),
+            Problem::new(3, 3, 40, Some(64)),
+            Problem::new(2, 1, 8, None),
+        ]
+    }
+
+    fn rows(&self) -> usize {
+        FIRST.0 + SECOND.0
+    }
+
+    /// The spans cut after `cut` rows of each sequence.
+    fn spans(&self, cut: usize) -> Vec<AttentionSpan<'static>> {
+        let mut spans = Vec::new();
+        for (rows, start, first) in [
+            (0..FIRST.0, FIRST.1, 0),
+            (FIRST.0..self.rows(), SECOND.1, FIRST.0),
+        ] {
+            for at in rows.clone().step_by(cut) {
+                spans.push(AttentionSpan {
+                    rows: at..rows.end.min(at + cut),
+                    start: start + at - rows.start,
+                    kv: KvRows::Flat { first },
+                });
+            }
+        }
+        spans
+    }
+
+    fn forward(&self, cpu: Cpu, spans: &[AttentionSpan<'_>], k: &[f32], v: &[f32]) -> Vec<f32> {
+        let mut out = vec![0.0; self.q.len()];
+        let mut lse = vec![0.0; self.rows() * self.shape.heads];
+        cpu.attention(self.shape, &self.q, k, v, spans, &mut out, Some(&mut lse));
+        out.extend(lse);
+        out
+    }
+
+    fn backward(&self, cpu: Cpu, spans: &[AttentionSpan<'_>], dout: &[f32]) -> Vec<f32> {
+        let forward = self.forward(cpu, spans, &self.k, &self.v);
+        let (out, lse) = forward.split_at(self.q.len());
+        let saved = AttentionSaved {
+            q: &self.q,
+            k: &self.k,
+            v: &self.v,
+            out,
+            lse,
+        };
+        let mut dq = vec![f32::NAN; self.q.len()];
+        let (mut dk, mut dv) = (vec![0.5; self.k.len()], vec![0.25; self.v.len()]);
+        let grads = AttentionGrads {
+            dq: &mut dq,
+            dk: &mut dk,
+            dv: &mut dv,
+        };
+        cpu.attention_backward(self.shape, saved, spans, dout, grads);
+        [dq, dk, dv].concat()
+    }
+}
+
+#[test]
+fn attention_equals_the_reference() {
+    for problem in Problem::all() {
+        let spans = problem.spans(1000);
+        let fast = problem.forward(Cpu::default(), &spans, &problem.k, &problem.v);
+        let exact = Reference::<f64>::default();
+        let (q, k, v) = (wide(&problem.q), wide(&problem.k), wide(&problem.v));
+        let mut out = vec![0.0; q.len()];
+        let mut lse = vec![0.0; problem.rows() * problem.shape.heads];
+        exact.attention(problem.shape, &q, &k, &v, &spans, &mut out, Some(&mut lse));
+        assert_close("out", &fast[..q.len()], &out);
+        assert_close("lse", &fast[q.len()..], &lse);
+
+        let mut rng = ChaCha8Rng::seed_from_u64(14);
+        let dout = random(&mut rng, q.len());
+        let fast = problem.backward(Cpu::default(), &spans, &dout);
+        let saved = AttentionSaved {
+            q: &q,
+            k: &k,
+            v: &v,
+            out: &out,
+            lse: &lse,
+        };
+        let mut dq = vec![0.0; q.len()];
+        let (mut dk, mut dv) = (vec![0.5; k.len()], vec![0.25; v.len()]);
+        let grads = AttentionGrads {
+            dq: &mut dq,
+            dk: &mut dk,
+            dv: &mut dv,
+        };
+        exact.attention_backward(problem.shape, saved, &spans, &wide(&dout), grads);
+        let (fast_q, fast_kv) = fast.split_at(q.len());
+        assert_close("dq", fast_q, &dq);
+        assert_close("dk", &fast_kv[..k.len()], &dk);
+        assert_close("dv", &fast_kv[k.len()..], &dv);
+    }
+}
+
+#[test]
+fn attention_does_not_see_how_rows_are_cut() {
+    let mut rng = ChaCha8Rng::seed_from_u64(15);
+    for problem in Problem::all() {
+        let whole = problem.forward(Cpu::default(), &problem.spans(1000), &problem.k, &problem.v);
+        let dout = random(&mut rng, problem.q.len());
+        let grads = problem.backward(Cpu::default(), &problem.spans(1000), &dout);
+        for cut in [1, 2, 7, 33] {
+            let spans = problem.spans(cut);
+            let parts = problem.forward(Cpu::default(), &spans, &problem.k, &problem.v);
+            assert_same_bits("forward", &parts, &whole);
+            let parts = problem.backward(Cpu::default(), &spans, &dout);
+            assert_same_bits("backward", &parts, &grads);
+        }
+    }
+}
+
+/// Moves flat key rows into blocks of `size`, as `table` says.
+fn paged(
+    rows: &[f32],
+    width: usize,
+    positions: Range<usize>,
+    size: usize,
+    table: &[u32],
+) -> Vec<f32> {
+    let mut blocks = vec![f32::MAX; (KV_ROWS * 2).next_multiple_of(size) * width];
+    let kv = KvRows::Paged {
+        table,
+        block_size: size,
+    };
+    for (position, row) in positions.enumerate() {
+        blocks[kv.row(position) * width..][..width].copy_from_slice(&rows[row * width..][..width]);
+    }
+    blocks
+}
+
+#[test]
+fn paged_keys_give_the_bits_of_flat_ones() {
+    for problem in Problem::all() {
+        let width = problem.shape.kv_width();
+        let flat = problem.forward(Cpu::default(), &problem.spans(1000), &problem.k, &problem.v);
+        let table = [7, 2, 3, 4, 0];
+        let k = paged(&problem.k, width, FIRST.0..KV_ROWS, 16, &table);
+        let v = paged(&problem.v, width, FIRST.0..KV_ROWS, 16, &table);
+        let spans = [AttentionSpan {
+            rows: FIRST.0..problem.rows(),
+            start: SECOND.1,
+            kv: KvRows::Paged {
+                table: &table,
+                block_size: 16,
+            },
+        }];
+        let got = problem.forward(Cpu::default(), &spans, &k, &v);
+        let part = FIRST.0 * problem.shape.q_width()..problem.q.len();
+        assert_same_bits("paged", &got[part.clone()], &flat[part]);
+    }
+}
+
+#[test]
+fn attention_is_the_same_everywhere() {
+    let mut rng = ChaCha8Rng::seed_from_u64(16);
+    for problem in Problem::all() {
+        let dout = random(&mut rng, problem.q.len());
+        everywhere("attention", |cpu| {
+            problem.forward(cpu, &problem.spans(20), &problem.k, &problem.v)
+        });
+        everywhere("attention_backward", |cpu| {
+            problem.backward(cpu, &problem.spans(1000), &dout)
+        });
+    }
+}
