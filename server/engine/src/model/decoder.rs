@@ -6,7 +6,7 @@ use espalier_adapters::batch::{Pass, Thin};
 use espalier_adapters::config::Site;
 use espalier_adapters::linear::{BaseSites, LoraLinear};
 use espalier_adapters::ops::{AttentionSpan, KvRows, Ops, Real};
-use espalier_adapters::pace::{Stopped, Unpaced, pieces};
+use espalier_adapters::pace::{Stopped, Unpaced};
 
 use super::Batch;
 use super::attention::{Attention, Places, grouped, shape};
@@ -306,27 +306,6 @@ impl<O: Ops> Decoder<O> {
     /// The logits `[n, vocab]` of states `[n, hidden]` after the final norm.
     pub fn logits(&self, hidden: &[O::T], out: &mut [O::T]) {
         self.ops.matmul(hidden, self.head(), out);
-    }
-
-    /// As [`Decoder::logits`], with pauses.
-    pub(crate) fn logits_paced(
-        &self,
-        pass: &Pass<'_, O>,
-        hidden: &[O::T],
-        out: &mut [O::T],
-    ) -> Result<(), Stopped> {
-        let (vocab, width) = (self.config.vocab, self.config.hidden);
-        for (r, part) in pieces(pass.pace, hidden.len() / width, vocab, width) {
-            let rows = &hidden[r.start * width..r.end * width];
-            self.ops.matmul_part(
-                rows,
-                self.head(),
-                part,
-                &mut out[r.start * vocab..r.end * vocab],
-            );
-            pass.pace.breathe()?;
-        }
-        Ok(())
     }
 
     fn linear(&self, layer: usize, site: Site) -> &LoraLinear<O> {
