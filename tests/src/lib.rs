@@ -1,11 +1,9 @@
 //! The harness: a server in this process, or `espalierd` as a child, over real sockets on free ports, with the seeded
 //! tiny model. It must not know what a test is about.
 
-use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use espalier_server::config::Config;
@@ -214,71 +212,33 @@ impl Drop for Daemon {
     }
 }
 
-/// The server's binary, built when it is not: cargo builds other packages' binaries for no test.
+/// The server's program.
 ///
 /// # Panics
-/// When it does not build.
-pub fn espalierd() -> &'static Path {
-    binary("espalier-server", "espalierd")
+/// When it is not beside the tests, where cargo puts it.
+pub fn espalierd() -> PathBuf {
+    program("espalierd-under-test")
 }
 
-/// A binary of the workspace by package and name.
+/// The command-line client's program.
 ///
 /// # Panics
-/// When it does not build.
-pub fn binary(package: &'static str, name: &'static str) -> &'static Path {
-    static BUILT: OnceLock<
-        std::sync::Mutex<std::collections::HashMap<&'static str, &'static Path>>,
-    > = OnceLock::new();
-    let mut built = BUILT
-        .get_or_init(Default::default)
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
-    if let Some(path) = built.get(name) {
-        return path;
-    }
-    let mut child = Command::new(env!("CARGO"))
-        .args([
-            "build",
-            "--quiet",
-            "--message-format",
-            "json",
-            "--package",
-            package,
-            "--bin",
-            name,
-        ])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap_or_else(|error| panic!("cargo does not start: {error}"));
-    let output = child
-        .stdout
-        .take()
-        .map(BufReader::new)
-        .unwrap_or_else(|| panic!("cargo has no output"));
-    let mut path: Option<PathBuf> = None;
-    for line in output.lines().map_while(Result::ok) {
-        let Ok(message) = serde_json::from_str::<serde_json::Value>(&line) else {
-            continue;
-        };
-        if message["target"]["name"] == name
-            && let Some(executable) = message["executable"].as_str()
-        {
-            path = Some(PathBuf::from(executable));
-        }
-    }
-    let status = child
-        .wait()
-        .unwrap_or_else(|error| panic!("cargo: {error}"));
-    assert!(
-        status.success(),
-        "cargo build --bin {name} failed: {status}"
-    );
-    let path: &'static Path = Box::leak(
-        path.unwrap_or_else(|| panic!("cargo names no binary {name}"))
-            .into_boxed_path(),
-    );
-    built.insert(name, path);
-    path
+/// When it is not beside the tests, where cargo puts it.
+pub fn espalier() -> PathBuf {
+    program("espalier-under-test")
+}
+
+fn program(name: &str) -> PathBuf {
+    let tests = std::env::current_exe().unwrap_or_else(|error| panic!("this test's path: {error}"));
+    let found = tests
+        .ancestors()
+        .skip(1)
+        .map(|directory| directory.join(name))
+        .find(|path| path.is_file());
+    found.unwrap_or_else(|| {
+        panic!(
+            "{name} is not beside {}; run the tests with cargo",
+            tests.display()
+        )
+    })
 }
