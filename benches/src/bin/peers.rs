@@ -9,14 +9,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
-use espalier_adapters::config::LoraConfig;
+use espalier_adapters::config::{LoraConfig, TargetModules};
+use espalier_adapters::pace::Unpaced;
+use espalier_adapters::train::examples::{Example, Examples};
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
 use espalier_engine::adapter_loader::{AdapterSource, SourceError};
 use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
+use espalier_engine::model::Model;
 use espalier_engine::request::{
     Event, Generate, Request, RequestKind, StopConditions, TargetVersion,
 };
+use espalier_engine::train::trainer::{HyperParameters, Method, TrainEvent, TrainPlan, Trainer};
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
@@ -298,4 +302,62 @@ fn peak_rss_gib() -> Fallible<f64> {
     let line = status.lines().find(|line| line.starts_with("VmHWM:"));
     let kib = line.and_then(|line| line.split_whitespace().nth(1));
     Ok(kib.ok_or("no VmHWM in /proc/self/status")?.parse::<f64>()? / f64::from(1 << 20))
+}
+
+// === our side: training ===
+
+/// Steps that are timed, after one that is not.
+const STEPS: u64 = 4;
+
+fn train(model: &str, rows: usize, tokens: usize) -> Fallible<()> {
+    let loaded = espalier_engine::model::load(model)?;
+    let model = Arc::new(Model::new(loaded.config, loaded.weights)?);
+    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(0);
+    let items: Vec<Example> = (0..rows)
+        .map(|_| Example::Lm {
+            ids: (0..tokens).map(|_| random.random_range(100..40_000)).collect(),
+            learn: (0..tokens).map(|i| i > 0).collect(),
+        })
+        .collect();
+    let plan = TrainPlan {
+        method: Method::Lm,
+        lora: Some(LoraConfig {
+            r: 16,
+            lora_alpha: 32.0,
+            target_modules: TargetModules::AllLinear,
+            ..LoraConfig::default()
+        }),
+        hp: HyperParameters {
+            batch_size: rows,
+            epochs: STEPS + 1,
+            checkpoint_steps: Some(0),
+            ..HyperParameters::default()
+        },
+        seed: 0,
+        train: Examples {
+            lines: (1..=rows as u64).collect(),
+            labels: None,
+            items,
+        },
+        valid: None,
+        init: None,
+    };
+    let (mut seconds, mut last) = (Vec::new(), Instant::now());
+    let mut loss = 0.0;
+    Trainer::new(model, plan)?.run(&Unpaced, &mut |event| {
+        if let TrainEvent::Step(step) = event {
+            seconds.push(last.elapsed().as_secs_f64());
+            last = Instant::now();
+            loss = step.loss;
+        }
+    })?;
+    println!(
+        "{}",
+        json!({
+            "peer": "espalier", "shape": [rows, tokens], "dtype": "float32", "last_loss": loss,
+            "train_tok_s": (rows * tokens) as f64 / median(&seconds[1..]),
+            "peak_rss_gib": peak_rss_gib()?,
+        })
+    );
+    Ok(())
 }
