@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Parser, Subcommand};
-use espalier_adapters::config::{LoraConfig, TargetModules};
+use espalier_adapters::config::{LoraConfig, Site};
 use espalier_adapters::pace::Unpaced;
 use espalier_adapters::train::examples::{Example, Examples};
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
@@ -321,15 +321,10 @@ fn train(model: &str, rows: usize, tokens: usize) -> Fallible<()> {
         .collect();
     let plan = TrainPlan {
         method: Method::Lm,
-        lora: Some(LoraConfig {
-            r: 16,
-            lora_alpha: 32.0,
-            target_modules: TargetModules::AllLinear,
-            ..LoraConfig::default()
-        }),
+        lora: Some(LoraConfig::new(16, 32.0, &Site::ALL)),
         hp: HyperParameters {
             batch_size: rows,
-            epochs: STEPS + 1,
+            epochs: Some(STEPS + 1),
             checkpoint_steps: Some(0),
             ..HyperParameters::default()
         },
