@@ -24,6 +24,9 @@ say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 espalier() { "$bin/espalier" --server "http://$address" "$@"; }
 
 say "Starting espalierd"
+# The service key is the operator's; each tenant gets a key of its own.
+ESPALIER_SERVICE_KEY=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
+export ESPALIER_SERVICE_KEY
 "$bin/espalierd" --model "$model" --data-dir "$work/data" --listen 127.0.0.1:0 --metrics-listen "" \
   --ready-file "$work/ready" --log warn 2>"$work/log" &
 server=$!
@@ -32,20 +35,20 @@ until [ -s "$work/ready" ]; do
   sleep 0.1
 done
 address=$(head -n 1 "$work/ready")
-espalier --quiet tenants create acme >/dev/null
-espalier --quiet tenants create globex >/dev/null
+acme_key=$(espalier --quiet --key "$ESPALIER_SERVICE_KEY" tenants create acme)
+globex_key=$(espalier --quiet --key "$ESPALIER_SERVICE_KEY" tenants create globex)
 
 say "Training both tenants at the same time"
 echo "acme   learns which of five queues a ticket belongs to (examples/acme-tickets.csv)"
 echo "globex learns to answer in its own voice               (examples/globex-style.jsonl)"
-train() { # tenant, arguments of `espalier train`
-  local tenant=$1
-  shift
-  espalier --tenant "$tenant" train "$@" 2>&1 | while IFS= read -r line; do printf '%-6s | %s\n' "$tenant" "$line"; done
+train() { # tenant, its key, arguments of `espalier train`
+  local tenant=$1 key=$2
+  shift 2
+  espalier --key "$key" train "$@" 2>&1 | while IFS= read -r line; do printf '%-6s | %s\n' "$tenant" "$line"; done
 }
-train acme examples/acme-tickets.csv --text-col ticket --label-col queue --adapter tickets --epochs 6 &
+train acme "$acme_key" examples/acme-tickets.csv --text-col ticket --label-col queue --adapter tickets --epochs 4 &
 acme=$!
-train globex examples/globex-style.jsonl --adapter voice --epochs 8 --valid-fraction 0.1 &
+train globex "$globex_key" examples/globex-style.jsonl --adapter voice --epochs 4 --lr 5e-4 --valid-fraction 0.1 &
 globex=$!
 wait "$acme"
 wait "$globex"
@@ -56,13 +59,13 @@ questions=("Where is my parcel?" "How do I reset my password?" "Can I get my mon
 for question in "${questions[@]}"; do
   say "$question"
   printf 'base   | '
-  espalier chat "$question" --max-tokens 48 --temperature 0
+  espalier --key "$acme_key" chat "$question" --max-tokens 48 --temperature 0
   printf 'globex | '
-  espalier --tenant globex chat "$question" --adapter voice --max-tokens 48 --temperature 0
+  espalier --key "$globex_key" chat "$question" --adapter voice --max-tokens 48 --temperature 0
   printf 'acme   | '
-  espalier --tenant acme classify "$question" --adapter tickets
+  espalier --key "$acme_key" classify "$question" --adapter tickets
 done
 
 say "What the server holds now"
-espalier status
+espalier --key "$ESPALIER_SERVICE_KEY" status
 say "Done in $((SECONDS - began)) s after the build ($((trained - began)) s of it until both were trained)"
