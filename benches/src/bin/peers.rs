@@ -120,11 +120,31 @@ fn compare(options: &Compare) -> Fallible<()> {
     println!("|---|---|---|---|---|");
     let [peer_generate, our_generate, peer_train, our_train] = rows;
     for (name, key, peer, ours) in [
-        ("prefill, tok/s", "prefill_tok_s", &peer_generate, &our_generate),
-        ("decode, tok/s", "decode_tok_s", &peer_generate, &our_generate),
-        ("serving, peak GiB", "peak_rss_gib", &peer_generate, &our_generate),
+        (
+            "prefill, tok/s",
+            "prefill_tok_s",
+            &peer_generate,
+            &our_generate,
+        ),
+        (
+            "decode, tok/s",
+            "decode_tok_s",
+            &peer_generate,
+            &our_generate,
+        ),
+        (
+            "serving, peak GiB",
+            "peak_rss_gib",
+            &peer_generate,
+            &our_generate,
+        ),
         ("training, tok/s", "train_tok_s", &peer_train, &our_train),
-        ("training, peak GiB", "peak_rss_gib", &peer_train, &our_train),
+        (
+            "training, peak GiB",
+            "peak_rss_gib",
+            &peer_train,
+            &our_train,
+        ),
     ] {
         let (peer, ours) = (figures(peer, key)?, figures(ours, key)?);
         println!(
@@ -221,7 +241,11 @@ async fn generate(model: &str, directories: &[PathBuf]) -> Fallible<()> {
     let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(0);
     let prompts: Vec<Vec<u32>> = digests
         .iter()
-        .map(|_| (0..PROMPT).map(|_| random.random_range(100..40_000)).collect())
+        .map(|_| {
+            (0..PROMPT)
+                .map(|_| random.random_range(100..40_000))
+                .collect()
+        })
         .collect();
 
     batch(&engine, &digests, &prompts, 2).await?;
@@ -257,7 +281,10 @@ async fn batch(
         streams.push(engine.submit(Request {
             id: format!("row-{i}"),
             tenant: Arc::from("bench"),
-            target: vec![TargetVersion { digest: *digest, weight: 1.0 }],
+            target: vec![TargetVersion {
+                digest: *digest,
+                weight: 1.0,
+            }],
             require_resident: false,
             kind: RequestKind::Generate(Generate {
                 prompt: prompt.clone(),
@@ -315,7 +342,9 @@ fn train(model: &str, rows: usize, tokens: usize) -> Fallible<()> {
     let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(0);
     let items: Vec<Example> = (0..rows)
         .map(|_| Example::Lm {
-            ids: (0..tokens).map(|_| random.random_range(100..40_000)).collect(),
+            ids: (0..tokens)
+                .map(|_| random.random_range(100..40_000))
+                .collect(),
             learn: (0..tokens).map(|i| i > 0).collect(),
         })
         .collect();

@@ -18,7 +18,11 @@ fn model() -> Arc<Model> {
 }
 
 fn examples(items: Vec<Example>, labels: Option<Vec<String>>) -> Examples {
-    Examples { lines: (1..=items.len() as u64).collect(), items, labels }
+    Examples {
+        lines: (1..=items.len() as u64).collect(),
+        items,
+        labels,
+    }
 }
 
 /// Sequences that count upwards, so that there is something to learn.
@@ -38,11 +42,19 @@ fn classes(count: usize, seed: u64) -> (Examples, Vec<String>) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let labels: Vec<String> = ["even", "odd", "third"].map(str::to_owned).to_vec();
     let mut example = || {
-        let ids: Vec<u32> = (0..rng.random_range(2..8)).map(|_| rng.random_range(0..70)).collect();
+        let ids: Vec<u32> = (0..rng.random_range(2..8))
+            .map(|_| rng.random_range(0..70))
+            .collect();
         let label = ids.last().map_or(0, |id| *id as usize % 3);
         Example::Class { ids, label }
     };
-    (examples((0..count).map(|_| example()).collect(), Some(labels.clone())), labels)
+    (
+        examples(
+            (0..count).map(|_| example()).collect(),
+            Some(labels.clone()),
+        ),
+        labels,
+    )
 }
 
 fn hp() -> HyperParameters {
@@ -58,7 +70,10 @@ fn hp() -> HyperParameters {
 }
 
 fn lm_plan() -> TrainPlan {
-    let lora = LoraConfig { lora_dropout: 0.1, ..LoraConfig::new(3, 5.0, &[Site::Q, Site::V, Site::Down]) };
+    let lora = LoraConfig {
+        lora_dropout: 0.1,
+        ..LoraConfig::new(3, 5.0, &[Site::Q, Site::V, Site::Down])
+    };
     TrainPlan {
         method: Method::Lm,
         lora: Some(lora),
@@ -90,7 +105,16 @@ fn finish(trainer: &mut Trainer, pace: &dyn Pace) -> (Finished, Vec<TrainEvent>)
 }
 
 fn steps(events: &[TrainEvent]) -> Vec<StepReport> {
-    events.iter().filter_map(|event| if let TrainEvent::Step(step) = event { Some(*step) } else { None }).collect()
+    events
+        .iter()
+        .filter_map(|event| {
+            if let TrainEvent::Step(step) = event {
+                Some(*step)
+            } else {
+                None
+            }
+        })
+        .collect()
 }
 
 /// Cuts work in pieces as small as can be.
@@ -110,19 +134,31 @@ impl Pace for Fine {
 fn cutting_changes_no_bit() {
     let (whole, events) = finish(&mut Trainer::new(model(), lm_plan()).unwrap(), &Unpaced);
     let row = Saved::<f32>::row_bytes(model().config(), 3);
-    for (activation_bytes, pace) in
-        [(512 << 20, &Fine as &dyn Pace), (30 * row, &Unpaced), (20 * row, &Fine), (5 * row, &Unpaced)]
-    {
+    for (activation_bytes, pace) in [
+        (512 << 20, &Fine as &dyn Pace),
+        (30 * row, &Unpaced),
+        (20 * row, &Fine),
+        (5 * row, &Unpaced),
+    ] {
         let mut plan = lm_plan();
         plan.hp.activation_bytes = activation_bytes;
         let (cut, cut_events) = finish(&mut Trainer::new(model(), plan).unwrap(), pace);
-        assert_eq!(steps(&cut_events), steps(&events), "{activation_bytes} bytes");
+        assert_eq!(
+            steps(&cut_events),
+            steps(&events),
+            "{activation_bytes} bytes"
+        );
         assert_eq!(cut.artifact, whole.artifact, "{activation_bytes} bytes");
     }
     let reports = steps(&events);
     assert_eq!(reports.len(), 10);
     assert_eq!(reports[4].targets + reports[5].targets, {
-        let targets = |batch: Vec<usize>| -> usize { batch.iter().map(|i| lm_plan().train.items[*i].targets()).sum() };
+        let targets = |batch: Vec<usize>| -> usize {
+            batch
+                .iter()
+                .map(|i| lm_plan().train.items[*i].targets())
+                .sum()
+        };
         let trainer = Trainer::new(model(), lm_plan()).unwrap();
         (targets(trainer.batch(4)) + targets(trainer.batch(5))) as u64
     });
@@ -139,9 +175,14 @@ fn packed_losses_are_those_of_each_alone() {
     let numbered = numbered(&plan.train.items);
     let together = learner.judge(&numbered, &Unpaced).unwrap();
     let mut alone = LossSum::default();
-    numbered.iter().for_each(|one| alone.add(learner.judge(std::slice::from_ref(one), &Unpaced).unwrap()));
+    numbered
+        .iter()
+        .for_each(|one| alone.add(learner.judge(std::slice::from_ref(one), &Unpaced).unwrap()));
     assert!((together.loss - alone.loss).abs() < 1e-9 * alone.loss);
-    assert_eq!((together.targets, together.correct), (alone.targets, alone.correct));
+    assert_eq!(
+        (together.targets, together.correct),
+        (alone.targets, alone.correct)
+    );
     learner.clear_gradients();
     let learnt = learner.learn(&numbered, (1, 1.0), &Unpaced).unwrap();
     assert_eq!(learnt, together, "training and judging compute one loss");
@@ -168,7 +209,10 @@ fn resumed_is_uninterrupted() {
             tried += 1;
         }
         assert!(tried > 2);
-        let other = TrainPlan { seed: plan.seed + 1, ..plan.clone() };
+        let other = TrainPlan {
+            seed: plan.seed + 1,
+            ..plan.clone()
+        };
         let bytes = Trainer::new(model(), other).unwrap().checkpoint().unwrap();
         let refused = Trainer::resume(model(), plan, &bytes).unwrap_err();
         assert!(matches!(refused, TrainError::Checkpoint(_)), "{refused}");
@@ -216,22 +260,47 @@ fn heads_and_adapters_learn_and_the_best_is_kept() {
         let mut trainer = Trainer::new(model(), plan).unwrap();
         let (finished, events) = finish(&mut trainer, &Unpaced);
         let best = finished.summary.best.unwrap();
-        assert!(finished.summary.last_loss < 0.5 * finished.summary.first_loss, "{:?}", finished.summary);
+        assert!(
+            finished.summary.last_loss < 0.5 * finished.summary.first_loss,
+            "{:?}",
+            finished.summary
+        );
         let losses: Vec<EvalReport> = events
             .iter()
-            .filter_map(|event| if let TrainEvent::Eval(eval) = event { Some(*eval) } else { None })
+            .filter_map(|event| {
+                if let TrainEvent::Eval(eval) = event {
+                    Some(*eval)
+                } else {
+                    None
+                }
+            })
             .collect();
-        let least = losses.iter().min_by(|a, b| a.loss.total_cmp(&b.loss)).unwrap();
-        assert_eq!((best.step, best.loss, finished.summary.kept_step), (least.step, least.loss, least.step));
+        let least = losses
+            .iter()
+            .min_by(|a, b| a.loss.total_cmp(&b.loss))
+            .unwrap();
+        assert_eq!(
+            (best.step, best.loss, finished.summary.kept_step),
+            (least.step, least.loss, least.step)
+        );
         let shape = model().config().base_shape();
-        let (config, weights, _) = peft::read(&finished.artifact, &shape, &peft::Limits::default()).unwrap();
-        assert_eq!(weights.head.as_ref().unwrap().labels, ["even", "odd", "third"]);
+        let (config, weights, _) =
+            peft::read(&finished.artifact, &shape, &peft::Limits::default()).unwrap();
+        assert_eq!(
+            weights.head.as_ref().unwrap().labels,
+            ["even", "odd", "third"]
+        );
         assert_eq!(weights.sites.is_empty(), head_only, "{config:?}");
         let kept = ResidentAdapter::build(&weights, model().as_ref()).unwrap();
         let (valid, _) = classes(20, 2);
         let mut learner = Learner::new(model(), kept, (1 << 20, 0.0), 1);
         let again = learner.judge(&numbered(&valid.items), &Unpaced).unwrap();
-        assert!((again.mean() - best.loss).abs() < 1e-6, "the artifact is the best: {} {}", again.mean(), best.loss);
+        assert!(
+            (again.mean() - best.loss).abs() < 1e-6,
+            "the artifact is the best: {} {}",
+            again.mean(),
+            best.loss
+        );
     }
 }
 
@@ -246,7 +315,11 @@ fn patience_ends_a_run() {
         ..hp()
     };
     let (finished, _) = finish(&mut Trainer::new(model(), plan).unwrap(), &Unpaced);
-    assert!(finished.summary.stopped_early && finished.summary.steps < 900, "{:?}", finished.summary);
+    assert!(
+        finished.summary.stopped_early && finished.summary.steps < 900,
+        "{:?}",
+        finished.summary
+    );
     assert_eq!(finished.summary.steps, finished.summary.kept_step + 3);
 }
 
@@ -255,18 +328,33 @@ fn plans_that_cannot_be_carried_out_say_why() {
     type Change = fn(&mut TrainPlan);
     let cases: [(&str, Change); 8] = [
         ("batch_size: 0", |plan| plan.hp.batch_size = 0),
-        ("learning_rate: -1", |plan| plan.hp.learning_rate = Some(-1.0)),
-        ("use_dora", |plan| plan.lora.iter_mut().for_each(|lora| lora.use_dora = true)),
+        ("learning_rate: -1", |plan| {
+            plan.hp.learning_rate = Some(-1.0)
+        }),
+        ("use_dora", |plan| {
+            plan.lora.iter_mut().for_each(|lora| lora.use_dora = true)
+        }),
         ("train: holds no example", |plan| plan.train.items.clear()),
         ("train: token 70", |plan| {
-            plan.train.items.push(Example::Lm { ids: vec![1, 70], learn: vec![false, true] });
+            plan.train.items.push(Example::Lm {
+                ids: vec![1, 70],
+                learn: vec![false, true],
+            });
         }),
         ("valid: an example has no token to learn", |plan| {
-            let example = Example::Lm { ids: vec![1, 2], learn: vec![false, false] };
-            plan.valid.iter_mut().for_each(|valid| valid.items.push(example.clone()));
+            let example = Example::Lm {
+                ids: vec![1, 2],
+                learn: vec![false, false],
+            };
+            plan.valid
+                .iter_mut()
+                .for_each(|valid| valid.items.push(example.clone()));
         }),
         ("train: an example has 257 tokens, not 1..=256", |plan| {
-            plan.train.items.push(Example::Lm { ids: vec![1; 257], learn: vec![true; 257] });
+            plan.train.items.push(Example::Lm {
+                ids: vec![1; 257],
+                learn: vec![true; 257],
+            });
         }),
         ("lora: is missing", |plan| plan.lora = None),
     ];
@@ -282,9 +370,15 @@ fn plans_that_cannot_be_carried_out_say_why() {
     diverging.hp.max_grad_norm = None;
     diverging.init = Some({
         let mut weights = random_adapter(&model(), |_, _| true, false, 3);
-        weights.sites.values_mut().for_each(|site| site.a.iter_mut().for_each(|a| *a *= 1e30));
+        weights
+            .sites
+            .values_mut()
+            .for_each(|site| site.a.iter_mut().for_each(|a| *a *= 1e30));
         weights
     });
-    let error = Trainer::new(model(), diverging).unwrap().run(&Unpaced, &mut |_| ()).unwrap_err();
+    let error = Trainer::new(model(), diverging)
+        .unwrap()
+        .run(&Unpaced, &mut |_| ())
+        .unwrap_err();
     assert!(matches!(error, TrainError::NotFinite { .. }), "{error}");
 }
