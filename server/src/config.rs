@@ -11,6 +11,9 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::time::Duration;
 
+mod source;
+
+use self::source::{Raw, find, unknown};
 use crate::setting::{ByteSize, LogFormat, MaybeAddr, MaybePath, Secret, Value};
 
 /// Declares sections of settings. One entry: name, type, default, and (for numbers) smallest and largest value, all
@@ -202,8 +205,6 @@ settings! {
         max_datasets_per_tenant: usize = "1000" in "1" .. "1000000";
         /// Bytes of a display name or description.
         max_description_bytes: usize = "1024" in "16" .. "65536";
-        /// Annotations (free key-value pairs) of one resource.
-        max_annotations: usize = "32" in "0" .. "1024";
         /// Resolved names kept in memory.
         name_cache_entries: usize = "65536" in "16" .. "10000000";
     }
@@ -236,13 +237,13 @@ settings! {
         max_batched_tokens: usize = "512" in "16" .. "1048576";
         /// Requests that wait for the engine.
         max_queue: usize = "256" in "1" .. "1000000";
-        /// How long a request may wait before it is turned away.
+        /// How long a request may wait for its first step, its adapter's loading included, before it is turned away.
         max_queue_wait: Duration = "30s" in "1ms" .. "1h";
         /// Adapters that may be loading or waiting for the loader.
         max_adapter_loads: usize = "256" in "1" .. "100000";
         /// Rows of one prompt in a step that also generates for others; bounds what a long prompt adds to their wait.
         prefill_chunk_tokens: usize = "128" in "1" .. "1048576";
-        /// Threads for tensors; 0 is one for each core.
+        /// Threads for tensor work; 0 is one for each core.
         threads: usize = "0" in "0" .. "1024";
     }
     /// Training beside serving, and what a job may ask.
@@ -259,8 +260,6 @@ settings! {
         max_jobs_per_tenant: usize = "64" in "1" .. "100000";
         /// Optimizer steps between two checkpoints.
         checkpoint_steps: usize = "50" in "1" .. "1000000";
-        /// The longest time between two checkpoints.
-        checkpoint_interval: Duration = "60s" in "100ms" .. "24h";
         /// Bytes of one dataset.
         max_dataset_bytes: ByteSize = "64MiB" in "1KiB" .. "16GiB";
         /// Rows of one dataset.
@@ -279,8 +278,6 @@ settings! {
         max_steps: u64 = "100000" in "1" .. "1000000000";
         /// Rows or sequences of one optimizer step.
         max_batch_size: u32 = "1024" in "1" .. "1048576";
-        /// Events that wait for one watcher before it is cut off; it can resume by number.
-        watch_buffer: usize = "256" in "1" .. "65536";
         /// How often a silent watch says that it is alive.
         watch_heartbeat: Duration = "15s" in "10ms" .. "10min";
     }
@@ -367,10 +364,6 @@ pub enum Invocation {
     /// Print this configuration and leave.
     Print(Box<Config>),
 }
-
-/// The values as text, by setting, with their sources.
-#[derive(Debug, Default)]
-struct Raw(BTreeMap<&'static str, (String, Source)>);
 
 // === impl Config ===
 
@@ -547,162 +540,6 @@ fn check_key(key: &str) -> Result<(), String> {
     Ok(())
 }
 
-// === impl Raw ===
-
-impl Raw {
-    fn add_file(&mut self, text: &str, path: PathBuf) -> Result<(), ConfigError> {
-        let table: toml::Table = text.parse().map_err(|error| {
-            ConfigError::one(format!("{} is not TOML: {error}", path.display()))
-        })?;
-        let mut faults = Vec::new();
-        for (key, value) in table {
-            let Some(setting) = find(&key) else {
-                faults.push(unknown(&key, &path.display().to_string()));
-                continue;
-            };
-            let text = match value {
-                toml::Value::String(text) => text,
-                toml::Value::Integer(number) => number.to_string(),
-                toml::Value::Float(number) => number.to_string(),
-                toml::Value::Boolean(on) => on.to_string(),
-                other => {
-                    faults.push(format!(
-                        "{key}: a {} in {}, expected one value",
-                        other.type_str(),
-                        path.display()
-                    ));
-                    continue;
-                }
-            };
-            self.0
-                .insert(setting.key, (text, Source::File(path.clone())));
-        }
-        if faults.is_empty() {
-            Ok(())
-        } else {
-            Err(ConfigError { faults })
-        }
-    }
-
-    /// Variables that look like ours and are not are errors: a misspelt limit must not be silently ignored.
-    fn add_environment(&mut self, env: &BTreeMap<String, String>) -> Result<(), ConfigError> {
-        /// Read by the client and by the test harness; espalierd leaves them alone.
-        const OTHERS: &[&str] = &[
-            "CONFIG",
-            "GOLDEN",
-            "SERVER",
-            "API_KEY",
-            "TENANT",
-            "MODEL_CACHE",
-            "DEADLINE",
-            "TEST",
-            "BENCH",
-            "DEMO",
-        ];
-        let mut faults = Vec::new();
-        for (name, value) in env {
-            let Some(rest) = name.strip_prefix("ESPALIER_") else {
-                continue;
-            };
-            match SETTINGS.iter().find(|setting| setting.variable() == *name) {
-                Some(setting) => {
-                    self.0.insert(
-                        setting.key,
-                        (value.clone(), Source::Environment(name.clone())),
-                    );
-                }
-                None if OTHERS.iter().any(|other| rest.starts_with(other)) => {}
-                None => faults.push(unknown(
-                    &rest.to_lowercase(),
-                    &format!("the environment ({name})"),
-                )),
-            }
-        }
-        if faults.is_empty() {
-            Ok(())
-        } else {
-            Err(ConfigError { faults })
-        }
-    }
-
-    /// One setting; a fault is noted and the default stands in, so that all faults are found in one go.
-    fn read<T: Value>(
-        &self,
-        key: &'static str,
-        default: &str,
-        range: Option<(&str, &str)>,
-        faults: &mut Vec<String>,
-    ) -> T {
-        let (text, source) = match self.0.get(key) {
-            Some((text, source)) => (text.as_str(), Some(source)),
-            None => (default, None),
-        };
-        let from = source.map_or("the default".to_owned(), Source::to_string);
-        match T::parse(text) {
-            Ok(value) => {
-                let bounds = range.map(|(min, max)| (T::parse(min), T::parse(max)));
-                if let (Some((Ok(min), Ok(max))), Some((low, high))) = (bounds, range)
-                    && !value.within(&min, &max)
-                {
-                    faults.push(format!("{key}: {text} (from {from}) is outside {low} to {high}; choose a value between"));
-                }
-                value
-            }
-            Err(expected) => {
-                let shown = if T::SECRET { "a value" } else { text };
-                faults.push(format!(
-                    "{key}: \"{shown}\" (from {from}) is not {expected}"
-                ));
-                T::parse(default)
-                    .unwrap_or_else(|_| unreachable!("defaults parse: a test reads every one"))
-            }
-        }
-    }
-
-    fn sources(&self) -> BTreeMap<&'static str, Source> {
-        self.0
-            .iter()
-            .map(|(key, (_, source))| (*key, source.clone()))
-            .collect()
-    }
-}
-
-fn find(key: &str) -> Option<&'static Setting> {
-    let key = key.replace('-', "_");
-    SETTINGS.iter().find(|setting| setting.key == key)
-}
-
-fn unknown(key: &str, place: &str) -> String {
-    let near = SETTINGS
-        .iter()
-        .map(|setting| (distance(setting.key, key), setting.key))
-        .min()
-        .filter(|(distance, _)| *distance <= 3)
-        .map_or(
-            "espalierd config lists all settings".to_owned(),
-            |(_, near)| format!("did you mean {near}?"),
-        );
-    format!("{key}: no such setting (in {place}); {near}")
-}
-
-/// Edit distance, for "did you mean".
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let up = row[j + 1];
-            row[j + 1] = (diagonal + usize::from(x != *y))
-                .min(up + 1)
-                .min(row[j] + 1);
-            diagonal = up;
-        }
-    }
-    row[b.len()]
-}
-
 fn command() -> clap::Command {
     let with_flags = |mut command: clap::Command| {
         command = command.arg(
@@ -744,140 +581,4 @@ fn command() -> clap::Command {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn defaults_are_valid_and_printable_as_their_own_file() {
-        let config = Config::from_pairs(&[]).unwrap();
-        let mut raw = Raw::default();
-        raw.add_file(&config.to_toml(), PathBuf::from("printed.toml"))
-            .unwrap();
-        assert_eq!(
-            raw.0.len(),
-            SETTINGS
-                .iter()
-                .filter(|setting| !setting.secret || setting.default.is_empty())
-                .count()
-        );
-        let again = Config::from_raw(&raw).unwrap();
-        for setting in SETTINGS {
-            assert_eq!(
-                config.shown(setting.key),
-                again.shown(setting.key),
-                "{}",
-                setting.key
-            );
-        }
-    }
-
-    #[test]
-    fn keys_are_unique() {
-        let mut keys: Vec<_> = SETTINGS.iter().map(|setting| setting.key).collect();
-        keys.sort_unstable();
-        let all = keys.len();
-        keys.dedup();
-        assert_eq!(keys.len(), all);
-    }
-
-    #[test]
-    fn environment_beats_file_and_flag_beats_both() {
-        let mut raw = Raw::default();
-        raw.add_file(
-            "max_inputs = 7\nmax_labels = 8\nmax_messages = 9\n",
-            PathBuf::from("a.toml"),
-        )
-        .unwrap();
-        let env = BTreeMap::from([
-            ("ESPALIER_MAX_LABELS".into(), "18".into()),
-            ("ESPALIER_MAX_MESSAGES".into(), "19".into()),
-        ]);
-        raw.add_environment(&env).unwrap();
-        raw.0.insert(
-            "max_messages",
-            ("29".into(), Source::Flag("--max-messages".into())),
-        );
-        let config = Config::from_raw(&raw).unwrap();
-        assert_eq!(
-            (
-                config.limits.max_inputs,
-                config.limits.max_labels,
-                config.limits.max_messages
-            ),
-            (7, 18, 29)
-        );
-        let printed = config.to_toml();
-        assert!(
-            printed.contains("max_inputs = 7  # file a.toml"),
-            "{printed}"
-        );
-        assert!(printed.contains("max_labels = 18  # environment ESPALIER_MAX_LABELS"));
-        assert!(printed.contains("max_messages = 29  # flag --max-messages"));
-        assert!(printed.contains("max_candidates = 16  # default"));
-    }
-
-    #[test]
-    fn every_fault_is_listed_with_value_and_limit() {
-        let error = Config::from_pairs(&[
-            ("max_candidates", "129"),
-            ("max_inputs", "many"),
-            ("training_quantum", "0s"),
-        ])
-        .unwrap_err();
-        assert_eq!(error.faults.len(), 3, "{error}");
-        assert!(
-            error
-                .faults
-                .iter()
-                .any(|f| f.contains("max_candidates: 129") && f.contains("1 to 128")),
-            "{error}"
-        );
-        assert!(
-            error
-                .faults
-                .iter()
-                .any(|f| f.contains("max_inputs: \"many\"")),
-            "{error}"
-        );
-        assert!(
-            error
-                .faults
-                .iter()
-                .any(|f| f.contains("training_quantum: 0s") && f.contains("1ms")),
-            "{error}"
-        );
-        assert!(Config::from_pairs(&[("max_candidates", "128")]).is_ok());
-    }
-
-    #[test]
-    fn misspelt_names_are_errors_with_a_suggestion() {
-        let error = Config::from_pairs(&[("max_input", "3")])
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("did you mean max_inputs?"), "{error}");
-        let env = BTreeMap::from([("ESPALIER_MAX_LABLES".to_owned(), "3".to_owned())]);
-        assert!(Raw::default().add_environment(&env).is_err());
-        let env = BTreeMap::from([("ESPALIER_GOLDEN".to_owned(), "somewhere".to_owned())]);
-        assert!(Raw::default().add_environment(&env).is_ok());
-    }
-
-    #[test]
-    fn secrets_are_never_printed() {
-        let key = "0123456789abcdef0123456789abcdef";
-        let config = Config::from_pairs(&[("service_key", key)]).unwrap();
-        assert!(!config.to_toml().contains(key) && !format!("{config:?}").contains(key));
-        assert_eq!(config.service_key().unwrap().as_deref(), Some(key));
-        let error = Config::from_pairs(&[("service_key", "short-secret")])
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("24 to 512") && !error.contains("short-secret"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn the_command_line_is_well_formed() {
-        command().debug_assert();
-    }
-}
+mod tests;

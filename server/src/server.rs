@@ -150,6 +150,7 @@ impl Server {
     pub async fn build(config: Config, listener: &TcpListener) -> Result<Server, ServeError> {
         let began = Instant::now();
         let config = Arc::new(config);
+        limit_threads(config.engine.threads);
         let listen = listener.local_addr().map_err(|cause| ServeError::Io {
             action: "listen".to_owned(),
             cause,
@@ -398,6 +399,17 @@ fn with_reflection(mut routes: Routes) -> Routes {
         }
     }
     routes
+}
+
+/// Tensor work runs on the process's one pool; several servers in a process (tests) share it, so the first one decides.
+fn limit_threads(threads: usize) {
+    if threads > 0
+        && let Err(error) = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build_global()
+    {
+        tracing::warn!(threads, %error, "the setting threads comes too late for this process");
+    }
 }
 
 /// Loading a model takes seconds of reading and multiplying, so it happens off the runtime's threads.

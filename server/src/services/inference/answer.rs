@@ -35,6 +35,8 @@ pub(super) enum Operation {
 pub(super) struct Events {
     receiver: mpsc::Receiver<Event>,
     deadline: Option<Instant>,
+    /// When waiting for the first step has lasted too long.
+    patience: Instant,
     started: bool,
     output_tokens: usize,
     record: Record,
@@ -75,6 +77,7 @@ impl Events {
         call: &Call,
         operation: Operation,
         model: &str,
+        max_wait: Duration,
     ) -> Self {
         let record = Record {
             operation,
@@ -86,6 +89,7 @@ impl Events {
         Events {
             receiver,
             deadline: call.deadline,
+            patience: call.received + max_wait,
             started: false,
             output_tokens: 0,
             record,
@@ -94,12 +98,21 @@ impl Events {
 
     /// The next event; an error is the last thing that comes.
     async fn next(&mut self) -> Result<Event, Refusal> {
-        let event = match self.deadline {
+        // Only waiting is limited by patience: a request that runs has its deadline.
+        let limit = match (self.started, self.deadline) {
+            (true, deadline) => deadline,
+            (false, None) => Some(self.patience),
+            (false, Some(deadline)) => Some(deadline.min(self.patience)),
+        };
+        let event = match limit {
             None => self.receiver.recv().await,
-            Some(deadline) => tokio::select! {
+            Some(limit) => tokio::select! {
                 biased;
                 event = self.receiver.recv() => event,
-                () = tokio::time::sleep_until(deadline.into()) => return Err(self.fail(self.late())),
+                () = tokio::time::sleep_until(limit.into()) => {
+                    let refusal = if self.deadline == Some(limit) { self.late() } else { self.waited() };
+                    return Err(self.fail(refusal));
+                }
             },
         };
         match event {
@@ -123,6 +136,15 @@ impl Events {
                     .unwrap_or(u64::MAX),
             }
         })
+    }
+
+    fn waited(&self) -> Refusal {
+        let waited = self.record.received.elapsed().as_millis();
+        let message = format!(
+            "the request waited {waited} ms for its first step, the limit is max_queue_wait"
+        );
+        Refusal::unavailable("SERVER_OVERLOADED", message, Duration::from_secs(1))
+            .with("waited_ms", waited)
     }
 
     fn fail(&mut self, refusal: Refusal) -> Refusal {

@@ -164,7 +164,13 @@ impl Asker {
             received: call.received,
         };
         match self.shell.engine.submit(request) {
-            Ok(events) => Ok(Events::new(events, call, operation, &self.shell.base.name)),
+            Ok(events) => {
+                let (model, wait) = (
+                    &self.shell.base.name,
+                    self.shell.config.engine.max_queue_wait,
+                );
+                Ok(Events::new(events, call, operation, model, wait))
+            }
             Err(error) => Err(refused(error, held)),
         }
     }
