@@ -124,22 +124,29 @@ async fn calls_beyond_max_in_flight_are_turned_away_with_a_time_to_come_back() {
 
 #[tokio::test]
 async fn a_request_that_waits_too_long_is_turned_away_and_one_that_runs_is_not() {
-    let server = TestServer::start(&[("max_sequences", "1"), ("max_queue_wait", "100ms")]).await;
-    let mut client = inference(&server).await;
-    let mut held = client
-        .stream_generate(generate("hold the place", 400))
-        .await
-        .unwrap()
-        .into_inner();
-    held.message().await.unwrap();
-    let (code, reason, message) = refused(client.generate(generate("x", 1)).await);
-    assert_eq!(
-        (code, reason.as_str()),
-        (Code::Unavailable, "SERVER_OVERLOADED")
+    let server = TestServer::start(&[("max_sequences", "1"), ("max_queue_wait", "20ms")]).await;
+    let client = inference(&server).await;
+    let calls = (0..12).map(|_| {
+        let mut client = client.clone();
+        async move { client.generate(generate("one at a time", 400)).await }
+    });
+    let results = futures::future::join_all(calls).await;
+    let (answered, turned_away): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
+    assert!(
+        !answered.is_empty(),
+        "the first to run takes longer than 20 ms and is not cut"
     );
-    assert!(message.contains("max_queue_wait"), "{message}");
-    // The first one has run for longer than that and goes on.
-    assert!(held.message().await.unwrap().is_some());
-    drop(held);
+    assert!(
+        !turned_away.is_empty(),
+        "twelve long requests, one at a time, and none waited"
+    );
+    for result in turned_away {
+        let (code, reason, message) = refused(result);
+        assert_eq!(
+            (code, reason.as_str()),
+            (Code::Unavailable, "SERVER_OVERLOADED")
+        );
+        assert!(message.contains("max_queue_wait"), "{message}");
+    }
     server.ended().await;
 }
