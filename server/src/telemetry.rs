@@ -2,6 +2,8 @@
 //! names stand here, the engine's in its `metrics`. Neither may carry a prompt, a text, a key, or (as a label of a
 //! histogram) a tenant or an adapter: ten thousand tenants would be a million series.
 
+use std::io::IsTerminal;
+
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
@@ -89,6 +91,8 @@ pub fn log(server: &Server) -> Result<(), TelemetryError> {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // Colours are for people; in a file they are noise.
+        .with_ansi(std::io::stderr().is_terminal())
         .with_span_events(FmtSpan::NONE);
     match server.log_format {
         LogFormat::Json => builder

@@ -279,7 +279,7 @@ pub struct JobLimits {
 
 /// What the defaults depend on.
 #[derive(Debug, Clone, Copy)]
-pub struct Circumstances {
+pub(super) struct Circumstances {
     /// Examples to train on.
     pub examples: usize,
     /// Whether there is something to measure on.
