@@ -7,3 +7,4 @@ mod golden_training;
 mod inference_api;
 mod server_life;
 mod server_limits;
+mod state_api;
