@@ -196,6 +196,7 @@ impl Server {
         let (health, health_service) = tonic_health::server::health_reporter();
         health::report(&health, ServingStatus::NotServing).await;
         let about = About::of(&shell, listen, keys.is_open(), began.elapsed());
+        crate::telemetry::build_info(&about.model);
         let state = State {
             keys: keys.clone(),
             store,

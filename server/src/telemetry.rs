@@ -148,6 +148,16 @@ pub fn metrics(server: &Server) -> Result<(), TelemetryError> {
     Ok(())
 }
 
+/// Says once which build serves which base model.
+pub(crate) fn build_info(base_model: &str) {
+    ::metrics::gauge!(
+        metric::BUILD_INFO,
+        "version" => env!("CARGO_PKG_VERSION"),
+        "base_model" => base_model.to_owned()
+    )
+    .set(1.0);
+}
+
 fn describe() {
     use ::metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
     describe_histogram!(

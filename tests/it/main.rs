@@ -2,9 +2,16 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod adapter_api;
+mod client_side;
 mod golden_inference;
 mod golden_training;
 mod inference_api;
+mod kill_resume;
+mod python_client;
+mod real_model;
 mod server_life;
 mod server_limits;
 mod state_api;
+mod tidy;
+mod training_api;

@@ -1,10 +1,9 @@
 //! The server's own life: keys on every method, health, ids, drain, the binary and its configuration.
 
-use std::process::Command;
 use std::time::Duration;
 
 use espalier_proto::v1;
-use espalier_tests::{Daemon, TestServer, connect, espalierd};
+use espalier_tests::{Daemon, TestServer, connect, espalierd_command};
 use http::uri::PathAndQuery;
 use tokio_stream::StreamExt;
 use tonic::transport::Channel;
@@ -260,7 +259,7 @@ async fn the_binary_starts_answers_and_stops_on_sigterm() {
 #[test]
 fn the_binary_prints_its_configuration_and_refuses_what_it_cannot_use() {
     let run = |args: &[&str], env: &[(&str, &str)]| {
-        let output = Command::new(espalierd())
+        let output = espalierd_command()
             .args(args)
             .envs(env.iter().copied())
             .output()

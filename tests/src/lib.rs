@@ -134,7 +134,7 @@ impl Daemon {
     pub fn spawn(data: &Path, args: &[&str]) -> Daemon {
         let ready = data.join("ready");
         let _ = std::fs::remove_file(&ready);
-        let mut child = Command::new(espalierd())
+        let mut child = espalierd_command()
             .args(["--listen", "127.0.0.1:0", "--metrics-listen", "off"])
             .arg("--data-dir")
             .arg(data)
@@ -210,6 +210,20 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A command that runs `espalierd` with nothing of what this process's environment configures: a test says what it wants.
+///
+/// # Panics
+/// When the program is not there.
+pub fn espalierd_command() -> Command {
+    let mut command = Command::new(espalierd());
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("ESPALIER_") {
+            command.env_remove(name);
+        }
+    }
+    command
 }
 
 /// The server's program.

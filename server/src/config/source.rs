@@ -61,6 +61,8 @@ impl Raw {
             "API_KEY",
             "TENANT",
             "MODEL_CACHE",
+            "CACHE",
+            "PYTHON",
             "DEADLINE",
             "TEST",
             "BENCH",
