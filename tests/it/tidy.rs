@@ -56,7 +56,7 @@ fn has_word(text: &str, word: &str) -> bool {
         line.match_indices(word).any(|(at, _)| {
             let before = line[..at].chars().next_back();
             let after = line[at + word.len()..].chars().next();
-            let joins = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric());
+            let joins = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
             !joins(before) && !joins(after)
         })
     })
@@ -161,7 +161,7 @@ fn who_must_not_know_whom() {
 #[test]
 fn unsafe_code_stays_in_the_cpu_operations() {
     for (path, text) in sources() {
-        let allowed = path.starts_with("adapters/src/ops/cpu");
+        let allowed = path.starts_with("adapters/src/ops/cpu") || path.ends_with("tidy.rs");
         assert!(
             allowed || !has_word(&text, "unsafe"),
             "{path} has unsafe code"

@@ -592,7 +592,7 @@ async fn quotas_of_jobs_and_datasets_hold_and_another_tenant_sees_nothing() {
     ];
     let server = TestServer::start(&settings).await;
     let (acme, globex) = crate::adapter_api::two_tenants(&server).await;
-    let job = || create(&acme, supervised(&acme, "a", inline(rows(12)), 2000));
+    let job = || create(&acme, supervised(&acme, "a", inline(rows(100)), 2000));
     let first = acme
         .create_training_job(job())
         .await
