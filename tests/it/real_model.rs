@@ -104,7 +104,8 @@ async fn inventory(client: &Client, moving: &str) -> String {
     };
     let mut jobs = client.list_training_jobs(jobs).await.unwrap().jobs;
     jobs.retain(|job| job.name != moving);
-    assert_eq!((adapters.len(), versions.len(), jobs.len()), (4, 4, 4));
+    assert!(adapters.len() >= 4, "{adapters:?}");
+    assert_eq!((versions.len(), jobs.len()), (4, 4));
     format!("{adapters:#?}{versions:#?}{datasets:#?}{jobs:#?}")
 }
 

@@ -586,7 +586,7 @@ async fn quotas_of_jobs_and_datasets_hold_and_another_tenant_sees_nothing() {
     let settings = [
         ("max_jobs_per_tenant", "2"),
         ("max_datasets_per_tenant", "1"),
-        ("max_dataset_bytes", "4KiB"),
+        ("max_dataset_bytes", "8KiB"),
         ("max_dataset_rows", "20"),
         ("service_key", crate::client_side::SERVICE_KEY),
     ];
