@@ -374,10 +374,13 @@ fn length(
         steps = steps.min(bound.max(1));
     }
     if steps > limits.max_steps {
-        return Err(invalid(
-            "hyper_parameters.epochs",
-            format!("they make {steps} steps, the limit is {}", limits.max_steps),
-        ));
+        // A bound that is itself too high is the field to change, whatever the epochs make.
+        let (field, makes) = match request.max_steps {
+            Some(_) => ("hyper_parameters.max_steps", "it allows"),
+            None => ("hyper_parameters.epochs", "they make"),
+        };
+        let reason = format!("{makes} {steps} steps, the limit is {}", limits.max_steps);
+        return Err(invalid(field, reason));
     }
     Ok(Length {
         batch_size,
