@@ -592,7 +592,12 @@ async fn quotas_of_jobs_and_datasets_hold_and_another_tenant_sees_nothing() {
     ];
     let server = TestServer::start(&settings).await;
     let (acme, globex) = crate::adapter_api::two_tenants(&server).await;
-    let job = || create(&acme, supervised(&acme, "a", inline(rows(100)), 2000));
+    // Long enough not to end before it is cancelled.
+    let job = || {
+        let mut spec = supervised(&acme, "a", inline(rows(20)), 2000);
+        spec.hyper_parameters.as_mut().unwrap().batch_size = Some(1);
+        create(&acme, spec)
+    };
     let first = acme
         .create_training_job(job())
         .await
