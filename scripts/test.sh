@@ -7,6 +7,4 @@ ESPALIER_MODEL=$(scripts/fetch-model.sh)
 ESPALIER_PYTHON=$(scripts/python-env.sh)
 export ESPALIER_MODEL ESPALIER_PYTHON
 
-# The tests that need a real process look for the binaries beside themselves.
-cargo build --workspace --bins
 cargo test --workspace "$@"

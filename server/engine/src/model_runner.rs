@@ -104,9 +104,9 @@ impl ModelRunner {
             segments: &segments,
         };
         let hidden_size = self.model.config().hidden;
-        let hidden = self
-            .model
-            .forward(&batch, &mut self.kv, &mut self.workspace);
+        let (model, kv, workspace) = (&self.model, &mut self.kv, &mut self.workspace);
+        // From outside of the pool each of a step's hundreds of operations would wake it anew.
+        let hidden = rayon::scope(|_| model.forward(&batch, kv, workspace));
         states.clear();
         for (item, span) in items.iter().zip(&spans) {
             let rows = span.rows.start + item.wanted.start..span.rows.start + item.wanted.end;
@@ -119,7 +119,8 @@ impl ModelRunner {
         let config = self.model.config();
         self.logits
             .resize(states.len() / config.hidden * config.vocab, 0.0);
-        self.model.logits(states, &mut self.logits);
+        let (model, logits) = (&self.model, &mut self.logits);
+        rayon::scope(|_| model.logits(states, logits));
         &mut self.logits
     }
 
