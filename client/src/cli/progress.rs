@@ -162,7 +162,7 @@ fn state_name(state: TrainingJobState) -> String {
 
 fn progress_text(state: TrainingJobState, progress: &v1::TrainingProgress) -> String {
     let mut parts = Vec::new();
-    if state != TrainingJobState::Running {
+    if state != TrainingJobState::Running || progress.loss.is_none() {
         parts.push(state_name(state));
     }
     if let Some(loss) = progress.loss {
@@ -173,6 +173,9 @@ fn progress_text(state: TrainingJobState, progress: &v1::TrainingProgress) -> St
     }
     if let Some(accuracy) = progress.validation_accuracy {
         parts.push(format!("accuracy {:.1} %", accuracy * 100.0));
+    }
+    if let Some(best) = progress.best_step.filter(|_| is_final(state)) {
+        parts.push(format!("kept step {best}"));
     }
     if progress.tokens_per_second > 0.0 {
         parts.push(format!("{:.0} tok/s", progress.tokens_per_second));
