@@ -170,7 +170,7 @@ async fn what_goes_in_comes_out_byte_for_byte_and_survives_a_restart() {
         assert_eq!(came.safetensors, artifact.safetensors);
         assert_eq!(came.labels_json, artifact.labels_json);
         let (text, by) = answer(&acme, Some(&name), "once upon", 16).await;
-        assert_eq!(by, [version.name.clone()]);
+        assert_eq!(by, std::slice::from_ref(&version.name));
         before.push((name, version, text));
     }
     let (base, _) = answer(&acme, None, "once upon", 16).await;
@@ -242,7 +242,7 @@ async fn aliases_move_together_or_not_at_all_and_hold_what_they_name() {
     );
     for (reference, version) in [("a@canary", &one), ("a", &two), ("a/1", &one)] {
         let (_, by) = answer(&acme, Some(reference), "x", 2).await;
-        assert_eq!(by, [version.name.clone()], "{reference}");
+        assert_eq!(by, std::slice::from_ref(&version.name), "{reference}");
     }
     // One of the two does not exist: neither moves.
     let half = change(&[("canary", "2"), ("beta", "9")], &[], "");

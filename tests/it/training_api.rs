@@ -270,7 +270,7 @@ async fn a_dry_run_says_what_a_job_would_be_and_leaves_nothing() {
     assert_eq!((stats.train_examples, stats.validation_examples), (6, 3));
     let spec = quoted.spec.unwrap();
     assert!(spec.seed.is_some(), "a drawn seed is named");
-    let hyper = spec.hyper_parameters.clone().unwrap();
+    let hyper = spec.hyper_parameters.unwrap();
     assert!(hyper.adam_beta2 == Some(0.999) && hyper.max_grad_norm == Some(1.0));
     assert_eq!(spec.lora.as_ref().unwrap().target_modules.len(), 7);
 
@@ -430,7 +430,7 @@ async fn a_new_version_goes_live_between_two_requests_and_never_inside_one() {
     let second = teach("two two two").await;
     // What is live when the job says so is what the next request gets.
     let (text, now) = answer(&acme, Some("a"), "case 3", 40).await;
-    assert_eq!(now, [second.clone()]);
+    assert_eq!(now, std::slice::from_ref(&second));
     stop.store(true, Ordering::SeqCst);
     let heard = listener.await.unwrap();
     let short = |version: &str| {
@@ -440,7 +440,7 @@ async fn a_new_version_goes_live_between_two_requests_and_never_inside_one() {
             .to_owned()
     };
     let (old, by_name) = answer(&acme, Some(&short(&first)), "case 3", 40).await;
-    assert_eq!(by_name, [first.clone()]);
+    assert_eq!(by_name, std::slice::from_ref(&first));
     assert_ne!(old, text);
     let mut versions = Vec::new();
     for (said, by) in &heard {
