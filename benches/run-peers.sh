@@ -17,6 +17,6 @@ fi
 [ -f "$cache/peers-hf/model.safetensors" ] || "$python" "$peers/peft_peer.py" prepare "$model" "$cache/peers-hf"
 [ -d "$cache/peers-adapters/a7" ] || "$python" "$peers/peft_peer.py" adapters "$cache/peers-hf" "$cache/peers-adapters" 8 16
 
-cargo build --package espalier-benches --bins
+cargo build --workspace --bins
 exec target/debug/peers compare --model "$model" --hf "$cache/peers-hf" --adapters "$cache/peers-adapters" \
   --python "$python" --peer "$peers/peft_peer.py" "$@"

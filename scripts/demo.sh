@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 model=$(scripts/fetch-model.sh)
-cargo build --package espalier-server --package espalier-client --bins
+cargo build --workspace --bins
 bin=${CARGO_TARGET_DIR:-target}/debug
 work=$(mktemp -d)
 began=$SECONDS
