@@ -1,19 +1,21 @@
 //! A frozen projection with adapters on it, and an adapter as operations like to read it.
 //!
 //! LoRA: `y = W x + b + s B (A x)`. DoRA (Liu et al., 2024, eq. 5; PEFT's `dora.py`), with the norm taken over
-//! each output row: `y = g (W x) + b + g s B (A x)` where `g = m / |W + s B A|`. It must not know files, names or layers'
+//! each output row: `y = g (W x + s B (A x)) + b` where `g = m / |W + s B A|`. It must not know files, names or layers'
 //! order: a site is asked for by (layer, site).
 
 mod resident;
+mod update;
 
 use std::ops::Range;
 
 use crate::batch::{Pass, Thin, sized};
 use crate::config::Site;
-use crate::ops::{Ops, Real};
+use crate::ops::{LowRank, Ops, Real};
 use crate::pace::{Stopped, pieces};
 
-pub use resident::{AdapterGrads, BaseSites, Misfit, ResidentAdapter, SiteView, merged};
+pub use resident::{AdapterGrads, BaseSites, Misfit, ResidentAdapter, SiteView};
+pub use update::merged;
 
 /// A frozen projection `[out, in]`, its optional bias, and its place in the model. The only type that a block multiplies by.
 #[derive(Debug)]
@@ -24,6 +26,75 @@ pub struct LoraLinear<O: Ops> {
     site: Site,
     outputs: usize,
     inputs: usize,
+}
+
+/// Projections that share their input `x [rows, in]`, each into its `y [rows, out]`: the bases once over all rows, then every
+/// segment's updates of all of them in one list, then gains and biases.
+///
+/// # Errors
+/// [`Stopped`] when the pace says so.
+pub fn forward<O: Ops, const N: usize>(
+    pass: &Pass<'_, O>,
+    projections: [&LoraLinear<O>; N],
+    x: &[O::T],
+    mut outputs: [&mut [O::T]; N],
+    thin: &mut Thin<O::T>,
+) -> Result<(), Stopped> {
+    for (projection, y) in projections.iter().zip(&mut outputs) {
+        projection.base(pass, x, y)?;
+    }
+    match pass.dropout {
+        None => {
+            let updates = updates(pass, &projections);
+            if !updates.is_empty() {
+                pass.ops.low_rank(x, &updates, &mut outputs);
+                pass.pace.breathe()?;
+            }
+        }
+        Some(dropout) => {
+            // Each site drops inputs of its own, so no two updates share an input.
+            let masked = sized(&mut thin.masked, x.len());
+            for update in updates(pass, &projections) {
+                let projection = projections[update.output];
+                let rows = update.rows.clone();
+                let inputs = rows.start * projection.inputs..rows.end * projection.inputs;
+                let site = projection.number();
+                dropout.apply(rows, site, &x[inputs.clone()], &mut masked[inputs], false);
+                pass.ops.low_rank(masked, &[update], &mut outputs);
+                pass.pace.breathe()?;
+            }
+        }
+    }
+    for (projection, y) in projections.iter().zip(outputs) {
+        projection.finish(pass, y);
+    }
+    Ok(())
+}
+
+/// Segment by segment, as the adapters lie in memory.
+fn updates<'a, O: Ops>(
+    pass: &Pass<'a, O>,
+    projections: &[&LoraLinear<O>],
+) -> Vec<LowRank<'a, O::T>> {
+    let mut updates = Vec::new();
+    for segment in pass.segments {
+        let Some(adapter) = &segment.adapter else {
+            continue;
+        };
+        for (output, projection) in projections.iter().enumerate() {
+            if let Some(view) = adapter.site(projection.layer, projection.site) {
+                updates.push(LowRank {
+                    rows: segment.rows.clone(),
+                    output,
+                    rank: view.rank,
+                    scale: view.scale,
+                    a: view.a,
+                    bt: view.bt,
+                });
+            }
+        }
+    }
+    updates
 }
 
 // === impl LoraLinear ===
@@ -63,17 +134,8 @@ impl<O: Ops> LoraLinear<O> {
         self.inputs
     }
 
-    /// `y [rows, out]` from `x [rows, in]`: the base once over all rows, then each segment's delta, then the bias.
-    ///
-    /// # Errors
-    /// [`Stopped`] when the pace says so.
-    pub fn forward(
-        &self,
-        pass: &Pass<'_, O>,
-        x: &[O::T],
-        y: &mut [O::T],
-        thin: &mut Thin<O::T>,
-    ) -> Result<(), Stopped> {
+    /// `y = W x`.
+    fn base(&self, pass: &Pass<'_, O>, x: &[O::T], y: &mut [O::T]) -> Result<(), Stopped> {
         let rows = x.len() / self.inputs;
         for (r, part) in pieces(pass.pace, rows, self.outputs, self.inputs) {
             let x = &x[r.start * self.inputs..r.end * self.inputs];
@@ -81,34 +143,24 @@ impl<O: Ops> LoraLinear<O> {
             pass.ops.matmul_part(x, &self.weight, part, y);
             pass.pace.breathe()?;
         }
+        Ok(())
+    }
+
+    /// DoRA's gains and the bias.
+    fn finish(&self, pass: &Pass<'_, O>, y: &mut [O::T]) {
         for segment in pass.segments {
-            let Some(view) = segment
+            let view = segment
                 .adapter
                 .as_ref()
-                .and_then(|adapter| adapter.site(self.layer, self.site))
-            else {
-                continue;
-            };
-            let r = segment.rows.clone();
-            let y = &mut y[r.start * self.outputs..r.end * self.outputs];
-            if let Some(gain) = view.gain {
-                pass.ops.scale_columns(gain, y);
+                .and_then(|adapter| adapter.site(self.layer, self.site));
+            if let Some(gain) = view.and_then(|view| view.gain) {
+                let rows = segment.rows.start * self.outputs..segment.rows.end * self.outputs;
+                pass.ops.scale_columns(gain, &mut y[rows]);
             }
-            let x = self.dropped(
-                pass,
-                &x[r.start * self.inputs..r.end * self.inputs],
-                &r,
-                &mut thin.masked,
-            );
-            let h = sized(&mut thin.h, r.len() * view.rank);
-            pass.ops.shrink(x, view.a, view.rank, O::T::ONE, h);
-            pass.ops.expand(h, view.bt, view.rank, view.scale, y);
-            pass.pace.breathe()?;
         }
         if let Some(bias) = &self.bias {
             pass.ops.add_bias(bias, y);
         }
-        Ok(())
     }
 
     /// The input of A: `x` itself, or `x` after dropout.
@@ -140,7 +192,7 @@ impl<O: Ops> LoraLinear<O> {
     /// [`Stopped`] when the pace says so.
     ///
     /// # Panics
-    /// On a segment with DoRA's gains, which the trainer refuses before.
+    /// On a segment with DoRA's gains, which the trainer refuses before, and on factors of 16 bits, which it widens.
     pub fn backward(
         &self,
         pass: &Pass<'_, O>,
@@ -173,21 +225,22 @@ impl<O: Ops> LoraLinear<O> {
             let r = segment.rows.clone();
             let inputs = r.start * self.inputs..r.end * self.inputs;
             let dy = &dy[r.start * self.outputs..r.end * self.outputs];
+            let (a, bt) = view.full();
             let Thin { h, dh, masked } = thin;
             let (h, dh) = (
                 sized(h, r.len() * view.rank),
                 sized(dh, r.len() * view.rank),
             );
-            pass.ops.shrink(dy, view.bt, view.rank, view.scale, dh);
+            pass.ops.shrink(dy, bt, view.rank, view.scale, dh);
             let grad = grads.get_mut(index).and_then(Option::as_mut);
             if let Some((da, dbt)) = grad.and_then(|grad| grad.site_mut(self.number())) {
                 let x = self.dropped(pass, &x[inputs.clone()], &r, masked);
-                pass.ops.shrink(x, view.a, view.rank, O::T::ONE, h);
+                pass.ops.shrink(x, a, view.rank, O::T::ONE, h);
                 pass.ops.outer(h, dy, view.rank, view.scale, dbt);
                 pass.ops.outer(dh, x, view.rank, O::T::ONE, da);
             }
             if let Some(dx) = dx.as_deref_mut() {
-                self.delta_gradient(pass, view, dh, &r, (&mut dx[inputs], masked));
+                self.delta_gradient(pass, (a, view.rank), dh, &r, (&mut dx[inputs], masked));
             }
             pass.pace.breathe()?;
         }
@@ -198,17 +251,17 @@ impl<O: Ops> LoraLinear<O> {
     fn delta_gradient(
         &self,
         pass: &Pass<'_, O>,
-        view: SiteView<'_, O::T>,
+        (a, rank): (&[O::T], usize),
         dh: &[O::T],
         rows: &Range<usize>,
         (dx, masked): (&mut [O::T], &mut Vec<O::T>),
     ) {
         match pass.dropout {
-            None => pass.ops.expand(dh, view.a, view.rank, O::T::ONE, dx),
+            None => pass.ops.expand(dh, a, rank, O::T::ONE, dx),
             Some(dropout) => {
                 let through = sized(masked, dx.len());
                 through.fill(O::T::ZERO);
-                pass.ops.expand(dh, view.a, view.rank, O::T::ONE, through);
+                pass.ops.expand(dh, a, rank, O::T::ONE, through);
                 dropout.apply(rows.clone(), self.number(), through, dx, true);
             }
         }

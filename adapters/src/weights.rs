@@ -1,10 +1,24 @@
 //! An adapter's numbers: A, B and magnitude of each adapted site, and a classification head.
 //!
-//! Always f32, widened exactly from what the file stored. This file must not know files, names of tensors or devices.
+//! A and B stay in the dtype that their file stores; the rest is f32. This file must not know files, names of tensors or devices.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use half::{bf16, f16};
+
 use crate::config::{BaseShape, Site};
+
+/// Numbers in the dtype that their file stores.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Numbers {
+    /// Single precision.
+    F32(Vec<f32>),
+    /// The upper halves of f32.
+    Bf16(Vec<bf16>),
+    /// IEEE half precision.
+    F16(Vec<f16>),
+}
 
 /// The low-rank update of one site: y += scale * B (A x), and with a magnitude DoRA's renormalisation.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,9 +28,9 @@ pub struct SiteAdapter {
     /// The factor on B A x, by [`crate::config::LoraConfig::scaling`].
     pub scale: f32,
     /// A, [r, in] row-major.
-    pub a: Vec<f32>,
+    pub a: Numbers,
     /// B, [out, r] row-major.
-    pub b: Vec<f32>,
+    pub b: Numbers,
     /// DoRA's magnitude, [out].
     pub magnitude: Option<Vec<f32>>,
 }
@@ -39,7 +53,62 @@ pub struct AdapterWeights {
     pub head: Option<ScoreHead>,
 }
 
+// === impl Numbers ===
+
+impl Numbers {
+    /// How many.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(numbers) => numbers.len(),
+            Self::Bf16(numbers) => numbers.len(),
+            Self::F16(numbers) => numbers.len(),
+        }
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The numbers, widened exactly.
+    #[must_use]
+    pub fn to_f32(&self) -> Cow<'_, [f32]> {
+        match self {
+            Self::F32(numbers) => Cow::Borrowed(numbers),
+            Self::Bf16(numbers) => numbers.iter().map(|n| n.to_f32()).collect(),
+            Self::F16(numbers) => numbers.iter().map(|n| n.to_f32()).collect(),
+        }
+    }
+}
+
+impl From<Vec<f32>> for Numbers {
+    fn from(numbers: Vec<f32>) -> Self {
+        Self::F32(numbers)
+    }
+}
+
+impl FromIterator<f32> for Numbers {
+    fn from_iter<I: IntoIterator<Item = f32>>(numbers: I) -> Self {
+        Self::F32(numbers.into_iter().collect())
+    }
+}
+
+// === impl AdapterWeights ===
+
 impl AdapterWeights {
+    /// The same numbers, all in f32: what training changes.
+    #[must_use]
+    pub fn widened(mut self) -> Self {
+        for site in self.sites.values_mut() {
+            for factor in [&mut site.a, &mut site.b] {
+                *factor = Numbers::F32(factor.to_f32().into_owned());
+            }
+        }
+        self
+    }
+
     /// Numbers held, head included.
     #[must_use]
     pub fn parameters(&self) -> usize {

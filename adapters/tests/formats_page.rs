@@ -107,8 +107,8 @@ fn the_configuration_is_read_and_its_digest_is_pythons() {
                 SiteAdapter {
                     r: plan.r,
                     scale: plan.scale,
-                    a,
-                    b,
+                    a: a.into(),
+                    b: b.into(),
                     magnitude: None,
                 },
             )

@@ -44,8 +44,8 @@ fn artifact(seed: u64) -> AdapterArtifact {
             let adapter = SiteAdapter {
                 r: rank,
                 scale: 2.5,
-                a: numbers(rank * inputs),
-                b: numbers(outputs * rank),
+                a: numbers(rank * inputs).into(),
+                b: numbers(outputs * rank).into(),
                 magnitude: None,
             };
             weights.sites.insert((layer, site), adapter);

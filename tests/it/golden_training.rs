@@ -2,6 +2,7 @@
 //! that comes out.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -101,18 +102,18 @@ fn plan(curve: &Curve, dir: &Path, model: &Model) -> TrainPlan {
 }
 
 /// Tensors by name.
-fn tensors(weights: &AdapterWeights) -> BTreeMap<String, &[f32]> {
+fn tensors(weights: &AdapterWeights) -> BTreeMap<String, Cow<'_, [f32]>> {
     let sites = weights.sites.iter().flat_map(|((layer, site), adapter)| {
         let path = site.path(*layer);
         [
-            (format!("{path}.lora_A"), adapter.a.as_slice()),
-            (format!("{path}.lora_B"), adapter.b.as_slice()),
+            (format!("{path}.lora_A"), adapter.a.to_f32()),
+            (format!("{path}.lora_B"), adapter.b.to_f32()),
         ]
     });
     let head = weights
         .head
         .as_ref()
-        .map(|head| ("score".to_owned(), head.weight.as_slice()));
+        .map(|head| ("score".to_owned(), head.weight.as_slice().into()));
     sites.chain(head).collect()
 }
 
@@ -134,9 +135,9 @@ fn update_errors(
             .sum::<f64>()
             .sqrt()
     };
-    let error = |(name, theirs): (&String, &&[f32])| {
+    let error = |(name, theirs): (&String, &Cow<'_, [f32]>)| {
         (
-            norm(ours[name], theirs) / norm(theirs, start[name]),
+            norm(&ours[name], theirs) / norm(theirs, &start[name]),
             name.clone(),
         )
     };

@@ -1,12 +1,15 @@
-//! An adapter in memory: one aligned allocation in the layout that operations read, and the same layout for gradients.
+//! An adapter in memory: aligned, in the layout and the dtypes that operations read, and the same layout for gradients.
 //!
 //! It must not know projections, batches or files.
 
 use std::ops::Range;
 
+use half::slice::HalfBitsSliceExt;
+
+use super::update::dora_gain;
 use crate::config::Site;
-use crate::ops::{Ops, Real};
-use crate::weights::{AdapterWeights, ScoreHead, SiteAdapter};
+use crate::ops::{Factor, Ops, Real};
+use crate::weights::{AdapterWeights, Numbers, ScoreHead, SiteAdapter};
 
 /// The frozen weights that an adapter is made for.
 pub trait BaseSites<O: Ops> {
@@ -30,24 +33,35 @@ pub struct Misfit {
     pub reason: String,
 }
 
-/// A's, B's and gains of one adapter in one aligned allocation: loading is one build, eviction one free.
+/// An adapter's numbers in the order in which a step reads them: loading is one build, eviction one free. A and B keep the
+/// dtype of their file; gains, the head, and everything that training changes are of full width.
 #[derive(Clone, Debug)]
 pub struct ResidentAdapter<T = f32> {
-    arena: Arena<T>,
+    full: Arena<T>,
+    /// Factors of 16 bits; which of the two kinds, each place says.
+    half: Arena<u16>,
     /// By layer * 7 + site.
     sites: Vec<Option<Place<T>>>,
     labels: Vec<String>,
     head: Option<Range<usize>>,
 }
 
-/// Where a site's numbers lie in the arena.
+/// Where a site's numbers lie.
 #[derive(Clone, Debug)]
 struct Place<T> {
     rank: usize,
     scale: T,
-    a: Range<usize>,
-    bt: Range<usize>,
+    a: Span,
+    bt: Span,
     gain: Option<Range<usize>>,
+}
+
+/// Where a factor lies: the arena's part, and how to read it.
+#[derive(Clone, Debug)]
+enum Span {
+    Full(Range<usize>),
+    Bf16(Range<usize>),
+    F16(Range<usize>),
 }
 
 /// One site's numbers.
@@ -58,10 +72,10 @@ pub struct SiteView<'a, T> {
     /// The factor on `B (A x)`.
     pub scale: T,
     /// A `[rank, in]`.
-    pub a: &'a [T],
-    /// B transposed `[rank, out]`; with a gain, already multiplied by it.
-    pub bt: &'a [T],
-    /// DoRA's gain on the base's output, `[out]`.
+    pub a: Factor<'a, T>,
+    /// B transposed `[rank, out]`.
+    pub bt: Factor<'a, T>,
+    /// DoRA's gain on base and update together, `[out]`.
     pub gain: Option<&'a [T]>,
 }
 
@@ -77,17 +91,28 @@ const ALIGN_BYTES: usize = 64;
 
 // === impl Arena ===
 
-impl<T: Real> Arena<T> {
+impl<T: Copy + Default> Arena<T> {
+    /// Numbers in a cache line.
+    const LINE: usize = ALIGN_BYTES / size_of::<T>();
+
     fn zeros(len: usize) -> Self {
-        let slack = ALIGN_BYTES / size_of::<T>();
-        let storage = vec![T::ZERO; len + slack];
+        let storage = vec![T::default(); Self::allocated(len)];
         let past = storage.as_ptr() as usize % ALIGN_BYTES;
-        let offset = (ALIGN_BYTES - past) % ALIGN_BYTES / size_of::<T>();
+        let offset = if len == 0 {
+            0
+        } else {
+            (ALIGN_BYTES - past) % ALIGN_BYTES / size_of::<T>()
+        };
         Self {
             storage,
             offset,
             len,
         }
+    }
+
+    /// Numbers allocated for `len` aligned ones.
+    fn allocated(len: usize) -> usize {
+        if len == 0 { 0 } else { len + Self::LINE }
     }
 
     fn all(&self) -> &[T] {
@@ -100,23 +125,82 @@ impl<T: Real> Arena<T> {
 }
 
 /// Lays parts one after the other, each at an aligned start.
-struct Layout {
+struct Parts {
     next: usize,
-    step: usize,
+    line: usize,
 }
 
-impl Layout {
-    fn new<T>() -> Self {
-        Self {
-            next: 0,
-            step: ALIGN_BYTES / size_of::<T>(),
-        }
+impl Parts {
+    fn new(line: usize) -> Self {
+        Self { next: 0, line }
     }
 
     fn part(&mut self, len: usize) -> Range<usize> {
         let start = self.next;
-        self.next = (start + len).next_multiple_of(self.step);
+        self.next = (start + len).next_multiple_of(self.line);
         start..start + len
+    }
+}
+
+/// Where everything goes, before there is memory for it.
+struct Layout<T> {
+    sites: Vec<Option<Place<T>>>,
+    head: Option<Range<usize>>,
+    full: usize,
+    half: usize,
+}
+
+impl<T: Real> Layout<T> {
+    fn of(weights: &AdapterWeights, layers: usize) -> Self {
+        let mut sites = vec![None; layers * Site::ALL.len()];
+        let mut full = Parts::new(Arena::<T>::LINE);
+        let mut half = Parts::new(Arena::<u16>::LINE);
+        for (&(layer, site), adapter) in &weights.sites {
+            let mut span = |numbers: &Numbers| match numbers {
+                Numbers::F32(numbers) => Span::Full(full.part(numbers.len())),
+                Numbers::Bf16(numbers) => Span::Bf16(half.part(numbers.len())),
+                Numbers::F16(numbers) => Span::F16(half.part(numbers.len())),
+            };
+            let (a, bt) = (span(&adapter.a), span(&adapter.b));
+            sites[layer * Site::ALL.len() + site.index()] = Some(Place {
+                rank: adapter.r,
+                scale: T::from_f32(adapter.scale),
+                a,
+                bt,
+                gain: adapter.magnitude.as_ref().map(|m| full.part(m.len())),
+            });
+        }
+        let head = weights
+            .head
+            .as_ref()
+            .map(|head| full.part(head.weight.len()));
+        Self {
+            sites,
+            head,
+            full: full.next,
+            half: half.next,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        Arena::<T>::allocated(self.full) * size_of::<T>()
+            + Arena::<u16>::allocated(self.half) * size_of::<u16>()
+            + size_of_val(self.sites.as_slice())
+    }
+}
+
+// === impl SiteView ===
+
+impl<'a, T: Copy> SiteView<'a, T> {
+    /// A and B transposed as training has them.
+    ///
+    /// # Panics
+    /// On factors of 16 bits, which training widens before it begins.
+    pub fn full(&self) -> (&'a [T], &'a [T]) {
+        match (self.a, self.bt) {
+            (Factor::Full(a), Factor::Full(bt)) => (a, bt),
+            _ => panic!("only factors of full width are trained"),
+        }
     }
 }
 
@@ -125,13 +209,22 @@ impl Layout {
 impl<T: Real> ResidentAdapter<T> {
     /// An adapter that changes nothing, for a base of `layers` layers.
     pub fn empty(layers: usize) -> Self {
-        let sites = vec![None; layers * Site::ALL.len()];
+        Self::laid_out(Layout::of(&AdapterWeights::default(), layers), Vec::new())
+    }
+
+    fn laid_out(layout: Layout<T>, labels: Vec<String>) -> Self {
         Self {
-            arena: Arena::zeros(0),
-            sites,
-            labels: Vec::new(),
-            head: None,
+            full: Arena::zeros(layout.full),
+            half: Arena::zeros(layout.half),
+            sites: layout.sites,
+            labels,
+            head: layout.head,
         }
+    }
+
+    /// What [`ResidentAdapter::bytes`] will be once these weights are built for a base of `layers` layers.
+    pub fn bytes_for(weights: &AdapterWeights, layers: usize) -> usize {
+        Layout::<T>::of(weights, layers).bytes()
     }
 
     /// Lays out an adapter for a base. DoRA's norms read the base's rows, so this takes as long as reading the
@@ -144,28 +237,14 @@ impl<T: Real> ResidentAdapter<T> {
         base: &impl BaseSites<O>,
     ) -> Result<Self, Misfit> {
         check(weights, base)?;
-        let mut layout = Layout::new::<T>();
-        let mut resident = Self::empty(base.layers());
-        for (&(layer, site), adapter) in &weights.sites {
-            let (outputs, inputs) = base.ops().dims(base.weight(layer, site));
-            resident.sites[layer * Site::ALL.len() + site.index()] = Some(Place {
-                rank: adapter.r,
-                scale: T::from_f32(adapter.scale),
-                a: layout.part(adapter.r * inputs),
-                bt: layout.part(adapter.r * outputs),
-                gain: adapter.magnitude.as_ref().map(|_| layout.part(outputs)),
-            });
-        }
-        if let Some(head) = &weights.head {
-            resident.labels.clone_from(&head.labels);
-            resident.head = Some(layout.part(head.weight.len()));
-        }
-        resident.arena = Arena::zeros(layout.next);
+        let labels = weights.head.as_ref().map(|head| head.labels.clone());
+        let layout = Layout::of(weights, base.layers());
+        let mut resident = Self::laid_out(layout, labels.unwrap_or_default());
         for (&(layer, site), adapter) in &weights.sites {
             resident.fill(layer, site, adapter, base);
         }
         if let (Some(head), Some(range)) = (&weights.head, resident.head.clone()) {
-            copy_f32(&head.weight, &mut resident.arena.all_mut()[range]);
+            copy_f32(&head.weight, &mut resident.full.all_mut()[range]);
         }
         Ok(resident)
     }
@@ -177,39 +256,55 @@ impl<T: Real> ResidentAdapter<T> {
         adapter: &SiteAdapter,
         base: &impl BaseSites<O>,
     ) {
-        let Some(place) = self.sites[layer * Site::ALL.len() + site.index()].clone() else {
+        let Some(place) = self.place(layer, site).cloned() else {
             return;
         };
-        let arena = self.arena.all_mut();
-        copy_f32(&adapter.a, &mut arena[place.a]);
-        let outputs = place.bt.len() / place.rank;
-        let bt = &mut arena[place.bt.clone()];
-        for (output, row) in adapter.b.chunks_exact(place.rank).enumerate() {
-            for (r, b) in row.iter().enumerate() {
-                bt[r * outputs + output] = T::from_f32(*b);
+        self.store(&adapter.a, &place.a, 1);
+        self.store(&adapter.b, &place.bt, place.rank);
+        if let (Some(at), Some(magnitude)) = (place.gain, &adapter.magnitude) {
+            let gain = dora_gain(base.ops(), base.weight(layer, site), adapter, magnitude);
+            self.full.all_mut()[at].copy_from_slice(&gain);
+        }
+    }
+
+    /// Columns of `numbers [_, columns]` become rows of the span; with one column it is a copy.
+    fn store(&mut self, numbers: &Numbers, span: &Span, columns: usize) {
+        match (numbers, span) {
+            (Numbers::F32(numbers), Span::Full(at)) => {
+                let into = &mut self.full.all_mut()[at.clone()];
+                turned(numbers, columns, into, |n| T::from_f32(*n));
             }
+            (Numbers::Bf16(numbers), Span::Bf16(at)) => {
+                let into = &mut self.half.all_mut()[at.clone()];
+                turned(numbers, columns, into, |n| n.to_bits());
+            }
+            (Numbers::F16(numbers), Span::F16(at)) => {
+                let into = &mut self.half.all_mut()[at.clone()];
+                turned(numbers, columns, into, |n| n.to_bits());
+            }
+            _ => unreachable!("the layout was made of these numbers"),
         }
-        let (Some(at), Some(magnitude)) = (place.gain, &adapter.magnitude) else {
-            return;
-        };
-        let gain: Vec<T> = dora_gain(base.ops(), base.weight(layer, site), adapter, magnitude);
-        for row in arena[place.bt].chunks_exact_mut(outputs) {
-            row.iter_mut().zip(&gain).for_each(|(b, gain)| *b *= *gain);
-        }
-        arena[at].copy_from_slice(&gain);
     }
 
     /// The adapter's numbers at a site, if it adapts it.
     pub fn site(&self, layer: usize, site: Site) -> Option<SiteView<'_, T>> {
         let place = self.place(layer, site)?;
-        let arena = self.arena.all();
         Some(SiteView {
             rank: place.rank,
             scale: place.scale,
-            a: &arena[place.a.clone()],
-            bt: &arena[place.bt.clone()],
-            gain: place.gain.clone().map(|gain| &arena[gain]),
+            a: self.factor(&place.a),
+            bt: self.factor(&place.bt),
+            gain: place.gain.clone().map(|gain| &self.full.all()[gain]),
         })
+    }
+
+    fn factor(&self, span: &Span) -> Factor<'_, T> {
+        let half = |at: &Range<usize>| &self.half.all()[at.clone()];
+        match span {
+            Span::Full(at) => Factor::Full(&self.full.all()[at.clone()]),
+            Span::Bf16(at) => Factor::Bf16(half(at).reinterpret_cast()),
+            Span::F16(at) => Factor::F16(half(at).reinterpret_cast()),
+        }
     }
 
     fn place(&self, layer: usize, site: Site) -> Option<&Place<T>> {
@@ -225,7 +320,7 @@ impl<T: Real> ResidentAdapter<T> {
 
     /// The head `[labels, hidden]`.
     pub fn head(&self) -> Option<&[T]> {
-        self.head.clone().map(|range| &self.arena.all()[range])
+        self.head.clone().map(|range| &self.full.all()[range])
     }
 
     /// The head's logits: `hidden [rows, hidden]` after the final norm, `out [rows, labels]`. Does nothing without a head.
@@ -235,9 +330,11 @@ impl<T: Real> ResidentAdapter<T> {
         }
     }
 
-    /// Bytes held.
+    /// Bytes held: those of each number as it is stored, alignment, and the table of places.
     pub fn bytes(&self) -> usize {
-        size_of_val(self.arena.storage.as_slice()) + size_of_val(self.sites.as_slice())
+        size_of_val(self.full.storage.as_slice())
+            + size_of_val(self.half.storage.as_slice())
+            + size_of_val(self.sites.as_slice())
     }
 
     /// The lowest adapted layer.
@@ -256,14 +353,15 @@ impl<T: Real> ResidentAdapter<T> {
             .any(|place| place.gain.is_some())
     }
 
-    /// Every number, in the layout that [`AdapterGrads`] shares: for the optimizer.
+    /// Every number, in the layout that [`AdapterGrads`] shares: for the optimizer. The adapter was built from
+    /// [`AdapterWeights::widened`] numbers; others are not changed by training.
     pub fn parameters(&self) -> &[T] {
-        self.arena.all()
+        self.full.all()
     }
 
     /// As [`ResidentAdapter::parameters`], to be changed between steps.
     pub fn parameters_mut(&mut self) -> &mut [T] {
-        self.arena.all_mut()
+        self.full.all_mut()
     }
 
     /// Where the head lies among the parameters.
@@ -271,28 +369,23 @@ impl<T: Real> ResidentAdapter<T> {
         self.head.clone()
     }
 
-    /// The adapter as a file would hold it. DoRA's B was multiplied by its gain and is not given back: `None`.
+    /// The adapter as a file would hold it. DoRA's magnitude went into its gain and is not given back: `None`.
     pub fn weights(&self) -> Option<AdapterWeights> {
         if self.has_gains() {
             return None;
         }
-        let arena = self.arena.all();
         let mut weights = AdapterWeights::default();
         for (index, place) in self.sites.iter().enumerate() {
             let Some(place) = place else { continue };
-            let bt = &arena[place.bt.clone()];
-            let outputs = bt.len() / place.rank;
-            let b = (0..bt.len())
-                .map(|i| bt[i % place.rank * outputs + i / place.rank].to_f32())
-                .collect();
+            let at = (index / Site::ALL.len(), Site::ALL[index % Site::ALL.len()]);
+            let outputs = self.factor(&place.bt).len() / place.rank;
             let adapter = SiteAdapter {
                 r: place.rank,
                 scale: place.scale.to_f32(),
-                a: arena[place.a.clone()].iter().map(|a| a.to_f32()).collect(),
-                b,
+                a: self.numbers(&place.a, 1),
+                b: self.numbers(&place.bt, outputs),
                 magnitude: None,
             };
-            let at = (index / Site::ALL.len(), Site::ALL[index % Site::ALL.len()]);
             weights.sites.insert(at, adapter);
         }
         weights.head = self.head().map(|head| ScoreHead {
@@ -300,6 +393,31 @@ impl<T: Real> ResidentAdapter<T> {
             weight: head.iter().map(|w| w.to_f32()).collect(),
         });
         Some(weights)
+    }
+
+    /// A span's numbers, its columns as rows.
+    fn numbers(&self, span: &Span, columns: usize) -> Numbers {
+        fn out<E, N: Copy + Default>(from: &[E], columns: usize, of: impl Fn(&E) -> N) -> Vec<N> {
+            let mut into = vec![N::default(); from.len()];
+            turned(from, columns, &mut into, of);
+            into
+        }
+        match self.factor(span) {
+            Factor::Full(numbers) => Numbers::F32(out(numbers, columns, |n| n.to_f32())),
+            Factor::Bf16(numbers) => Numbers::Bf16(out(numbers, columns, |n| *n)),
+            Factor::F16(numbers) => Numbers::F16(out(numbers, columns, |n| *n)),
+        }
+    }
+}
+
+/// Columns of `from [_, columns]` become rows of `into [columns, _]`.
+fn turned<E, N>(from: &[E], columns: usize, into: &mut [N], of: impl Fn(&E) -> N) {
+    let rows = from.len() / columns;
+    for (column, into) in into.chunks_exact_mut(rows).enumerate() {
+        let column = from.iter().skip(column).step_by(columns);
+        for (into, from) in into.iter_mut().zip(column) {
+            *into = of(from);
+        }
     }
 }
 
@@ -355,56 +473,6 @@ fn check<O: Ops>(weights: &AdapterWeights, base: &impl BaseSites<O>) -> Result<(
     }
 }
 
-/// `m / |W + s B A|` by output row. Sums in f64: the base is as it is stored, the gain as exact as f32 can be.
-fn dora_gain<O: Ops>(
-    ops: &O,
-    weight: &O::Matrix,
-    adapter: &SiteAdapter,
-    magnitude: &[f32],
-) -> Vec<O::T> {
-    let (outputs, inputs) = ops.dims(weight);
-    let mut row = vec![O::T::ZERO; inputs];
-    let gain = |output: usize| {
-        ops.gather(weight, &[output as u32], &mut row);
-        let row: Vec<f64> = row.iter().map(|w| w.to_f64()).collect();
-        f64::from(magnitude[output]) / norm(&updated(row, output, adapter))
-    };
-    (0..outputs).map(gain).map(O::T::from_f64).collect()
-}
-
-fn norm(row: &[f64]) -> f64 {
-    row.iter().map(|w| w * w).sum::<f64>().sqrt()
-}
-
-/// Row `output` of `W + s B A`, given that of `W`.
-fn updated(mut row: Vec<f64>, output: usize, adapter: &SiteAdapter) -> Vec<f64> {
-    let inputs = row.len();
-    let b = &adapter.b[output * adapter.r..][..adapter.r];
-    for (b, a) in b.iter().zip(adapter.a.chunks_exact(inputs)) {
-        let factor = f64::from(adapter.scale) * f64::from(*b);
-        row.iter_mut()
-            .zip(a)
-            .for_each(|(w, a)| *w += factor * f64::from(*a));
-    }
-    row
-}
-
-/// The weight `[out, in]` that alone does what base and adapter do together: `W + s B A`, or DoRA's
-/// `m (W + s B A) / |W + s B A|`.
-pub fn merged(weight: &[f32], adapter: &SiteAdapter) -> Vec<f32> {
-    let inputs = adapter.a.len() / adapter.r;
-    let rows = weight.chunks_exact(inputs).enumerate();
-    rows.flat_map(|(output, row)| {
-        let row = updated(row.iter().map(|w| f64::from(*w)).collect(), output, adapter);
-        let gain = adapter
-            .magnitude
-            .as_ref()
-            .map_or(1.0, |m| f64::from(m[output]) / norm(&row));
-        row.into_iter().map(move |w| (gain * w) as f32)
-    })
-    .collect()
-}
-
 /// Gradients of an adapter's parameters, in its layout.
 #[derive(Clone, Debug)]
 pub struct AdapterGrads<T = f32> {
@@ -416,7 +484,7 @@ pub struct AdapterGrads<T = f32> {
 impl<T: Real> AdapterGrads<T> {
     /// Zeros in the layout of `adapter`.
     pub fn of(adapter: &ResidentAdapter<T>) -> Self {
-        let arena = Arena::zeros(adapter.arena.len);
+        let arena = Arena::zeros(adapter.full.len);
         Self {
             arena,
             sites: adapter.sites.clone(),
@@ -444,7 +512,9 @@ impl<T: Real> AdapterGrads<T> {
     /// (dA, dB transposed) of a site.
     pub(super) fn site_mut(&mut self, index: usize) -> Option<(&mut [T], &mut [T])> {
         let place = self.sites.get(index)?.as_ref()?;
-        let (a, bt) = (place.a.clone(), place.bt.clone());
+        let (Span::Full(a), Span::Full(bt)) = (place.a.clone(), place.bt.clone()) else {
+            return None;
+        };
         let (before, after) = self.arena.all_mut().split_at_mut(bt.start);
         Some((&mut before[a], &mut after[..bt.len()]))
     }

@@ -1,15 +1,15 @@
 //! The fast operations of a CPU: f32, vectors where the machine has them, both the row rule and equal bits on every path.
 //!
 //! This file only joins the parts to the trait. `cpu_tile` is the inner loop of every product, `cpu_lanes` sixteen numbers at a time; `cpu_matmul` holds the
-//! packed base weights, `cpu_thin` the low-rank factors, `cpu_attention` and its backward the attention, `cpu_rows` and
+//! packed base weights, `cpu_thin` the low-rank factors, `cpu_low_rank` a step's updates by many adapters at once, `cpu_attention` and its backward the attention, `cpu_rows` and
 //! `cpu_softmax` what looks at one row at a time.
 
 use std::ops::Range;
 
 use super::cpu_matmul::Panels;
 use super::cpu_tile::Isa;
-use super::{AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, Ops};
-use super::{cpu_attention, cpu_attention_backward, cpu_rows, cpu_softmax, cpu_thin};
+use super::{AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, LowRank, Ops};
+use super::{cpu_attention, cpu_attention_backward, cpu_low_rank, cpu_rows, cpu_softmax, cpu_thin};
 
 /// Operations in f32 on this machine's CPU.
 #[derive(Clone, Copy, Debug)]
@@ -88,6 +88,10 @@ impl Ops for Cpu {
 
     fn outer(&self, h: &[f32], x: &[f32], rank: usize, scale: f32, dw: &mut [f32]) {
         cpu_thin::outer(self.isa, h, x, rank, scale, dw);
+    }
+
+    fn low_rank(&self, x: &[f32], updates: &[LowRank<'_, f32>], outputs: &mut [&mut [f32]]) {
+        cpu_low_rank::low_rank(self.isa, x, updates, outputs);
     }
 
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f64, y: &mut [f32]) {

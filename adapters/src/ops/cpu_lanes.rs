@@ -8,6 +8,8 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
+use half::{bf16, f16};
+
 /// Numbers in one vector, on every path.
 pub(super) const LANES: usize = 16;
 
@@ -25,6 +27,10 @@ pub(super) trait Lanes: Copy {
     unsafe fn load(p: *const f32) -> Self;
     /// The first `n` lanes from `p`, the others `fill`.
     unsafe fn load_part(p: *const f32, n: usize, fill: f32) -> Self;
+    /// Sixteen numbers from `p`, widened exactly.
+    unsafe fn load_bf16(p: *const bf16) -> Self;
+    /// Sixteen numbers from `p`, widened exactly.
+    unsafe fn load_f16(p: *const f16) -> Self;
     /// Sixteen numbers to `p`.
     unsafe fn store(self, p: *mut f32);
     /// The first `n` lanes to `p`.
@@ -121,6 +127,16 @@ impl Lanes for [f32; LANES] {
     unsafe fn load_part(p: *const f32, n: usize, fill: f32) -> Self {
         // SAFETY: the caller promises `n` readable numbers.
         std::array::from_fn(|i| if i < n { unsafe { *p.add(i) } } else { fill })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const bf16) -> Self {
+        // SAFETY: the caller promises sixteen readable numbers.
+        std::array::from_fn(|i| unsafe { *p.add(i) }.to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const f16) -> Self {
+        // SAFETY: the caller promises sixteen readable numbers.
+        std::array::from_fn(|i| unsafe { *p.add(i) }.to_f32())
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
@@ -246,6 +262,19 @@ impl Lanes for Wide {
         Wide(unsafe { _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask16(n), p) })
     }
     #[inline(always)]
+    unsafe fn load_bf16(p: *const bf16) -> Self {
+        // SAFETY: see above.
+        Wide(unsafe {
+            let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const f16) -> Self {
+        // SAFETY: see above.
+        Wide(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
+    }
+    #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
         // SAFETY: see above.
         unsafe { _mm512_storeu_ps(p, self.0) }
@@ -351,7 +380,7 @@ impl Pair {
     }
 }
 
-// SAFETY (for every block below): the trait's contract gives AVX2, FMA and valid pointers; masked accesses touch the first `n` lanes only.
+// SAFETY (for every block below): the trait's contract gives AVX2, FMA, F16C and valid pointers; masked accesses touch the first `n` lanes only.
 #[cfg(target_arch = "x86_64")]
 impl Lanes for Pair {
     #[inline(always)]
@@ -377,6 +406,28 @@ impl Lanes for Pair {
                     _mm256_maskload_ps(p.wrapping_add(8), high),
                     _mm256_castsi256_ps(high),
                 ),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const bf16) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast()));
+            Pair(
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const f16) -> Self {
+        // SAFETY: see above; F16C is part of the path.
+        unsafe {
+            Pair(
+                _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())),
             )
         }
     }
@@ -513,13 +564,13 @@ macro_rules! per_isa {
         #[allow(clippy::too_many_arguments, reason = "operands of a kernel, and the instruction set")]
         $vis unsafe fn $name(isa: $crate::ops::cpu_tile::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")]
             unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: the same contract as the entry.
                 unsafe { $body::<$crate::ops::cpu_lanes::Wide>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             unsafe fn avx2($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: the same contract as the entry.
                 unsafe { $body::<$crate::ops::cpu_lanes::Pair>($($arg),*) }

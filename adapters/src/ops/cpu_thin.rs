@@ -9,6 +9,7 @@
     reason = "accumulators of a block are indexed by row and column, as the sum is written"
 )]
 
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::cpu_buffer::{rows_per_task, spread, with_scratch, worth_threads};
@@ -16,7 +17,83 @@ use super::cpu_lanes::{LANES, Lanes, per_isa};
 use super::cpu_tile::{Isa, Out, PANEL, Tile};
 
 /// Up to this many rows, `expand` streams the factor row by row instead of tile by tile: one pass in memory order.
-const FEW_ROWS: usize = 3;
+pub(super) const FEW_ROWS: usize = 3;
+
+/// Where a factor's numbers lie, and what they are.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum FactorAt {
+    /// Read as they are.
+    F32(*const f32),
+    /// Widened in registers.
+    Bf16(*const bf16),
+    /// Widened in registers.
+    F16(*const f16),
+}
+
+/// A stored number, sixteen of which fill a vector.
+trait Number: Copy + Default {
+    /// Sixteen numbers from `p`, widened exactly.
+    ///
+    /// # Safety
+    /// As [`Lanes::load`].
+    unsafe fn load<V: Lanes>(p: *const Self) -> V;
+    /// The first `n` lanes from `p`, the others 0.
+    ///
+    /// # Safety
+    /// As [`Lanes::load_part`].
+    #[inline(always)]
+    unsafe fn load_part<V: Lanes>(p: *const Self, n: usize) -> V {
+        let mut whole = [Self::default(); LANES];
+        // SAFETY: the caller promises `n` readable numbers, n <= LANES.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, whole.as_mut_ptr(), n);
+            Self::load(whole.as_ptr())
+        }
+    }
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(p: *const Self) -> V {
+        // SAFETY: promised by the caller.
+        unsafe { V::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_part<V: Lanes>(p: *const Self, n: usize) -> V {
+        // SAFETY: promised by the caller.
+        unsafe { V::load_n(p, n, 0.0) }
+    }
+}
+
+impl Number for bf16 {
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(p: *const Self) -> V {
+        // SAFETY: promised by the caller.
+        unsafe { V::load_bf16(p) }
+    }
+}
+
+impl Number for f16 {
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(p: *const Self) -> V {
+        // SAFETY: promised by the caller.
+        unsafe { V::load_f16(p) }
+    }
+}
+
+/// Asks for the line that holds `p`. A factor of a few rows is read once, in order, and pages end the hardware's own guesses; the address may lie
+/// outside of every allocation.
+#[inline(always)]
+fn ask_for<E>(p: *const E) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing, and SSE is part of x86-64.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
 
 /// `h = scale * x A^T`.
 pub(super) fn shrink(isa: Isa, x: &[f32], a: &[f32], rank: usize, scale: f32, h: &mut [f32]) {
@@ -38,7 +115,7 @@ pub(super) fn shrink(isa: Isa, x: &[f32], a: &[f32], rank: usize, scale: f32, h:
             let (first, count) = (task * 8, (rank - task * 8).min(8));
             // SAFETY: columns `first..first + count` of `h` belong to this task alone; lengths were checked above.
             unsafe {
-                let a = a.as_ptr().add(first * inputs);
+                let a = FactorAt::F32(a.as_ptr().add(first * inputs));
                 let h = out.at(first);
                 dots(isa, x.as_ptr(), rows, a, count, inputs, scale, h, rank);
             }
@@ -53,7 +130,7 @@ pub(super) fn shrink(isa: Isa, x: &[f32], a: &[f32], rank: usize, scale: f32, h:
                 isa,
                 x.as_ptr(),
                 n,
-                a.as_ptr(),
+                FactorAt::F32(a.as_ptr()),
                 rank,
                 inputs,
                 scale,
@@ -140,7 +217,7 @@ fn expand_few(isa: Isa, scaled: &[f32], bt: &[f32], rank: usize, y: &mut [f32]) 
             // SAFETY: columns `first..first + count` of `y` belong to this task alone; `bt` is [rank, outputs].
             unsafe {
                 let y = out.at(row * outputs + first);
-                let bt = bt.as_ptr().add(first);
+                let bt = FactorAt::F32(bt.as_ptr().add(first));
                 axpys(isa, scaled.as_ptr(), rank, bt, outputs, y, count);
             }
         }
@@ -200,10 +277,10 @@ per_isa! {
     ///
     /// # Safety
     /// The pointers are valid for these shapes, `h` does not overlap the others, and the machine has `isa`.
-    fn dots(
+    pub(super) fn dots(
         x: *const f32,
         rows: usize,
-        a: *const f32,
+        a: FactorAt,
         count: usize,
         k: usize,
         scale: f32,
@@ -217,7 +294,29 @@ per_isa! {
 unsafe fn dots_body<V: Lanes>(
     x: *const f32,
     rows: usize,
-    a: *const f32,
+    a: FactorAt,
+    count: usize,
+    k: usize,
+    scale: f32,
+    h: *mut f32,
+    h_row: usize,
+) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        match a {
+            FactorAt::F32(a) => dots_of::<V, f32>(x, rows, a, count, k, scale, h, h_row),
+            FactorAt::Bf16(a) => dots_of::<V, bf16>(x, rows, a, count, k, scale, h, h_row),
+            FactorAt::F16(a) => dots_of::<V, f16>(x, rows, a, count, k, scale, h, h_row),
+        }
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "operands of a kernel")]
+unsafe fn dots_of<V: Lanes, E: Number>(
+    x: *const f32,
+    rows: usize,
+    a: *const E,
     count: usize,
     k: usize,
     scale: f32,
@@ -233,11 +332,11 @@ unsafe fn dots_body<V: Lanes>(
             while j < count {
                 let (x, a, h) = (x.add(i * k), a.add(j * k), h.add(i * h_row + j));
                 j += match (tall, count - j) {
-                    (4, 4..) => dot_block::<V, 4, 4>(x, a, k, scale, h, h_row),
-                    (4, _) => dot_block::<V, 4, 1>(x, a, k, scale, h, h_row),
-                    (_, 8..) => dot_block::<V, 1, 8>(x, a, k, scale, h, h_row),
-                    (_, 4..) => dot_block::<V, 1, 4>(x, a, k, scale, h, h_row),
-                    _ => dot_block::<V, 1, 1>(x, a, k, scale, h, h_row),
+                    (4, 4..) => dot_block::<V, E, 4, 4>(x, a, k, scale, h, h_row),
+                    (4, _) => dot_block::<V, E, 4, 1>(x, a, k, scale, h, h_row),
+                    (_, 8..) => dot_block::<V, E, 1, 8>(x, a, k, scale, h, h_row),
+                    (_, 4..) => dot_block::<V, E, 1, 4>(x, a, k, scale, h, h_row),
+                    _ => dot_block::<V, E, 1, 1>(x, a, k, scale, h, h_row),
                 };
             }
             i += tall;
@@ -247,9 +346,9 @@ unsafe fn dots_body<V: Lanes>(
 
 /// `R` by `C` dot products; each has one vector of partial sums, whatever the block. Returns `C`.
 #[inline(always)]
-unsafe fn dot_block<V: Lanes, const R: usize, const C: usize>(
+unsafe fn dot_block<V: Lanes, E: Number, const R: usize, const C: usize>(
     x: *const f32,
-    a: *const f32,
+    a: *const E,
     k: usize,
     scale: f32,
     h: *mut f32,
@@ -266,7 +365,10 @@ unsafe fn dot_block<V: Lanes, const R: usize, const C: usize>(
                 left[r] = V::load(x.add(r * k + at));
             }
             for c in 0..C {
-                let right = V::load(a.add(c * k + at));
+                let right: V = E::load(a.add(c * k + at));
+                if R == 1 {
+                    ask_for(a.wrapping_add((C + c) * k + at));
+                }
                 for r in 0..R {
                     acc[r][c] = left[r].fma(right, acc[r][c]);
                 }
@@ -275,7 +377,7 @@ unsafe fn dot_block<V: Lanes, const R: usize, const C: usize>(
         }
         if whole < k {
             for c in 0..C {
-                let right = V::load_n(a.add(c * k + whole), k - whole, 0.0);
+                let right: V = E::load_part(a.add(c * k + whole), k - whole);
                 for r in 0..R {
                     let left = V::load_n(x.add(r * k + whole), k - whole, 0.0);
                     acc[r][c] = left.fma(right, acc[r][c]);
@@ -296,10 +398,10 @@ per_isa! {
     ///
     /// # Safety
     /// The pointers are valid for these shapes, `y` does not overlap the others, and the machine has `isa`.
-    fn axpys(
+    pub(super) fn axpys(
         s: *const f32,
         rank: usize,
-        b: *const f32,
+        b: FactorAt,
         b_row: usize,
         y: *mut f32,
         count: usize,
@@ -310,31 +412,78 @@ per_isa! {
 unsafe fn axpys_body<V: Lanes>(
     s: *const f32,
     rank: usize,
-    b: *const f32,
+    b: FactorAt,
     b_row: usize,
     y: *mut f32,
     count: usize,
 ) {
     // SAFETY: promised by the caller.
     unsafe {
-        let whole = count / LANES * LANES;
-        for j in 0..rank {
-            let (factor, b) = (V::splat(*s.add(j)), b.add(j * b_row));
-            let mut at = 0;
-            while at < whole {
-                factor
-                    .fma(V::load(b.add(at)), V::load(y.add(at)))
-                    .store(y.add(at));
-                at += LANES;
-            }
-            if whole < count {
-                let n = count - whole;
-                let sum = factor.fma(
-                    V::load_n(b.add(whole), n, 0.0),
-                    V::load_n(y.add(whole), n, 0.0),
-                );
-                sum.store_n(y.add(whole), n);
-            }
+        match b {
+            FactorAt::F32(b) => axpys_of::<V, f32>(s, rank, b, b_row, y, count),
+            FactorAt::Bf16(b) => axpys_of::<V, bf16>(s, rank, b, b_row, y, count),
+            FactorAt::F16(b) => axpys_of::<V, f16>(s, rank, b, b_row, y, count),
         }
+    }
+}
+
+#[inline(always)]
+unsafe fn axpys_of<V: Lanes, E: Number>(
+    s: *const f32,
+    rank: usize,
+    b: *const E,
+    b_row: usize,
+    y: *mut f32,
+    count: usize,
+) {
+    // SAFETY: rows of the caller's factor.
+    unsafe {
+        let mut j = 0;
+        while j < rank {
+            let (s, b) = (s.add(j), b.add(j * b_row));
+            j += match rank - j {
+                8.. => axpy_block::<V, E, 8>(s, b, b_row, y, count),
+                4.. => axpy_block::<V, E, 4>(s, b, b_row, y, count),
+                _ => axpy_block::<V, E, 1>(s, b, b_row, y, count),
+            };
+        }
+    }
+}
+
+/// `C` rows onto `y`, one after the other in each element, whatever the block. Returns `C`.
+#[inline(always)]
+unsafe fn axpy_block<V: Lanes, E: Number, const C: usize>(
+    s: *const f32,
+    b: *const E,
+    b_row: usize,
+    y: *mut f32,
+    count: usize,
+) -> usize {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let mut factors = [V::splat(0.0); C];
+        for c in 0..C {
+            factors[c] = V::splat(*s.add(c));
+        }
+        let whole = count / LANES * LANES;
+        let mut at = 0;
+        while at < whole {
+            let mut sum = V::load(y.add(at));
+            for c in 0..C {
+                sum = factors[c].fma(E::load(b.add(c * b_row + at)), sum);
+                ask_for(b.wrapping_add((C + c) * b_row + at));
+            }
+            sum.store(y.add(at));
+            at += LANES;
+        }
+        if whole < count {
+            let n = count - whole;
+            let mut sum = V::load_n(y.add(whole), n, 0.0);
+            for c in 0..C {
+                sum = factors[c].fma(E::load_part(b.add(c * b_row + whole), n), sum);
+            }
+            sum.store_n(y.add(whole), n);
+        }
+        C
     }
 }

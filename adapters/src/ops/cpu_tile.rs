@@ -26,7 +26,7 @@ const AHEAD: usize = 16;
 pub(super) enum Isa {
     /// 512-bit vectors.
     Avx512,
-    /// 256-bit vectors with fused multiply-add.
+    /// 256-bit vectors with fused multiply-add and half-precision conversion.
     Avx2,
     /// Plain Rust on `f32::mul_add`.
     Portable,
@@ -44,7 +44,9 @@ impl Isa {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
             if avx2
                 && is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512dq")

@@ -20,6 +20,9 @@ mod cpu_attention_backward;
 mod cpu_attention_tests;
 mod cpu_buffer;
 mod cpu_lanes;
+mod cpu_low_rank;
+#[cfg(test)]
+mod cpu_low_rank_tests;
 mod cpu_matmul;
 mod cpu_rows;
 mod cpu_softmax;
@@ -28,10 +31,12 @@ mod cpu_tests;
 mod cpu_thin;
 mod cpu_tile;
 mod cpu_transpose;
+mod low_rank;
 mod reference;
 
 pub use cpu::Cpu;
 pub use cpu_matmul::Panels;
+pub use low_rank::{Factor, LowRank};
 pub use reference::Reference;
 
 /// The numbers that operations work on: f32 in service, f64 in proofs.
@@ -282,6 +287,16 @@ pub trait Ops: Clone + Debug + Default + Send + Sync + 'static {
     /// `dw += scale * h^T x`, row after row: `h [rows, rank]`, `x [rows, width]`, `dw [rank, width]`. Each element is
     /// `dw = (scale * h) * x + dw`, fused or not but always the same.
     fn outer(&self, h: &[Self::T], x: &[Self::T], rank: usize, scale: Self::T, dw: &mut [Self::T]);
+
+    /// Every update of outputs that share the input `x [rows, in]`: `outputs[i]` is `[rows, out of i]`. Updates of the same
+    /// rows and output stand together and are added in their order. A row's bits are those of [`Ops::shrink`] and then
+    /// [`Ops::expand`] on the widened factors, whatever else is in the list.
+    fn low_rank(
+        &self,
+        x: &[Self::T],
+        updates: &[LowRank<'_, Self::T>],
+        outputs: &mut [&mut [Self::T]],
+    );
 
     /// `y = x / sqrt(mean(x^2) + eps) * weight` in rows of `weight.len()`.
     fn rms_norm(&self, x: &[Self::T], weight: &[Self::T], eps: f64, y: &mut [Self::T]);

@@ -6,7 +6,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::{AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, Ops, Real};
+use super::{AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, LowRank, Ops, Real};
 
 /// Plain operations in `T`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -133,6 +133,19 @@ impl<T: Real> Ops for Reference<T> {
             for (h, dw) in h.iter().zip(dw.chunks_exact_mut(width)) {
                 axpy(scale * *h, x, dw);
             }
+        }
+    }
+
+    fn low_rank(&self, x: &[T], updates: &[LowRank<'_, T>], outputs: &mut [&mut [T]]) {
+        for update in updates {
+            let LowRank { rows, rank, .. } = update;
+            let (a, bt) = (update.a.to_vec(), update.bt.to_vec());
+            let (inputs, width) = (a.len() / rank, bt.len() / rank);
+            let mut h = vec![T::ZERO; rows.len() * rank];
+            let x = &x[rows.start * inputs..rows.end * inputs];
+            let y = &mut outputs[update.output][rows.start * width..rows.end * width];
+            self.shrink(x, &a, *rank, T::ONE, &mut h);
+            self.expand(&h, &bt, *rank, update.scale, y);
         }
     }
 

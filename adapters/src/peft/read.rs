@@ -16,7 +16,7 @@ use crate::error::AdapterError;
 use crate::report::{Finding, Report, Rule, Severity};
 use crate::strict_json;
 use crate::version::AdapterArtifact;
-use crate::weights::{AdapterWeights, ScoreHead, SiteAdapter};
+use crate::weights::{AdapterWeights, Numbers, ScoreHead, SiteAdapter};
 
 type Plan = BTreeMap<(usize, Site), SitePlan>;
 
@@ -252,7 +252,7 @@ fn labels(bytes: &[u8], check: &mut Checker) -> Option<Vec<String>> {
 /// What the tensors of the file turned out to be.
 #[derive(Default)]
 struct Parts {
-    values: BTreeMap<(usize, Site, Part), Vec<f32>>,
+    values: BTreeMap<(usize, Site, Part), Numbers>,
     /// Parts that are in the file, sound or not, so that a bad tensor is not called missing too.
     present: HashSet<(usize, Site, Part)>,
     score: Option<Vec<f32>>,
@@ -282,7 +282,7 @@ impl Parts {
                 if let Some((config, plan)) = wanted {
                     self.add_part((layer, site, part), tensor, (config, plan, base), check);
                 } else {
-                    finite(tensor, &tensor.to_f32(), check);
+                    finite(tensor, &tensor.numbers(), check);
                 }
             }
             Key::Score => self.add_score(tensor, wanted.map(|w| w.0), base, check),
@@ -339,7 +339,7 @@ impl Parts {
         if tensor.shape != expected {
             return wrong_shape(name, part, &tensor.shape, &expected, check);
         }
-        let values = tensor.to_f32();
+        let values = tensor.numbers();
         finite(tensor, &values, check);
         self.values.insert(key, values);
     }
@@ -360,10 +360,10 @@ impl Parts {
         let limit = check.limits.max_labels;
         match tensor.shape[..] {
             [rows, width] if width == base.hidden && (1..=limit).contains(&rows) => {
-                let values = tensor.to_f32();
+                let values = tensor.numbers();
                 finite(tensor, &values, check);
                 self.score_rows = Some(rows);
-                self.score = Some(values);
+                self.score = Some(values.to_f32().into_owned());
             }
             [rows, width] if width == base.hidden => {
                 self.score_rows = Some(rows);
@@ -471,7 +471,7 @@ impl Parts {
     fn site(&mut self, (layer, site): (usize, Site), plan: &SitePlan) -> Option<SiteAdapter> {
         let mut take = |part| self.values.remove(&(layer, site, part));
         let (a, b) = (take(Part::A)?, take(Part::B)?);
-        let magnitude = take(Part::Magnitude);
+        let magnitude = take(Part::Magnitude).map(|m| m.to_f32().into_owned());
         Some(SiteAdapter {
             r: plan.r,
             scale: plan.scale,
@@ -513,10 +513,19 @@ fn wrong_shape(name: &str, part: Part, found: &[usize], expected: &[usize], chec
     );
 }
 
-fn finite(tensor: &Tensor, values: &[f32], check: &mut Checker) {
-    let bad = values.iter().filter(|v| !v.is_finite()).count();
-    if let Some(first) = values.iter().position(|v| !v.is_finite()) {
-        let found = format!("{bad} values that are NaN or infinite, the first at {first}");
+fn finite(tensor: &Tensor, values: &Numbers, check: &mut Checker) {
+    fn bad<T>(values: &[T], finite: impl Fn(&T) -> bool) -> (usize, Option<usize>) {
+        let count = values.iter().filter(|v| !finite(v)).count();
+        let first = values.iter().position(|v| !finite(v));
+        (count, first)
+    }
+    let (count, first) = match values {
+        Numbers::F32(values) => bad(values, |v| v.is_finite()),
+        Numbers::Bf16(values) => bad(values, |v| v.is_finite()),
+        Numbers::F16(values) => bad(values, |v| v.is_finite()),
+    };
+    if let Some(first) = first {
+        let found = format!("{count} values that are NaN or infinite, the first at {first}");
         let next = "the training diverged: train again with a lower learning rate";
         check.error(
             cut(&tensor.name),

@@ -17,6 +17,7 @@ use super::Checker;
 use super::config_file::cut;
 use crate::report::Rule;
 use crate::version::AdapterArtifact;
+use crate::weights::Numbers;
 
 const FILE: &str = AdapterArtifact::WEIGHTS_FILE;
 
@@ -55,19 +56,14 @@ pub(super) struct Tensor<'a> {
 }
 
 impl Tensor<'_> {
-    /// The values, widened exactly.
-    pub(super) fn to_f32(&self) -> Vec<f32> {
+    /// The values as they are stored.
+    pub(super) fn numbers(&self) -> Numbers {
         let pairs = || self.data.as_chunks::<2>().0.iter();
+        let fours = || self.data.as_chunks::<4>().0.iter();
         match self.dtype {
-            Dtype::F32 => self
-                .data
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .map(|b| f32::from_le_bytes(*b))
-                .collect(),
-            Dtype::F16 => pairs().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-            Dtype::Bf16 => pairs().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+            Dtype::F32 => Numbers::F32(fours().map(|b| f32::from_le_bytes(*b)).collect()),
+            Dtype::F16 => Numbers::F16(pairs().map(|b| f16::from_le_bytes(*b)).collect()),
+            Dtype::Bf16 => Numbers::Bf16(pairs().map(|b| bf16::from_le_bytes(*b)).collect()),
         }
     }
 }

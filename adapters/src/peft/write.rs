@@ -15,12 +15,12 @@ use super::read::wants_score;
 use crate::config::{Init, LoraConfig, Modules};
 use crate::error::AdapterError;
 use crate::version::AdapterArtifact;
-use crate::weights::AdapterWeights;
+use crate::weights::{AdapterWeights, Numbers};
 
 /// The version whose fields and spelling are written.
 const PEFT_VERSION: &str = "0.21.2";
 
-/// Writes an adapter. Tensors are f32; [`super::read`] gives back the same configuration and weights.
+/// Writes an adapter, each tensor in the dtype of its numbers; [`super::read`] gives back the same configuration and weights.
 ///
 /// # Errors
 /// [`AdapterError::Inconsistent`] when the weights are not those that the configuration describes: reading the files
@@ -244,37 +244,51 @@ fn pretty(value: &Value) -> Vec<u8> {
 }
 
 fn tensors(weights: &AdapterWeights) -> Result<Vec<u8>, AdapterError> {
-    let mut data: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
-    let mut add = |name: String, shape: Vec<usize>, values: &[f32]| {
-        data.push((
-            name,
-            shape,
-            values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        ));
+    let mut data: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut add = |name: String, shape: Vec<usize>, (dtype, bytes)| {
+        data.push((name, dtype, shape, bytes));
     };
     for (&(layer, site), s) in &weights.sites {
         let name = |part| keys::name(layer, site, part);
-        add(name(Part::A), vec![s.r, s.a.len() / s.r], &s.a);
-        add(name(Part::B), vec![s.b.len() / s.r, s.r], &s.b);
+        add(name(Part::A), vec![s.r, s.a.len() / s.r], stored(&s.a));
+        add(name(Part::B), vec![s.b.len() / s.r, s.r], stored(&s.b));
         if let Some(magnitude) = &s.magnitude {
-            add(name(Part::Magnitude), vec![magnitude.len()], magnitude);
+            let shape = vec![magnitude.len()];
+            add(name(Part::Magnitude), shape, single(magnitude));
         }
     }
     if let Some(head) = &weights.head {
         let rows = head.labels.len();
-        add(
-            keys::SCORE.to_owned(),
-            vec![rows, head.weight.len() / rows],
-            &head.weight,
-        );
+        let shape = vec![rows, head.weight.len() / rows];
+        add(keys::SCORE.to_owned(), shape, single(&head.weight));
     }
     let failed = |e: safetensors::SafeTensorError| {
         inconsistent("tensors", e.to_string(), "tensors that can be saved")
     };
-    let views = data.iter().map(|(name, shape, bytes)| {
-        TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (name.as_str(), view))
+    let views = data.iter().map(|(name, dtype, shape, bytes)| {
+        TensorView::new(*dtype, shape.clone(), bytes).map(|view| (name.as_str(), view))
     });
     let views: Vec<(&str, TensorView)> = views.collect::<Result<_, _>>().map_err(failed)?;
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize(views, Some(metadata)).map_err(failed)
+}
+
+/// The dtype and the bytes that a file holds.
+fn stored(numbers: &Numbers) -> (Dtype, Vec<u8>) {
+    match numbers {
+        Numbers::F32(numbers) => single(numbers),
+        Numbers::Bf16(numbers) => {
+            let bytes = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+            (Dtype::BF16, bytes)
+        }
+        Numbers::F16(numbers) => {
+            let bytes = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+            (Dtype::F16, bytes)
+        }
+    }
+}
+
+fn single(numbers: &[f32]) -> (Dtype, Vec<u8>) {
+    let bytes = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+    (Dtype::F32, bytes)
 }

@@ -9,7 +9,6 @@ use std::time::Instant;
 use espalier_adapters::config::BaseShape;
 use espalier_adapters::peft::{self, Limits};
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
-use espalier_adapters::weights::AdapterWeights;
 use tokio::sync::oneshot;
 
 use crate::adapter_pool::{Reservation, ResidentVersion, RoomRequest};
@@ -135,13 +134,15 @@ impl Loader {
         let (_, weights, _) =
             peft::read(&artifact, &self.base, &self.limits).map_err(incompatible)?;
         drop(artifact);
-        let mut reservation = self.reserve(digest, most_bytes(&weights, &self.base))?;
+        let reservation = self.reserve(
+            digest,
+            ResidentAdapter::<f32>::bytes_for(&weights, self.base.layers),
+        )?;
         let adapter = ResidentAdapter::build(&weights, &*self.model).map_err(|misfit| {
             EngineError::Internal {
                 detail: misfit.to_string(),
             }
         })?;
-        reservation.shrink(adapter.bytes());
         let labels = adapter.labels().into();
         Ok(ResidentVersion {
             adapter: Arc::new(adapter),
@@ -164,22 +165,6 @@ impl Loader {
             .map_err(|_| EngineError::Stopped)?;
         answer.blocking_recv().unwrap_or(Err(EngineError::Stopped))
     }
-}
-
-/// At least what the arena will have: numbers, alignment of each part, and the table of places.
-fn most_bytes(weights: &AdapterWeights, base: &BaseShape) -> usize {
-    const PART: usize = 256;
-    let floats: usize = weights
-        .sites
-        .iter()
-        .map(|((_, site), adapter)| {
-            let gain = adapter.magnitude.as_ref().map_or(0, |_| base.dims(*site).1);
-            adapter.a.len() + adapter.b.len() + gain
-        })
-        .sum();
-    let head = weights.head.as_ref().map_or(0, |head| head.weight.len());
-    let places = base.layers * 7 * PART;
-    (floats + head) * size_of::<f32>() + (weights.sites.len() * 3 + 2) * PART + places
 }
 
 fn base_shape(config: &ModelConfig) -> BaseShape {

@@ -152,13 +152,6 @@ impl Budget {
 }
 
 impl Reservation {
-    /// Gives back what was reserved too much.
-    pub(crate) fn shrink(&mut self, bytes: usize) {
-        let surplus = self.bytes.saturating_sub(bytes);
-        self.used.fetch_sub(surplus, Ordering::SeqCst);
-        self.bytes -= surplus;
-    }
-
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }

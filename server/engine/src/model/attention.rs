@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use espalier_adapters::batch::Pass;
 use espalier_adapters::config::Site;
-use espalier_adapters::linear::{AdapterGrads, LoraLinear};
+use espalier_adapters::linear::{self, AdapterGrads, LoraLinear};
 use espalier_adapters::ops::{
     AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, KvRows, Ops,
 };
@@ -143,12 +143,13 @@ impl<O: Ops> Attention<O> {
         cache: Option<&mut LayerKv<O::T>>,
     ) -> Result<(), Stopped> {
         self.norm.forward(pass.ops, x, &mut scratch.norm);
-        self.q
-            .forward(pass, &scratch.norm, &mut act.q, &mut scratch.thin)?;
-        self.k
-            .forward(pass, &scratch.norm, &mut act.k, &mut scratch.thin)?;
-        self.v
-            .forward(pass, &scratch.norm, &mut act.v, &mut scratch.thin)?;
+        linear::forward(
+            pass,
+            [&self.q, &self.k, &self.v],
+            &scratch.norm,
+            [&mut act.q, &mut act.k, &mut act.v],
+            &mut scratch.thin,
+        )?;
         self.place_heads(pass.ops, places, act, scratch);
         match cache {
             Some(cache) => {
@@ -183,8 +184,8 @@ impl<O: Ops> Attention<O> {
                 }
             }
         }
-        self.o
-            .forward(pass, &act.attn, &mut scratch.norm, &mut scratch.thin)?;
+        let thin = &mut scratch.thin;
+        linear::forward(pass, [&self.o], &act.attn, [&mut scratch.norm], thin)?;
         pass.ops.add(&scratch.norm, x);
         Ok(())
     }

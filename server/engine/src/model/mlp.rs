@@ -2,7 +2,7 @@
 
 use espalier_adapters::batch::Pass;
 use espalier_adapters::config::Site;
-use espalier_adapters::linear::{AdapterGrads, LoraLinear};
+use espalier_adapters::linear::{self, AdapterGrads, LoraLinear};
 use espalier_adapters::ops::Ops;
 use espalier_adapters::pace::Stopped;
 
@@ -48,14 +48,23 @@ impl<O: Ops> Mlp<O> {
         scratch: &mut Scratch<O::T>,
     ) -> Result<(), Stopped> {
         self.norm.forward(pass.ops, x, &mut scratch.norm);
-        self.gate
-            .forward(pass, &scratch.norm, &mut act.gate, &mut scratch.thin)?;
-        self.up
-            .forward(pass, &scratch.norm, &mut act.up, &mut scratch.thin)?;
+        linear::forward(
+            pass,
+            [&self.gate, &self.up],
+            &scratch.norm,
+            [&mut act.gate, &mut act.up],
+            &mut scratch.thin,
+        )?;
         pass.ops.swiglu(&act.gate, &act.up, &mut scratch.inner);
         pass.pace.breathe()?;
-        self.down
-            .forward(pass, &scratch.inner, &mut scratch.norm, &mut scratch.thin)?;
+        let thin = &mut scratch.thin;
+        linear::forward(
+            pass,
+            [&self.down],
+            &scratch.inner,
+            [&mut scratch.norm],
+            thin,
+        )?;
         pass.ops.add(&scratch.norm, x);
         Ok(())
     }

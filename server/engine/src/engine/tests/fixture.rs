@@ -79,8 +79,8 @@ fn adapter(seed: u64, base: &BaseShape) -> AdapterArtifact {
                 SiteAdapter {
                     r: rank,
                     scale: 2.5,
-                    a,
-                    b,
+                    a: a.into(),
+                    b: b.into(),
                     magnitude: None,
                 },
             );

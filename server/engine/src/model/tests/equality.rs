@@ -2,6 +2,8 @@
 
 use espalier_adapters::linear::merged;
 use espalier_adapters::ops::Backend;
+use espalier_adapters::weights::Numbers;
+use half::{bf16, f16};
 
 use super::*;
 
@@ -98,6 +100,46 @@ fn a_mixed_batch_is_each_alone() {
 }
 
 #[test]
+fn sixteen_bits_serve_as_their_widened_copy() {
+    let config = small(Family::Llama);
+    let model: Model = random_model(&config, 1);
+    for dora in [false, true] {
+        let mut stored =
+            random_adapter(&model, |layer, site| layer != 1 || site != Site::O, dora, 2);
+        for (index, site) in stored.sites.values_mut().enumerate() {
+            let bf16 = |n: &Numbers| n.to_f32().iter().map(|n| bf16::from_f32(*n)).collect();
+            let f16 = |n: &Numbers| n.to_f32().iter().map(|n| f16::from_f32(*n)).collect();
+            (site.a, site.b) = match index % 3 {
+                0 => (Numbers::Bf16(bf16(&site.a)), Numbers::Bf16(bf16(&site.b))),
+                1 => (Numbers::F16(f16(&site.a)), Numbers::F16(f16(&site.b))),
+                _ => (Numbers::Bf16(bf16(&site.a)), site.b.clone()),
+            };
+        }
+        let (narrow, wide) = (
+            resident(&model, &stored),
+            resident(&model, &stored.clone().widened()),
+        );
+        for adapter in [&narrow, &wide] {
+            let weights = if adapter.bytes() == narrow.bytes() {
+                stored.clone()
+            } else {
+                stored.clone().widened()
+            };
+            let bytes = ResidentAdapter::<f32>::bytes_for(&weights, config.layers);
+            assert_eq!(bytes, adapter.bytes(), "known before it is built");
+        }
+        assert!(narrow.bytes() < wide.bytes());
+        if !dora {
+            assert_eq!(narrow.weights(), Some(stored), "given back as stored");
+        }
+        let run = |adapter: &Arc<ResidentAdapter>| {
+            states(&model, &[part(&config, 19, 3, &Some(adapter.clone()))], 7)
+        };
+        assert_eq!(run(&narrow), run(&wide), "widening is exact");
+    }
+}
+
+#[test]
 fn merged_is_unmerged() {
     let config = small(Family::Qwen2);
     let model: Model = random_model(&config, 1);
@@ -141,7 +183,7 @@ fn an_adapter_comes_back_as_it_went_in() {
     assert_eq!(resident(&model, &adapter).weights(), Some(adapter.clone()));
     let mut wrong = adapter;
     if let Some(site) = wrong.sites.get_mut(&(1, Site::Up)) {
-        site.a.pop();
+        site.a = site.a.to_f32().iter().copied().skip(1).collect();
     }
     let misfit = ResidentAdapter::build(&wrong, &model).unwrap_err();
     assert!(

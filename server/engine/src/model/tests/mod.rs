@@ -104,8 +104,8 @@ pub(crate) fn random_adapter<O: Ops>(
                 SiteAdapter {
                     r,
                     scale: 0.7,
-                    a,
-                    b,
+                    a: a.into(),
+                    b: b.into(),
                     magnitude,
                 },
             );

@@ -417,11 +417,12 @@ impl TrainPlan {
         }
         for ((layer, site), adapter) in self.init.iter().flat_map(|init| &init.sites) {
             hash.update(format!("{} {}", site.path(*layer), adapter.scale.to_bits()));
-            adapter
-                .a
-                .iter()
-                .chain(&adapter.b)
-                .for_each(|x| hash.update(x.to_le_bytes()));
+            for factor in [&adapter.a, &adapter.b] {
+                factor
+                    .to_f32()
+                    .iter()
+                    .for_each(|x| hash.update(x.to_le_bytes()));
+            }
         }
         if let Some(head) = self.init.as_ref().and_then(|init| init.head.as_ref()) {
             head.weight

@@ -35,7 +35,8 @@ pub(super) fn initial(plan: &TrainPlan, model: &Model) -> Result<AdapterWeights,
                 "has LoRA sites, but the head is to be trained alone",
             ));
         }
-        (Some(init), _) => init.clone(),
+        // What a file stores in 16 bits is trained in 32.
+        (Some(init), _) => init.clone().widened(),
         (None, Some(lora)) => drawn(lora, plan.seed, model)?,
         (None, None) => AdapterWeights::default(),
     };
@@ -90,7 +91,7 @@ fn drawn(lora: &LoraConfig, seed: u64, model: &Model) -> Result<AdapterWeights, 
                 r: plan.r,
                 scale: plan.scale,
                 a,
-                b,
+                b: b.into(),
                 magnitude: None,
             },
         );

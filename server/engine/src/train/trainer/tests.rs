@@ -370,10 +370,9 @@ fn plans_that_cannot_be_carried_out_say_why() {
     diverging.hp.max_grad_norm = None;
     diverging.init = Some({
         let mut weights = random_adapter(&model(), |_, _| true, false, 3);
-        weights
-            .sites
-            .values_mut()
-            .for_each(|site| site.a.iter_mut().for_each(|a| *a *= 1e30));
+        for site in weights.sites.values_mut() {
+            site.a = site.a.to_f32().iter().map(|a| a * 1e30).collect();
+        }
         weights
     });
     let error = Trainer::new(model(), diverging)

@@ -1,0 +1,77 @@
+//! What an adapter makes of a base weight: the merged weight, and DoRA's norms of it.
+//!
+//! In f64 and row by row: this is done once an adapter, never in a step. It must not know where either lies in memory.
+
+use std::borrow::Cow;
+
+use crate::ops::{Ops, Real};
+use crate::weights::SiteAdapter;
+
+/// `m / |W + s B A|` by output row. Sums in f64: the base is as it is stored, the gain as exact as f32 can be.
+pub(super) fn dora_gain<O: Ops>(
+    ops: &O,
+    weight: &O::Matrix,
+    adapter: &SiteAdapter,
+    magnitude: &[f32],
+) -> Vec<O::T> {
+    let (outputs, inputs) = ops.dims(weight);
+    let update = Update::of(adapter);
+    let mut row = vec![O::T::ZERO; inputs];
+    let gain = |output: usize| {
+        ops.gather(weight, &[output as u32], &mut row);
+        let row: Vec<f64> = row.iter().map(|w| w.to_f64()).collect();
+        f64::from(magnitude[output]) / norm(&update.onto(row, output))
+    };
+    (0..outputs).map(gain).map(O::T::from_f64).collect()
+}
+
+fn norm(row: &[f64]) -> f64 {
+    row.iter().map(|w| w * w).sum::<f64>().sqrt()
+}
+
+/// `s B A` of one site, to be added row by row.
+struct Update<'a> {
+    rank: usize,
+    scale: f64,
+    a: Cow<'a, [f32]>,
+    b: Cow<'a, [f32]>,
+}
+
+impl<'a> Update<'a> {
+    fn of(adapter: &'a SiteAdapter) -> Self {
+        Self {
+            rank: adapter.r,
+            scale: f64::from(adapter.scale),
+            a: adapter.a.to_f32(),
+            b: adapter.b.to_f32(),
+        }
+    }
+
+    /// Row `output` of `W + s B A`, given that of `W`.
+    fn onto(&self, mut row: Vec<f64>, output: usize) -> Vec<f64> {
+        let b = &self.b[output * self.rank..][..self.rank];
+        for (b, a) in b.iter().zip(self.a.chunks_exact(row.len())) {
+            let factor = self.scale * f64::from(*b);
+            row.iter_mut()
+                .zip(a)
+                .for_each(|(w, a)| *w += factor * f64::from(*a));
+        }
+        row
+    }
+}
+
+/// The weight `[out, in]` that alone does what base and adapter do together: `W + s B A`, or DoRA's
+/// `m (W + s B A) / |W + s B A|`.
+pub fn merged(weight: &[f32], adapter: &SiteAdapter) -> Vec<f32> {
+    let update = Update::of(adapter);
+    let rows = weight.chunks_exact(adapter.a.len() / adapter.r).enumerate();
+    rows.flat_map(|(output, row)| {
+        let row = update.onto(row.iter().map(|w| f64::from(*w)).collect(), output);
+        let gain = adapter
+            .magnitude
+            .as_ref()
+            .map_or(1.0, |m| f64::from(m[output]) / norm(&row));
+        row.into_iter().map(move |w| (gain * w) as f32)
+    })
+    .collect()
+}
