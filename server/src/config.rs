@@ -243,6 +243,8 @@ settings! {
         max_adapter_loads: usize = "256" in "1" .. "100000";
         /// Rows of one prompt in a step that also generates for others; bounds what a long prompt adds to their wait.
         prefill_chunk_tokens: usize = "128" in "1" .. "1048576";
+        /// Keep the keys and values of prompts and outputs for requests of the same tenant and version that begin alike.
+        prefix_cache: bool = "true";
         /// Threads for tensor work; 0 is one for each core.
         threads: usize = "0" in "0" .. "1024";
     }

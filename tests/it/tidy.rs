@@ -113,6 +113,8 @@ fn who_must_not_know_whom() {
             &[
                 "server/engine/src/scheduler",
                 "server/engine/src/block_manager",
+                "server/engine/src/prefix_cache",
+                "server/engine/src/cache_key",
             ],
             &["candle_core", "candle_nn", "candle_transformers"],
         ),

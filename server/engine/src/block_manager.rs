@@ -2,28 +2,24 @@
 //! may know a tensor.
 //!
 //! A block is counted by the tables that list it. Only a block whose 16 tokens are all computed is ever listed twice,
-//! and only by tables of one [`CacheKey`]: nobody writes to it any more, and nobody else may read it.
+//! and only by tables of one [`CacheKey`]: nobody writes to it any more, and nobody else may read it. When no table
+//! lists it any more it is free, or, if the prefix cache knows its tokens, idle until somebody needs room.
 
 use std::sync::Arc;
 
-use espalier_adapters::version::VersionDigest;
-
+use crate::cache_key::CacheKey;
 use crate::config::BLOCK_SIZE;
-
-/// Whose keys and values a block may hold. Two sequences may share a block only when tenant and version are equal.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct CacheKey {
-    /// The tenant.
-    pub(crate) tenant: Arc<str>,
-    /// The adapter version; `None` is the base model.
-    pub(crate) version: Option<VersionDigest>,
-}
+use crate::prefix_cache::{Chain, PrefixCache};
 
 /// The blocks of one sequence, in the order of its tokens. Goes back with [`BlockManager::release`].
 #[derive(Debug)]
 pub(crate) struct BlockTable {
     blocks: Vec<u32>,
     key: Arc<CacheKey>,
+    /// So many of the first blocks are in the prefix cache,
+    known: usize,
+    /// and this is the content of the last of them.
+    chain: Option<Chain>,
 }
 
 /// A block whose content must be copied before the next step.
@@ -35,15 +31,19 @@ pub(crate) struct BlockCopy {
     pub(crate) to: u32,
 }
 
-/// There were not enough free blocks; nothing was changed.
+/// There were not enough blocks; nothing was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct OutOfBlocks;
 
-/// Owner of the free list.
+/// Owner of the free list and of the prefix cache.
 pub(crate) struct BlockManager {
     free: Vec<u32>,
     /// How many tables list each block.
     references: Vec<u32>,
+    cache: PrefixCache,
+    /// Whether blocks are kept for what they hold.
+    caching: bool,
+    evictions: u64,
 }
 
 // === impl BlockTable ===
@@ -53,6 +53,8 @@ impl BlockTable {
         BlockTable {
             blocks: Vec::new(),
             key,
+            known: 0,
+            chain: None,
         }
     }
 
@@ -69,12 +71,16 @@ pub(crate) fn blocks_for(tokens: usize) -> usize {
 }
 
 impl BlockManager {
-    pub(crate) fn new(blocks: usize) -> Self {
+    /// With `caching`, whole blocks are kept after their sequences, and found again by what they hold.
+    pub(crate) fn new(blocks: usize, caching: bool) -> Self {
         let count = u32::try_from(blocks).unwrap_or(u32::MAX);
         // Low numbers first: a server that is never full touches few pages.
         BlockManager {
             free: (0..count).rev().collect(),
             references: vec![0; count as usize],
+            cache: PrefixCache::new(count as usize),
+            caching,
+            evictions: 0,
         }
     }
 
@@ -82,8 +88,56 @@ impl BlockManager {
         self.references.len()
     }
 
-    pub(crate) fn free(&self) -> usize {
-        self.free.len()
+    /// Blocks that can be had: free ones, and idle ones of the prefix cache.
+    pub(crate) fn available(&self) -> usize {
+        self.free.len() + self.cache.idle()
+    }
+
+    /// Blocks that no table lists and that hold known tokens.
+    pub(crate) fn idle(&self) -> usize {
+        self.cache.idle()
+    }
+
+    /// Idle blocks that were given to others so far.
+    pub(crate) fn evictions(&self) -> u64 {
+        self.evictions
+    }
+
+    /// A table of `key` with room for `tokens.len()` tokens that begins with the known blocks of the first `reusable`
+    /// ones, and how many tokens these hold. Afterwards at least `reserve` blocks can still be had.
+    pub(crate) fn begin(
+        &mut self,
+        key: &Arc<CacheKey>,
+        tokens: &[u32],
+        reusable: usize,
+        reserve: usize,
+    ) -> Result<(BlockTable, usize), OutOfBlocks> {
+        let whole = reusable.min(tokens.len()) / BLOCK_SIZE;
+        let needed = blocks_for(tokens.len());
+        // A sequence that waits for room asks in every step; most of the time this is the answer.
+        if needed - whole + reserve > self.available() {
+            return Err(OutOfBlocks);
+        }
+        let found = self.cache.find(key, &tokens[..whole * BLOCK_SIZE]);
+        let woken = found
+            .iter()
+            .filter(|(block, _)| self.references[*block as usize] == 0)
+            .count();
+        if needed - found.len() + reserve > self.available() - woken {
+            return Err(OutOfBlocks);
+        }
+        let mut table = BlockTable::new(Arc::clone(key));
+        for &(block, chain) in &found {
+            self.list(block);
+            table.blocks.push(block);
+            table.chain = Some(chain);
+        }
+        table.known = found.len();
+        if self.grow(&mut table, tokens.len()).is_err() {
+            self.release(table);
+            return Err(OutOfBlocks);
+        }
+        Ok((table, found.len() * BLOCK_SIZE))
     }
 
     /// Makes room for `tokens` tokens in all.
@@ -93,7 +147,7 @@ impl BlockManager {
         tokens: usize,
     ) -> Result<(), OutOfBlocks> {
         let missing = blocks_for(tokens).saturating_sub(table.blocks.len());
-        if missing > self.free.len() {
+        if missing > self.available() {
             return Err(OutOfBlocks);
         }
         for _ in 0..missing {
@@ -101,6 +155,26 @@ impl BlockManager {
             table.blocks.push(block);
         }
         Ok(())
+    }
+
+    /// Books that a table's blocks hold `computed`, all of its sequence's computed tokens. Of blocks with equal content
+    /// one is kept: rows do not depend on neighbours, so the keys and values in them are equal bit for bit.
+    pub(crate) fn know(&mut self, table: &mut BlockTable, computed: &[u32]) {
+        if !self.caching {
+            return;
+        }
+        let whole = computed.as_chunks::<BLOCK_SIZE>().0;
+        for (place, tokens) in whole.iter().enumerate().skip(table.known) {
+            let own = table.blocks[place];
+            let (kept, chain) = self.cache.enter(own, &table.key, table.chain, tokens);
+            if kept != own {
+                self.list(kept);
+                self.unlist(own);
+                table.blocks[place] = kept;
+            }
+            table.known = place + 1;
+            table.chain = Some(chain);
+        }
     }
 
     /// A table of `key` whose first `tokens` tokens are those of `parent`, which has computed them. Whole blocks are
@@ -115,14 +189,18 @@ impl BlockManager {
         let has_rest = !tokens.is_multiple_of(BLOCK_SIZE);
         if parent.key != *key
             || parent.blocks.len() < blocks_for(tokens)
-            || (has_rest && self.free.is_empty())
+            || (has_rest && self.available() == 0)
         {
             return Err(OutOfBlocks);
         }
         let mut table = BlockTable::new(Arc::clone(key));
         for &block in &parent.blocks[..whole] {
-            self.references[block as usize] += 1;
+            self.list(block);
             table.blocks.push(block);
+        }
+        // What the child may know of a longer parent it looks up when it has computed a block of its own.
+        if parent.known == whole {
+            (table.known, table.chain) = (parent.known, parent.chain);
         }
         let copy = if has_rest {
             let to = self.take().ok_or(OutOfBlocks)?;
@@ -137,19 +215,44 @@ impl BlockManager {
         Ok((table, copy))
     }
 
-    /// Takes a table's blocks back; those that no other table lists are free again.
+    /// Takes a table's blocks back; those that no other table lists are free again, or idle when their content is known.
     pub(crate) fn release(&mut self, table: BlockTable) {
+        // From the end: what stands before a block in its chain must not rest before it.
         for block in table.blocks.into_iter().rev() {
-            let references = &mut self.references[block as usize];
-            *references -= 1;
-            if *references == 0 {
+            self.unlist(block);
+        }
+    }
+
+    fn list(&mut self, block: u32) {
+        let references = &mut self.references[block as usize];
+        *references += 1;
+        if *references == 1 {
+            self.cache.wake(block);
+        }
+    }
+
+    fn unlist(&mut self, block: u32) {
+        let references = &mut self.references[block as usize];
+        *references -= 1;
+        if *references == 0 {
+            if self.cache.holds(block) {
+                self.cache.rest(block);
+            } else {
                 self.free.push(block);
             }
         }
     }
 
+    /// A block for new content: free ones first.
     fn take(&mut self) -> Option<u32> {
-        let block = self.free.pop()?;
+        let block = match self.free.pop() {
+            Some(block) => block,
+            None => {
+                let evicted = self.cache.evict()?;
+                self.evictions += 1;
+                evicted
+            }
+        };
         self.references[block as usize] = 1;
         Some(block)
     }
@@ -173,146 +276,22 @@ impl BlockManager {
             counted, self.references,
             "the counts are those of the tables"
         );
+        self.cache.check_integrity(&self.references);
         let mut free = self.free.clone();
         free.sort_unstable();
-        let unlisted: Vec<u32> = (0..self.references.len() as u32)
-            .filter(|&block| counted[block as usize] == 0)
+        let left: Vec<u32> = (0..self.references.len() as u32)
+            .filter(|&block| counted[block as usize] == 0 && !self.cache.holds(block))
             .collect();
         assert_eq!(
-            free, unlisted,
-            "every block is free or listed, and never both"
+            free, left,
+            "every block is free, idle or listed, and only one of these"
+        );
+        assert_eq!(
+            self.available(),
+            self.total() - counted.iter().filter(|&&count| count > 0).count()
         );
     }
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
-
-    use super::*;
-    use proptest::prelude::*;
-
-    fn key(tenant: u8, version: u8) -> Arc<CacheKey> {
-        let version = (version > 0).then(|| VersionDigest::from_bytes([version; 32]));
-        Arc::new(CacheKey {
-            tenant: format!("t{tenant}").into(),
-            version,
-        })
-    }
-
-    #[derive(Clone, Debug)]
-    enum Action {
-        New {
-            tenant: u8,
-            version: u8,
-            tokens: usize,
-        },
-        Grow {
-            table: usize,
-            tokens: usize,
-        },
-        Fork {
-            table: usize,
-            tenant: u8,
-            version: u8,
-            share: usize,
-        },
-        Release {
-            table: usize,
-        },
-    }
-
-    fn action() -> impl Strategy<Value = Action> {
-        prop_oneof![
-            (0..2_u8, 0..3_u8, 0..90_usize).prop_map(|(tenant, version, tokens)| Action::New {
-                tenant,
-                version,
-                tokens
-            }),
-            (any::<usize>(), 1..40_usize)
-                .prop_map(|(table, tokens)| Action::Grow { table, tokens }),
-            (any::<usize>(), 0..2_u8, 0..3_u8, any::<usize>()).prop_map(
-                |(table, tenant, version, share)| Action::Fork {
-                    table,
-                    tenant,
-                    version,
-                    share
-                }
-            ),
-            any::<usize>().prop_map(|table| Action::Release { table }),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn no_block_is_lost_or_shared_between_versions(actions in prop::collection::vec(action(), 1..200)) {
-            let mut manager = BlockManager::new(24);
-            let mut tables: Vec<(BlockTable, usize)> = Vec::new();
-            for action in actions {
-                match action {
-                    Action::New { tenant, version, tokens } => {
-                        let mut table = BlockTable::new(key(tenant, version));
-                        let free = manager.free();
-                        if manager.grow(&mut table, tokens).is_ok() {
-                            tables.push((table, tokens));
-                        } else {
-                            prop_assert_eq!(free, manager.free(), "a refusal changes nothing");
-                            prop_assert!(blocks_for(tokens) > free);
-                        }
-                    }
-                    Action::Grow { table, tokens } if !tables.is_empty() => {
-                        let index = table % tables.len();
-                        let (table, held) = &mut tables[index];
-                        if manager.grow(table, *held + tokens).is_ok() {
-                            *held += tokens;
-                            prop_assert_eq!(table.blocks().len(), blocks_for(*held));
-                        }
-                    }
-                    Action::Fork { table, tenant, version, share } if !tables.is_empty() => {
-                        let (parent, held) = &tables[table % tables.len()];
-                        let (child_key, share) = (key(tenant, version), share % (held + 1));
-                        match manager.fork(parent, &child_key, share) {
-                            Ok((child, copy)) => {
-                                prop_assert_eq!(&*child_key, &*parent.key);
-                                prop_assert_eq!(copy.is_some(), share % BLOCK_SIZE != 0);
-                                if let Some(copy) = copy {
-                                    prop_assert_eq!(child.blocks().last(), Some(&copy.to));
-                                    prop_assert!(!parent.blocks().contains(&copy.to));
-                                }
-                                tables.push((child, share));
-                            }
-                            Err(OutOfBlocks) => prop_assert!(
-                                *child_key != *parent.key || manager.free() == 0
-                            ),
-                        }
-                    }
-                    Action::Release { table } if !tables.is_empty() => {
-                        let index = table % tables.len();
-                        manager.release(tables.swap_remove(index).0);
-                    }
-                    _ => {}
-                }
-                manager.check_integrity(tables.iter().map(|(table, _)| table));
-            }
-            for (table, _) in tables {
-                manager.release(table);
-            }
-            prop_assert_eq!(manager.free(), manager.total());
-        }
-    }
-
-    #[test]
-    fn another_version_cannot_fork() {
-        let mut manager = BlockManager::new(4);
-        let mut parent = BlockTable::new(key(0, 1));
-        manager.grow(&mut parent, 32).unwrap();
-        assert!(manager.fork(&parent, &key(0, 2), 32).is_err());
-        assert!(manager.fork(&parent, &key(1, 1), 32).is_err());
-        let (child, copy) = manager.fork(&parent, &key(0, 1), 32).unwrap();
-        assert_eq!((child.blocks(), copy), (parent.blocks(), None));
-        manager.release(parent);
-        assert_eq!(manager.free(), 2, "the child keeps both blocks");
-        manager.release(child);
-        assert_eq!(manager.free(), 4);
-    }
-}
+mod tests;

@@ -24,6 +24,9 @@ pub struct EngineConfig {
     pub prefill_chunk_tokens: usize,
     /// KV blocks of 16 tokens in the cache.
     pub kv_blocks: usize,
+    /// Keep the blocks of whole prompts and outputs after their requests, for requests of the same tenant and version that
+    /// begin with the same tokens. They go when blocks run out.
+    pub prefix_cache: bool,
     /// Tokens of one sequence, prompt and output; the model's context length bounds it too.
     pub max_sequence_tokens: usize,
     /// Requests that may wait, those that wait for an adapter included.
@@ -85,6 +88,7 @@ impl Default for EngineConfig {
             max_num_batched_tokens: 512,
             prefill_chunk_tokens: 128,
             kv_blocks: 2048,
+            prefix_cache: true,
             max_sequence_tokens: 8192,
             max_queue: 256,
             event_buffer: 64,

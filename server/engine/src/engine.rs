@@ -30,8 +30,9 @@ use crate::metrics::{self, EngineStats};
 use crate::model::{LoadedModel, Model};
 use crate::model_runner::{ModelRunner, RunItem, SELF_CHECK_TOKENS};
 use crate::request::{Event, RequestKind};
-use crate::scheduler::{Plan, ScheduledSequence, Scheduler, SchedulerLimits, SequenceId};
+use crate::scheduler::{Admitted, Plan, ScheduledSequence, Scheduler, SchedulerLimits, SequenceId};
 use crate::sequence::{ActiveRequest, RequestKey, Sequence};
+use crate::step_clock::StepClock;
 use crate::train::worker::TrainingWorker;
 
 /// Places for control messages beside those for requests.
@@ -64,9 +65,10 @@ struct Engine {
     next_request: u64,
     next_sequence: u64,
     totals: EngineStats,
-    /// Reused: the wanted states of a step, and logits.
+    clock: StepClock,
+    /// Reused: the wanted states of a step, and those of them from which tokens are drawn.
     states: Vec<f32>,
-    logits: Vec<f32>,
+    drawing: Vec<f32>,
 }
 
 /// A wish to have a version resident.
@@ -128,6 +130,7 @@ pub(crate) fn start(
         max_num_seqs: config.max_num_seqs,
         max_num_batched_tokens: config.max_num_batched_tokens,
         prefill_chunk_tokens: config.prefill_chunk_tokens,
+        prefix_cache: config.prefix_cache,
     };
     let engine = Engine {
         model: model.clone(),
@@ -146,8 +149,9 @@ pub(crate) fn start(
         next_request: 0,
         next_sequence: 0,
         totals: EngineStats::default(),
+        clock: StepClock::new(),
         states: Vec::new(),
-        logits: Vec::new(),
+        drawing: Vec::new(),
         config: config.clone(),
     };
     metrics::describe(&config);
@@ -169,11 +173,17 @@ impl Engine {
     fn run_until_drained(mut self) {
         while !self.drained() {
             self.drain_commands();
+            self.clock.lap(|times| &mut times.commands);
             let plan = self.schedule();
+            self.clock.lap(|times| &mut times.schedule);
             let outputs = self.run(&plan);
-            self.postprocess(&plan, outputs);
+            self.clock.lap(|times| &mut times.model);
+            self.postprocess(outputs);
+            self.clock.lap(|times| &mut times.results);
             self.train();
+            self.clock.lap(|times| &mut times.training);
             self.publish_stats();
+            self.clock.lap(|times| &mut times.publish);
         }
         tracing::info!(steps = self.totals.steps, "the engine has drained");
         if let Some(drain) = self.drain.take() {
@@ -187,7 +197,9 @@ impl Engine {
     fn drain_commands(&mut self) {
         let wait = self.idle_time();
         if !wait.is_zero() {
-            match self.commands.recv_timeout(wait) {
+            let command = self.commands.recv_timeout(wait);
+            self.clock.lap(|times| &mut times.idle);
+            match command {
                 Ok(command) => self.handle(command),
                 Err(RecvTimeoutError::Timeout) => {}
                 // The engine's own parts hold senders, so this cannot be; if it is, nobody can ask for anything.
@@ -367,13 +379,25 @@ impl Engine {
             }
         }
         let now = Instant::now();
-        for (id, _) in &plan.admitted {
-            let key = self.sequences.get(id).map(|sequence| sequence.request);
-            if let Some(request) = key.and_then(|key| self.requests.get_mut(&key)) {
-                request.start(now);
-            }
+        for admitted in &plan.admitted {
+            self.start(admitted, now);
         }
         plan
+    }
+
+    /// A sequence begins, or begins again.
+    fn start(&mut self, admitted: &Admitted, now: Instant) {
+        let Some(sequence) = self.sequences.get_mut(&admitted.id) else {
+            return;
+        };
+        let Some(request) = self.requests.get_mut(&sequence.request) else {
+            return;
+        };
+        if std::mem::take(&mut sequence.brings_prompt) && admitted.cached {
+            request.usage.cached_input_tokens += admitted.computed;
+            self.totals.cached_input_tokens += admitted.computed as u64;
+        }
+        request.start(now);
     }
 
     // --- run ---
@@ -430,7 +454,7 @@ impl Engine {
                     let sequence = sequences.get(&item.id)?;
                     let lease = requests.get(&sequence.request)?.lease.as_ref();
                     Some(RunItem {
-                        tokens: &sequence.tokens[item.start..item.start + item.rows],
+                        tokens: &scheduler.tokens(item.id)[item.start..item.start + item.rows],
                         start: item.start,
                         block_table: scheduler.block_table(item.id),
                         adapter: lease.map(|lease| &lease.adapter),
@@ -495,12 +519,15 @@ impl Engine {
         totals.running = self.scheduler.running();
         totals.waiting = self.scheduler.waiting() + self.parked.len();
         totals.kv_blocks_used = self.scheduler.blocks_used();
+        totals.kv_blocks_kept = self.scheduler.blocks_idle();
+        totals.kv_evictions = self.scheduler.evictions();
         totals.kv_blocks = self.scheduler.blocks_total();
         totals.adapters_resident = self.pool.resident();
         totals.adapter_bytes_used = self.pool.bytes_used();
         totals.adapter_bytes = self.config.adapter_bytes;
         totals.adapter_leases = self.pool.leases();
         totals.training_impact = self.training.impact();
+        totals.times.clone_from(self.clock.times());
         metrics::gauges(totals, self.scheduler.service_gap());
         *self
             .gauges

@@ -21,6 +21,8 @@ mod sequence;
 mod validate;
 
 mod block_manager;
+mod cache_key;
+mod prefix_cache;
 mod scheduler;
 
 pub mod adapter_loader;
@@ -32,7 +34,9 @@ mod model_runner;
 
 mod classify;
 mod detokenizer;
+mod exponential;
 mod sampler;
+mod step_clock;
 
 pub mod train;
 

@@ -8,6 +8,7 @@ use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gau
 use crate::config::{BLOCK_SIZE, EngineConfig};
 use crate::error::EngineError;
 use crate::request::{Timings, Usage};
+pub use crate::step_clock::StepTimes;
 
 /// The engine at one moment, refreshed after every step.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
@@ -20,6 +21,8 @@ pub struct EngineStats {
     pub queued_requests: usize,
     /// KV blocks in use.
     pub kv_blocks_used: usize,
+    /// KV blocks that no request holds, kept for what is in them.
+    pub kv_blocks_kept: usize,
     /// KV blocks in all.
     pub kv_blocks: usize,
     /// Resident adapters.
@@ -38,8 +41,14 @@ pub struct EngineStats {
     pub output_tokens: u64,
     /// Prompt tokens computed since the start.
     pub input_tokens: u64,
+    /// Prompt tokens found in the prefix cache since the start.
+    pub cached_input_tokens: u64,
+    /// Kept KV blocks that made room for others since the start.
+    pub kv_evictions: u64,
     /// Sequences that lost their blocks and were computed again.
     pub preemptions: u64,
+    /// What the engine thread did with its time.
+    pub times: StepTimes,
     /// Panics caught in steps.
     pub panics: u64,
     /// Milliseconds since the engine thread last looked at its queue; a large number means that it hangs.
@@ -52,6 +61,8 @@ pub struct EngineStats {
 const REQUESTS_RUNNING: &str = "espalier_requests_running";
 const REQUESTS_WAITING: &str = "espalier_requests_waiting";
 const KV_USAGE: &str = "espalier_kv_cache_usage_ratio";
+const KV_KEPT: &str = "espalier_kv_cache_kept_ratio";
+const KV_EVICTIONS: &str = "espalier_kv_cache_evictions_total";
 const CACHE_CONFIG: &str = "espalier_cache_config_info";
 const LORA_RESIDENT: &str = "espalier_lora_slots_used";
 const LORA_BYTES: &str = "espalier_lora_device_bytes";
@@ -87,6 +98,11 @@ pub(crate) fn describe(config: &EngineConfig) {
         "sequences that wait, and requests that wait for an adapter"
     );
     describe_gauge!(KV_USAGE, "share of the KV blocks in use");
+    describe_gauge!(
+        KV_KEPT,
+        "share of the KV blocks that no request holds and the prefix cache keeps"
+    );
+    describe_counter!(KV_EVICTIONS, "kept KV blocks that made room for others");
     describe_gauge!(
         CACHE_CONFIG,
         "always 1; the labels say how large the KV cache is"
@@ -157,6 +173,9 @@ pub(crate) fn gauges(stats: &EngineStats, service_gap: u64) {
     gauge!(REQUESTS_RUNNING).set(stats.running as f64);
     gauge!(REQUESTS_WAITING).set(stats.waiting as f64);
     gauge!(KV_USAGE).set(stats.kv_blocks_used as f64 / stats.kv_blocks.max(1) as f64);
+    gauge!(KV_KEPT).set(stats.kv_blocks_kept as f64 / stats.kv_blocks.max(1) as f64);
+    counter!(KV_EVICTIONS).absolute(stats.kv_evictions);
+    counter!(TOKENS, "kind" => "input_cached").absolute(stats.cached_input_tokens);
     gauge!(LORA_RESIDENT).set(stats.adapters_resident as f64);
     gauge!(LORA_BYTES).set(stats.adapter_bytes_used as f64);
     gauge!(LORA_LEASES).set(stats.adapter_leases as f64);

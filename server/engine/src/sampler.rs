@@ -2,7 +2,11 @@
 //!
 //! candle-transformers' `LogitsProcessor` is the oracle of greedy and penalties in the tests, and not the path: it has no
 //! min-p, no bias and no counts, copies each row into tensors, sorts the whole vocabulary, panics on NaN, and draws from
-//! a generator whose sequence its crate may change. Here the same seed gives the same tokens on every machine.
+//! a generator whose sequence its crate may change. Here the same seed gives the same tokens on every machine: sums run
+//! in a fixed order, and the exponential is our own (`exponential`), because libraries round theirs differently.
+//!
+//! A row is as long as the vocabulary, so nothing here sorts or copies one: passes over all logits are plain loops over
+//! lanes, and only the few tokens that may be drawn are gathered.
 
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
@@ -11,6 +15,7 @@ use rand::Rng;
 use rand::SeedableRng;
 use rand_chacha::ChaCha12Rng;
 
+use crate::exponential::exp_below_zero;
 use crate::request::{SamplingParams, TokenLogprob};
 
 /// A logit was NaN or infinite.
@@ -27,7 +32,23 @@ pub(crate) struct Sampler {
     counts: HashMap<u32, u32>,
     /// `(logit, token)` of those that may be drawn; kept to spare an allocation per token.
     candidates: Vec<(f32, u32)>,
+    /// The weights' sums over stretches of a row; kept likewise.
+    sums: Vec<f64>,
 }
+
+/// What a logit weighs in a draw: the most likely token weighs 1, so nothing overflows however small the temperature is.
+#[derive(Clone, Copy)]
+struct Weights {
+    best: f32,
+    temperature: f32,
+    /// What weighs less weighs nothing.
+    least: f32,
+}
+
+/// Numbers that a pass over a row takes at a time.
+const LANES: usize = 16;
+/// Logits whose weights are summed together.
+const STRETCH: usize = 512;
 
 // === impl Sampler ===
 
@@ -48,6 +69,7 @@ impl Sampler {
             prompt,
             counts: HashMap::new(),
             candidates: Vec::new(),
+            sums: Vec::new(),
         }
     }
 
@@ -56,7 +78,7 @@ impl Sampler {
     /// # Errors
     /// [`NonFinite`] when a logit is NaN or infinite.
     pub(crate) fn sample(&mut self, logits: &mut [f32], banned: &[u32]) -> Result<u32, NonFinite> {
-        if !logits.iter().all(|logit| logit.is_finite()) {
+        if !all_finite(logits) {
             return Err(NonFinite);
         }
         self.adjust(logits, banned);
@@ -115,70 +137,162 @@ impl Sampler {
     }
 
     fn draw(&mut self, logits: &[f32]) -> u32 {
-        let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let best = highest(logits);
         if best == f32::NEG_INFINITY {
             return greedy(logits);
         }
-        let temperature = f64::from(self.params.temperature);
-        // The largest weight is 1, so nothing overflows however small the temperature is.
-        let weight = |logit: f32| ((f64::from(logit) - f64::from(best)) / temperature).exp();
+        let mut weights = Weights {
+            best,
+            temperature: self.params.temperature,
+            least: 0.0,
+        };
         let threshold: f64 = self.rng.random();
         if self.params.top_k == 0 && self.params.top_p >= 1.0 {
-            let least = f64::from(self.params.min_p);
-            let kept = logits
-                .iter()
-                .map(|&logit| weight(logit))
-                .map(|weight| if weight < least { 0.0 } else { weight });
-            return pick(kept.zip(0..), threshold);
+            weights.least = self.params.min_p;
+            return self.pick_any(logits, weights, threshold);
         }
-        self.truncate(logits, &weight);
-        pick(
-            self.candidates
-                .iter()
-                .map(|&(logit, token)| (weight(logit), token)),
-            threshold,
-        )
+        self.truncate(logits, weights);
+        let weighed = self
+            .candidates
+            .iter()
+            .map(|&(logit, token)| (weights.of(logit), token));
+        pick(weighed, threshold)
+    }
+
+    /// A token of the whole row: first the stretch, then the place in it.
+    fn pick_any(&mut self, logits: &[f32], weights: Weights, threshold: f64) -> u32 {
+        let total = weights.sum(logits, &mut self.sums);
+        let mut target = threshold * total;
+        let last = self.sums.iter().rposition(|&sum| sum > 0.0).unwrap_or(0);
+        for (stretch, &sum) in self.sums.iter().enumerate() {
+            if target < sum || stretch == last {
+                let first = stretch * STRETCH;
+                let logits = &logits[first..logits.len().min(first + STRETCH)];
+                let weighed = logits.iter().map(|&logit| weights.of(logit)).zip(0_u32..);
+                return first as u32 + reach(weighed, target);
+            }
+            target -= sum;
+        }
+        greedy(logits)
     }
 
     /// Leaves in `candidates`, best first (ties: lower id first), those within top-k, then top-p, then min-p. The
     /// cumulated probabilities of top-p are those after top-k, as in transformers.
-    fn truncate(&mut self, logits: &[f32], weight: &impl Fn(f32) -> f64) {
+    fn truncate(&mut self, logits: &[f32], weights: Weights) {
+        let params = &self.params;
         let candidates = &mut self.candidates;
-        candidates.clear();
-        candidates.extend(logits.iter().copied().zip(0..));
-        let limit = if self.params.top_k == 0 {
-            candidates.len()
+        let total: f64 = if params.top_k == 0 {
+            weights.sum(logits, &mut self.sums)
         } else {
-            self.params.top_k.min(candidates.len())
+            gather_best(logits, weights.best, params.top_k, candidates);
+            candidates
+                .iter()
+                .map(|&(logit, _)| f64::from(weights.of(logit)))
+                .sum()
         };
-        let least = f64::from(self.params.min_p);
-        let total: f64 = if limit == candidates.len() {
-            logits.iter().map(|&logit| weight(logit)).sum()
-        } else {
-            select_best(candidates, limit);
-            candidates.truncate(limit);
-            candidates.sort_unstable_by(by_logit);
-            candidates.iter().map(|&(logit, _)| weight(logit)).sum()
-        };
-        let wanted = f64::from(self.params.top_p) * total;
-        // Few candidates hold most of the mass, so the whole vocabulary is rarely sorted.
-        let (mut sorted, mut cumulated, mut kept) = (0, 0.0, 0);
-        'blocks: while sorted < candidates.len() {
-            let block = (sorted.max(64) * 4).min(candidates.len() - sorted);
-            let rest = &mut candidates[sorted..];
-            select_best(rest, block);
-            rest[..block].sort_unstable_by(by_logit);
-            for &(logit, _) in &rest[..block] {
-                let weight = weight(logit);
-                if kept > 0 && (cumulated >= wanted || weight < least) {
-                    break 'blocks;
-                }
-                cumulated += weight;
-                kept += 1;
-            }
-            sorted += block;
+        let wanted = f64::from(params.top_p) * total;
+        if params.top_k > 0 {
+            let kept = nucleus(candidates, weights, wanted, params.min_p);
+            candidates.truncate(kept.unwrap_or(candidates.len()));
+            return;
         }
-        candidates.truncate(kept);
+        // Few tokens hold most of the mass: those close to the best are enough, or close enough in a next try.
+        for gap in [7.0, 14.0, 28.0, f32::INFINITY] {
+            gather(logits, weights.best - gap * weights.temperature, candidates);
+            let kept = nucleus(candidates, weights, wanted, params.min_p);
+            if kept.is_some() || gap == f32::INFINITY {
+                candidates.truncate(kept.unwrap_or(candidates.len()));
+                return;
+            }
+        }
+    }
+}
+
+// === impl Weights ===
+
+impl Weights {
+    #[inline]
+    fn of(&self, logit: f32) -> f32 {
+        let weight = exp_below_zero((logit - self.best) / self.temperature);
+        if weight < self.least { 0.0 } else { weight }
+    }
+
+    /// The sum over a row, and in `sums` over each stretch of it.
+    fn sum(&self, logits: &[f32], sums: &mut Vec<f64>) -> f64 {
+        sums.clear();
+        sums.extend(logits.chunks(STRETCH).map(|stretch| {
+            let mut lanes = [0.0_f64; LANES];
+            let (whole, rest) = stretch.as_chunks::<LANES>();
+            for logits in whole {
+                let weights = logits.map(|logit| self.of(logit));
+                for (lane, weight) in lanes.iter_mut().zip(weights) {
+                    *lane += f64::from(weight);
+                }
+            }
+            for (lane, &logit) in lanes.iter_mut().zip(rest) {
+                *lane += f64::from(self.of(logit));
+            }
+            lanes.iter().sum::<f64>()
+        }));
+        sums.iter().sum()
+    }
+}
+
+/// How many of the candidates, brought in order, make the nucleus: as many as reach `wanted`, of at least `least` each.
+/// `None` when all of them together do not reach it.
+fn nucleus(
+    candidates: &mut [(f32, u32)],
+    weights: Weights,
+    wanted: f64,
+    least: f32,
+) -> Option<usize> {
+    let (mut sorted, mut cumulated, mut kept) = (0, 0.0, 0);
+    while sorted < candidates.len() {
+        let block = (sorted.max(64) * 4).min(candidates.len() - sorted);
+        let rest = &mut candidates[sorted..];
+        select_best(rest, block);
+        rest[..block].sort_unstable_by(by_logit);
+        for &(logit, _) in &rest[..block] {
+            let weight = weights.of(logit);
+            if kept > 0 && (cumulated >= wanted || weight < least) {
+                return Some(kept);
+            }
+            cumulated += f64::from(weight);
+            kept += 1;
+        }
+        sorted += block;
+    }
+    (cumulated >= wanted).then_some(kept)
+}
+
+/// The `count` best tokens of a row whose highest logit is `best`, best first.
+fn gather_best(logits: &[f32], best: f32, count: usize, into: &mut Vec<(f32, u32)>) {
+    let count = count.min(logits.len());
+    for gap in [4.0, 12.0, f32::INFINITY] {
+        gather(logits, best - gap, into);
+        if into.len() >= count {
+            break;
+        }
+    }
+    select_best(into, count);
+    into.truncate(count);
+    into.sort_unstable_by(by_logit);
+}
+
+/// The tokens of at least the logit `from`, in the order of their ids.
+fn gather(logits: &[f32], from: f32, into: &mut Vec<(f32, u32)>) {
+    into.clear();
+    let mut first = 0;
+    for chunk in logits.chunks(LANES) {
+        // Most chunks have none, which is seen without a branch for each of its logits.
+        if chunk
+            .iter()
+            .fold(false, |any, &logit| any | (logit >= from))
+        {
+            let tokens = chunk.iter().copied().zip(first..);
+            into.extend(tokens.filter(|&(logit, _)| logit >= from));
+        }
+        first += LANES as u32;
     }
 }
 
@@ -195,22 +309,55 @@ fn select_best(candidates: &mut [(f32, u32)], count: usize) {
 
 /// The most likely token; the lowest id among equals.
 fn greedy(logits: &[f32]) -> u32 {
-    let mut best = (f32::NEG_INFINITY, 0);
-    for (&logit, token) in logits.iter().zip(0..) {
-        if logit > best.0 {
-            best = (logit, token);
+    let best = highest(logits);
+    let holds = |chunk: &[f32]| {
+        chunk
+            .iter()
+            .fold(false, |any, &logit| any | (logit == best))
+    };
+    let chunk = logits.chunks(LANES).position(holds).unwrap_or(0);
+    let within = logits
+        .iter()
+        .skip(chunk * LANES)
+        .position(|&logit| logit == best);
+    (chunk * LANES + within.unwrap_or(0)) as u32
+}
+
+/// The highest logit; negative infinity for none.
+fn highest(logits: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if a > b { a } else { b };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = logits.as_chunks::<LANES>();
+    for chunk in whole {
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, logit);
         }
     }
-    best.1
+    let lanes = lanes.into_iter().chain(rest.iter().copied());
+    lanes.fold(f32::NEG_INFINITY, larger)
+}
+
+fn all_finite(logits: &[f32]) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    let chunk_has = |chunk: &[f32]| {
+        let infinite = |logit: &f32| logit.to_bits() & EXPONENT == EXPONENT;
+        chunk.iter().fold(false, |any, logit| any | infinite(logit))
+    };
+    !logits.chunks(4 * LANES).any(chunk_has)
 }
 
 /// The token at which the cumulated weight passes the share `threshold` of the whole.
-fn pick(weights: impl Iterator<Item = (f64, u32)> + Clone, threshold: f64) -> u32 {
-    let total: f64 = weights.clone().map(|(weight, _)| weight).sum();
-    let (target, mut cumulated, mut last) = (threshold * total, 0.0, 0);
+fn pick(weights: impl Iterator<Item = (f32, u32)> + Clone, threshold: f64) -> u32 {
+    let total: f64 = weights.clone().map(|(weight, _)| f64::from(weight)).sum();
+    reach(weights, threshold * total)
+}
+
+/// The token at which the cumulated weight passes `target`, or the last one that weighs anything.
+fn reach(weights: impl Iterator<Item = (f32, u32)>, target: f64) -> u32 {
+    let (mut cumulated, mut last) = (0.0, 0);
     for (weight, token) in weights {
         if weight > 0.0 {
-            cumulated += weight;
+            cumulated += f64::from(weight);
             last = token;
             if cumulated > target {
                 break;
@@ -220,27 +367,23 @@ fn pick(weights: impl Iterator<Item = (f64, u32)> + Clone, threshold: f64) -> u3
     last
 }
 
-/// The logarithm of the sum of exponentials, in f64.
+/// The logarithm of the sum of exponentials.
 pub(crate) fn log_sum_exp(logits: &[f32]) -> f64 {
-    let best = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    best + logits
-        .iter()
-        .map(|&logit| (f64::from(logit) - best).exp())
-        .sum::<f64>()
-        .ln()
+    let weights = Weights {
+        best: highest(logits),
+        temperature: 1.0,
+        least: 0.0,
+    };
+    f64::from(weights.best) + weights.sum(logits, &mut Vec::new()).ln()
 }
 
 /// A token's log-probability and the `top` most likely ones, of logits as the model gave them.
 pub(crate) fn token_logprob(logits: &[f32], token: u32, top: usize) -> TokenLogprob {
     let norm = log_sum_exp(logits);
     let logprob = |logit: f32| (f64::from(logit) - norm) as f32;
-    let mut best: Vec<(f32, u32)> = Vec::new();
+    let mut best = Vec::new();
     if top > 0 {
-        best.extend(logits.iter().copied().zip(0..));
-        let count = top.min(best.len());
-        select_best(&mut best, count);
-        best.truncate(count);
-        best.sort_unstable_by(by_logit);
+        gather_best(logits, highest(logits), top, &mut best);
     }
     TokenLogprob {
         token,
@@ -323,15 +466,55 @@ mod tests {
                 cumulated += weight(logit);
                 expected.push(token);
             }
-            let best = all[0].0;
+            let weights = Weights { best: all[0].0, temperature, least: 0.0 };
             let mut sampler = Sampler::new(params, 0, 0, &[]);
-            sampler.truncate(&logits, &|logit| (f64::from(logit - best) / f64::from(temperature)).exp());
+            sampler.truncate(&logits, weights);
             let kept: Vec<u32> = sampler.candidates.iter().map(|&(_, token)| token).collect();
             // A sum in another order may stand on the other side of the edge by one token.
             prop_assert!(kept.len().abs_diff(expected.len()) <= 1);
             let common = kept.len().min(expected.len());
             prop_assert_eq!(&kept[..common], &expected[..common]);
         }
+    }
+
+    #[test]
+    fn a_long_row_is_drawn_from_as_a_short_one() {
+        // Most of the mass is at both ends and in the middle; stretches between them weigh nothing.
+        let mut logits = vec![-200.0_f32; 5000];
+        for (token, logit) in [(0, 1.0), (2600, 2.0), (4999, 0.0)] {
+            logits[token] = logit;
+        }
+        let norm = log_sum_exp(&logits);
+        for params in [
+            hot(),
+            SamplingParams {
+                top_p: 0.9999,
+                ..hot()
+            },
+            SamplingParams { top_k: 3, ..hot() },
+        ] {
+            let drawn = draws(&params, &logits, 6000);
+            for token in [0, 2600, 4999_u32] {
+                let share = drawn.iter().filter(|&&drawn| drawn == token).count() as f64 / 6000.0;
+                let expected = (f64::from(logits[token as usize]) - norm).exp();
+                assert!(
+                    (share - expected).abs() < 0.03,
+                    "{params:?}: token {token} {share} for {expected}"
+                );
+            }
+        }
+        let mut sampler = Sampler::new(hot(), 7, 0, &[]);
+        let weights = Weights {
+            best: 2.0,
+            temperature: 1.0,
+            least: 0.0,
+        };
+        assert_eq!(sampler.pick_any(&logits, weights, 0.0), 0);
+        assert_eq!(
+            sampler.pick_any(&logits, weights, 1.0),
+            4999,
+            "rounding may ask for more than all"
+        );
     }
 
     #[test]

@@ -4,13 +4,16 @@
 //! A step first gives every running sequence its decode row, then fills what is left with prefill: running prefills in
 //! the order of their admission, then new sequences. New ones are taken first come, first served within a tenant, and
 //! between tenants from the one that has had the least service (virtual token counters, S-LoRA's `vtc_fair`: a prompt
-//! token counts 1, an output token 2; who comes back is lifted to the least among the busy). When blocks run out, the
-//! sequence admitted last loses its own and is computed again later: the oldest always goes on, so all of them end.
+//! token counts 1, an output token 2, what the prefix cache holds nothing; who comes back is lifted to the least among
+//! the busy). When blocks run out, idle ones of the prefix cache go first; then the sequence admitted last loses its own
+//! and is computed again later, as far as nobody took them: the oldest always goes on, so all of them end.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
-use crate::block_manager::{BlockCopy, BlockManager, BlockTable, CacheKey, blocks_for};
+use crate::block_manager::{BlockCopy, BlockManager, BlockTable, OutOfBlocks, blocks_for};
+use crate::cache_key::CacheKey;
+use crate::config::BLOCK_SIZE;
 
 /// One sequence for its whole life; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,8 +24,11 @@ pub(crate) struct SequenceId(pub(crate) u64);
 pub(crate) struct NewSequence {
     pub(crate) id: SequenceId,
     pub(crate) key: Arc<CacheKey>,
-    /// Tokens to compute before the first output.
-    pub(crate) tokens: usize,
+    /// What is known of it; sampled ones are added by [`Scheduler::push_token`].
+    pub(crate) tokens: Vec<u32>,
+    /// Nobody needs the states of so many of the first tokens, so they may come from the prefix cache. The last token is
+    /// always computed.
+    pub(crate) reusable: usize,
     /// Another sequence whose first tokens are the same.
     pub(crate) prefix: Option<Prefix>,
 }
@@ -47,24 +53,36 @@ pub(crate) struct ScheduledSequence {
     pub(crate) completes: bool,
 }
 
-/// One step. Sequences of one version stand together; the base model comes first.
+/// One step. Sequences that the same weights answer stand together; the base model comes first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
     pub(crate) items: Vec<ScheduledSequence>,
     /// To be done before the step.
     pub(crate) copies: Vec<BlockCopy>,
-    /// Sequences that begin (or begin again) with this step, with the tokens that they found computed.
-    pub(crate) admitted: Vec<(SequenceId, usize)>,
+    /// Sequences that begin (or begin again) with this step.
+    pub(crate) admitted: Vec<Admitted>,
     /// Sequences that lost their blocks.
     pub(crate) preempted: Vec<SequenceId>,
 }
 
-/// Bounds of a step.
+/// A sequence that begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Admitted {
+    pub(crate) id: SequenceId,
+    /// Tokens that it found computed,
+    pub(crate) computed: usize,
+    /// and whether in the prefix cache rather than with its sibling.
+    pub(crate) cached: bool,
+}
+
+/// Bounds of a step, and what the scheduler keeps between steps.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SchedulerLimits {
     pub(crate) max_num_seqs: usize,
     pub(crate) max_num_batched_tokens: usize,
     pub(crate) prefill_chunk_tokens: usize,
+    /// Whether blocks are kept after their sequences and found again.
+    pub(crate) prefix_cache: bool,
 }
 
 /// Where a sequence is in its life.
@@ -81,7 +99,8 @@ struct Entry {
     status: Status,
     /// Its reader does not keep up: no rows, and no admission.
     paused: bool,
-    tokens: usize,
+    tokens: Vec<u32>,
+    reusable: usize,
     computed: usize,
     table: BlockTable,
     prefix: Option<Prefix>,
@@ -117,7 +136,7 @@ const DECODE_COST: u64 = 2;
 
 impl Entry {
     fn remaining(&self) -> usize {
-        self.tokens - self.computed
+        self.tokens.len() - self.computed
     }
 
     fn decodes(&self) -> bool {
@@ -132,7 +151,7 @@ impl Scheduler {
     pub(crate) fn new(limits: SchedulerLimits, blocks: usize) -> Self {
         Scheduler {
             limits,
-            blocks: BlockManager::new(blocks),
+            blocks: BlockManager::new(blocks, limits.prefix_cache),
             entries: HashMap::new(),
             running: Vec::new(),
             tenants: BTreeMap::new(),
@@ -147,7 +166,7 @@ impl Scheduler {
                 && self
                     .entries
                     .get(&prefix.of)
-                    .is_some_and(|of| of.key == new.key && of.tokens >= prefix.tokens)
+                    .is_some_and(|of| of.key == new.key && of.tokens.len() >= prefix.tokens)
         });
         if let Some(of) = prefix.and_then(|prefix| self.entries.get_mut(&prefix.of)) {
             of.dependents += 1;
@@ -158,7 +177,10 @@ impl Scheduler {
             .map(|tenant| tenant.service)
             .min()
             .unwrap_or(0);
-        let tenant = self.tenants.entry(Arc::clone(&new.key.tenant)).or_default();
+        let tenant = self
+            .tenants
+            .entry(Arc::clone(new.key.tenant()))
+            .or_default();
         if tenant.alive == 0 {
             tenant.service = tenant.service.max(floor);
         }
@@ -171,6 +193,7 @@ impl Scheduler {
             status: Status::Waiting,
             paused: false,
             tokens: new.tokens,
+            reusable: new.reusable,
             computed: 0,
             table,
             prefix,
@@ -191,28 +214,30 @@ impl Scheduler {
         if plan.preempted.is_empty() {
             self.admit(&mut plan, &mut prefill_left);
         }
-        plan.items.sort_by_key(|item| {
-            self.entries
-                .get(&item.id)
-                .and_then(|entry| entry.key.version)
-        });
+        let weights = |item: &ScheduledSequence| Some(self.entries.get(&item.id)?.key.weights());
+        plan.items.sort_by(|a, b| weights(a).cmp(&weights(b)));
         plan
     }
 
-    /// Books a step that was computed.
-    pub(crate) fn complete(&mut self, plan: &Plan) {
-        for item in &plan.items {
-            if let Some(entry) = self.entries.get_mut(&item.id) {
-                entry.computed = item.start + item.rows;
-            }
+    /// Books rows that were computed: from now on others may find them.
+    pub(crate) fn complete(&mut self, item: &ScheduledSequence) {
+        if let Some(entry) = self.entries.get_mut(&item.id) {
+            entry.computed = item.start + item.rows;
+            self.blocks
+                .know(&mut entry.table, &entry.tokens[..entry.computed]);
         }
     }
 
     /// Adds a sampled token, to be computed next.
-    pub(crate) fn push_token(&mut self, id: SequenceId) {
+    pub(crate) fn push_token(&mut self, id: SequenceId, token: u32) {
         if let Some(entry) = self.entries.get_mut(&id) {
-            entry.tokens += 1;
+            entry.tokens.push(token);
         }
+    }
+
+    /// All known tokens of a sequence.
+    pub(crate) fn tokens(&self, id: SequenceId) -> &[u32] {
+        self.entries.get(&id).map_or(&[], |entry| &entry.tokens)
     }
 
     /// A paused sequence keeps its blocks (while there are enough), gets no rows and is not admitted.
@@ -222,13 +247,14 @@ impl Scheduler {
         }
     }
 
-    /// Ends a sequence, whatever it is doing. Its blocks are free now, or when the last one that shares them began.
+    /// Ends a sequence, whatever it is doing. Its blocks are free (or idle) now, or when the last one that shares them
+    /// began.
     pub(crate) fn finish(&mut self, id: SequenceId) {
         let Some(entry) = self.entries.get_mut(&id) else {
             return;
         };
         let was = std::mem::replace(&mut entry.status, Status::Retained);
-        let tenant = Arc::clone(&entry.key.tenant);
+        let tenant = Arc::clone(entry.key.tenant());
         let unused_prefix = entry.prefix.take();
         let retain = was != Status::Waiting && entry.dependents > 0 && entry.remaining() == 0;
         match was {
@@ -275,8 +301,19 @@ impl Scheduler {
         self.waiting
     }
 
+    /// Blocks that sequences hold.
     pub(crate) fn blocks_used(&self) -> usize {
-        self.blocks.total() - self.blocks.free()
+        self.blocks.total() - self.blocks.available()
+    }
+
+    /// Blocks that nobody holds, kept for what is in them.
+    pub(crate) fn blocks_idle(&self) -> usize {
+        self.blocks.idle()
+    }
+
+    /// Kept blocks that were given to others so far.
+    pub(crate) fn evictions(&self) -> u64 {
+        self.blocks.evictions()
     }
 
     pub(crate) fn blocks_total(&self) -> usize {
@@ -344,7 +381,11 @@ impl Scheduler {
             let Some(entry) = self.entries.get_mut(&id) else {
                 return false;
             };
-            if self.blocks.grow(&mut entry.table, entry.tokens).is_ok() {
+            if self
+                .blocks
+                .grow(&mut entry.table, entry.tokens.len())
+                .is_ok()
+            {
                 return true;
             }
             if self.drop_retained_except(None) {
@@ -380,7 +421,7 @@ impl Scheduler {
         let table = std::mem::replace(&mut entry.table, BlockTable::new(Arc::clone(&entry.key)));
         self.blocks.release(table);
         self.waiting += 1;
-        if let Some(queue) = self.tenants.get_mut(&entry.key.tenant) {
+        if let Some(queue) = self.tenants.get_mut(entry.key.tenant()) {
             queue.waiting.push_front(id);
         }
     }
@@ -430,53 +471,76 @@ impl Scheduler {
             .is_none_or(|of| of.computed >= prefix.tokens)
     }
 
-    /// Moves a waiting sequence to the running ones with blocks for all its tokens. False when they are not free.
+    /// Moves a waiting sequence to the running ones with blocks for all its tokens. False when they are not to be had.
     fn begin(&mut self, id: SequenceId, plan: &mut Plan) -> bool {
-        let Some(entry) = self.entries.get(&id) else {
-            return false;
+        let (table, copy, admitted) = loop {
+            match self.find_blocks(id) {
+                Ok(found) => break found,
+                Err(OutOfBlocks) => {
+                    let prefix = self.entries.get(&id).and_then(|entry| entry.prefix);
+                    // The shared prefix itself goes last, and only when nothing runs whose end could make room.
+                    let dropped = self.drop_retained_except(prefix.map(|prefix| prefix.of))
+                        || (self.running.is_empty() && self.drop_retained_except(None));
+                    if !dropped {
+                        return false;
+                    }
+                }
+            }
         };
-        let (tokens, key, prefix) = (entry.tokens, Arc::clone(&entry.key), entry.prefix);
-        let parent = prefix.and_then(|prefix| Some((prefix, self.entries.get(&prefix.of)?)));
-        let shared_blocks = parent
-            .as_ref()
-            .map_or(0, |(prefix, _)| prefix.tokens / crate::config::BLOCK_SIZE);
-        // One free block for each running sequence spares most preemptions right after an admission.
-        let reserve = self.running.len().min(self.blocks.total() / 8);
-        if blocks_for(tokens) - shared_blocks + reserve > self.blocks.free() {
-            // The shared prefix itself goes last, and only when nothing runs whose end could make room.
-            let dropped = self.drop_retained_except(prefix.map(|prefix| prefix.of))
-                || (self.running.is_empty() && self.drop_retained_except(None));
-            return dropped && self.begin(id, plan);
-        }
-        let (mut table, copy, cached) = match parent {
-            Some((prefix, of)) => match self.blocks.fork(&of.table, &key, prefix.tokens) {
-                Ok((table, copy)) => (table, copy, prefix.tokens),
-                Err(_) => return false,
-            },
-            None => (BlockTable::new(key), None, 0),
-        };
-        let fits = self.blocks.grow(&mut table, tokens).is_ok();
-        if !fits {
-            self.blocks.release(table);
-            return false;
-        }
         plan.copies.extend(copy);
-        plan.admitted.push((id, cached));
+        plan.admitted.push(admitted);
         self.running.push(id);
         self.waiting -= 1;
-        if let Some(entry) = self.entries.get_mut(&id) {
-            entry.status = Status::Running;
-            entry.computed = cached;
-            entry.table = table;
-            entry.prefix = None;
-            if let Some(queue) = self.tenants.get_mut(&entry.key.tenant) {
-                queue.waiting.retain(|&waiting| waiting != id);
-            }
+        let Some(entry) = self.entries.get_mut(&id) else {
+            return false;
+        };
+        entry.status = Status::Running;
+        entry.computed = admitted.computed;
+        entry.table = table;
+        let prefix = entry.prefix.take();
+        if let Some(queue) = self.tenants.get_mut(entry.key.tenant()) {
+            queue.waiting.retain(|&waiting| waiting != id);
         }
         if let Some(prefix) = prefix {
             self.drop_dependent(prefix.of);
         }
         true
+    }
+
+    /// Blocks for all tokens of a waiting sequence: those of its sibling's prefix, or what the prefix cache knows, and
+    /// new ones.
+    fn find_blocks(
+        &mut self,
+        id: SequenceId,
+    ) -> Result<(BlockTable, Option<BlockCopy>, Admitted), OutOfBlocks> {
+        let entry = self.entries.get(&id).ok_or(OutOfBlocks)?;
+        // One block for each running sequence spares most preemptions right after an admission.
+        let reserve = self.running.len().min(self.blocks.total() / 8);
+        let admitted = |computed, cached| Admitted {
+            id,
+            computed,
+            cached,
+        };
+        let parent = entry
+            .prefix
+            .and_then(|prefix| Some((prefix, self.entries.get(&prefix.of)?)));
+        let Some((prefix, of)) = parent else {
+            let reusable = entry.reusable.min(entry.tokens.len().saturating_sub(1));
+            let (table, known) = self
+                .blocks
+                .begin(&entry.key, &entry.tokens, reusable, reserve)?;
+            return Ok((table, None, admitted(known, true)));
+        };
+        let shared = prefix.tokens / BLOCK_SIZE;
+        if blocks_for(entry.tokens.len()) - shared + reserve > self.blocks.available() {
+            return Err(OutOfBlocks);
+        }
+        let (mut table, copy) = self.blocks.fork(&of.table, &entry.key, prefix.tokens)?;
+        if self.blocks.grow(&mut table, entry.tokens.len()).is_err() {
+            self.blocks.release(table);
+            return Err(OutOfBlocks);
+        }
+        Ok((table, copy, admitted(prefix.tokens, false)))
     }
 
     fn give_rows(&mut self, id: SequenceId, rows: usize, plan: &mut Plan) {
@@ -495,7 +559,7 @@ impl Scheduler {
         } else {
             PREFILL_COST
         };
-        if let Some(tenant) = self.tenants.get_mut(&entry.key.tenant) {
+        if let Some(tenant) = self.tenants.get_mut(entry.key.tenant()) {
             tenant.service += rows as u64 * cost;
         }
     }

@@ -1,5 +1,5 @@
 //! What the engine remembers of a request while it lives: its way back, its lease, its times, and for each of its
-//! sequences the tokens and what is to be made of the model's output.
+//! sequences what is to be made of the model's output. The tokens themselves are with the scheduler.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -59,8 +59,8 @@ pub(crate) struct ActiveRequest {
 /// One row of tokens in the KV cache, and its purpose.
 pub(crate) struct Sequence {
     pub(crate) request: RequestKey,
-    /// All tokens known; a generation's grow.
-    pub(crate) tokens: Vec<u32>,
+    /// Whether its prompt is not yet counted as cached or computed: a prompt that several share counts once.
+    pub(crate) brings_prompt: bool,
     pub(crate) task: Task,
 }
 
@@ -140,6 +140,19 @@ impl Task {
             Task::Generate(_) | Task::Classify { .. } => {}
             Task::Embed { sum, .. } => sum.fill(0.0),
             Task::Score(continuation) => continuation.scored.clear(),
+        }
+    }
+
+    /// How many of the first tokens' states nobody wants, whatever is known of the sequence: they may come from the prefix
+    /// cache.
+    pub(crate) fn reusable(&self) -> usize {
+        match self {
+            Task::Embed {
+                pooling: Pooling::Mean,
+                ..
+            } => 0,
+            Task::Score(continuation) => continuation.from - 1,
+            Task::Generate(_) | Task::Classify { .. } | Task::Embed { .. } => usize::MAX,
         }
     }
 

@@ -22,6 +22,7 @@ pub(super) fn engine_config(config: &Config, model: &ModelConfig) -> EngineConfi
         max_num_batched_tokens: engine.max_batched_tokens,
         prefill_chunk_tokens: engine.prefill_chunk_tokens.min(engine.max_batched_tokens),
         kv_blocks: blocks,
+        prefix_cache: engine.prefix_cache,
         max_sequence_tokens: model.context_length.min(blocks * BLOCK_SIZE),
         max_queue: engine.max_queue,
         event_buffer: limits.stream_buffer,

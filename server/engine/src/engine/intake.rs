@@ -5,12 +5,12 @@ use std::time::Instant;
 
 use super::Engine;
 use crate::adapter_pool::Lookup;
-use crate::block_manager::CacheKey;
+use crate::cache_key::CacheKey;
 use crate::command::Submission;
 use crate::detokenizer::StopFilter;
 use crate::error::EngineError;
 use crate::metrics;
-use crate::request::{Generate, RequestKind, Usage};
+use crate::request::{Generate, RequestKind, TargetVersion, Usage};
 use crate::sampler::Sampler;
 use crate::scheduler::{NewSequence, Prefix, SequenceId};
 use crate::sequence::{
@@ -120,10 +120,12 @@ impl Engine {
         let Some(request) = self.requests.get_mut(&key) else {
             return;
         };
-        let cache_key = Arc::new(CacheKey {
-            tenant: Arc::clone(&request.tenant),
-            version: request.version,
+        let target = request.version.map(|digest| TargetVersion {
+            digest,
+            weight: 1.0,
         });
+        let tenant = Arc::clone(&request.tenant);
+        let cache_key = Arc::new(CacheKey::new(tenant, target.as_slice(), false));
         let mut first_of_group: Option<(usize, SequenceId)> = None;
         for Planned {
             tokens,
@@ -141,7 +143,8 @@ impl Engine {
             self.scheduler.add(NewSequence {
                 id,
                 key: Arc::clone(&cache_key),
-                tokens: tokens.len(),
+                tokens,
+                reusable: task.reusable(),
                 prefix: first.map(|(_, of)| Prefix { of, tokens: shared }),
             });
             request.open.push(id);
@@ -149,7 +152,7 @@ impl Engine {
                 id,
                 Sequence {
                     request: key,
-                    tokens,
+                    brings_prompt: first.is_none(),
                     task,
                 },
             );

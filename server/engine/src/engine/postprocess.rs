@@ -2,10 +2,11 @@
 //!
 //! Every event has its place in the channel before the step begins, so nothing here waits for a reader.
 
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
+
+use rayon::prelude::*;
 
 use super::{Engine, StepOutput};
 use crate::classify;
@@ -13,8 +14,8 @@ use crate::error::EngineError;
 use crate::metrics;
 use crate::request::{Candidate, Delta, Event, FinishReason, Output, Pooling, TokenLogprob};
 use crate::sampler::token_logprob;
-use crate::scheduler::{Plan, SequenceId};
-use crate::sequence::{Generation, RequestKey, Task};
+use crate::scheduler::SequenceId;
+use crate::sequence::{Generation, RequestKey, Sequence, Task};
 
 /// Rows of logits held at once when continuations are scored: a row is as long as the vocabulary.
 const SCORED_ROWS: usize = 32;
@@ -26,30 +27,44 @@ struct End {
     stop_token: Option<u32>,
 }
 
+/// What became of a generation's row of logits.
+struct Drawn {
+    id: SequenceId,
+    next: Result<Next, EngineError>,
+}
+
+/// A generation's next token, and what may be shown for it.
+struct Next {
+    token: u32,
+    logprob: Option<TokenLogprob>,
+    text: String,
+    end: Option<End>,
+}
+
+/// A generation out of the book while its token is chosen.
+struct Draw {
+    sequence: Sequence,
+    /// Tokens of the sequence so far.
+    position: usize,
+    /// The context is full after this token.
+    last: bool,
+    drawn: Drawn,
+}
+
 impl Engine {
-    pub(super) fn postprocess(&mut self, plan: &Plan, outputs: Vec<StepOutput>) {
-        self.scheduler.complete(plan);
+    pub(super) fn postprocess(&mut self, outputs: Vec<StepOutput>) {
         let states = std::mem::take(&mut self.states);
-        let mut logits = std::mem::take(&mut self.logits);
-        let sampling = self.gather_sampling(&outputs, &states);
-        logits.clear();
-        if !sampling.is_empty() {
-            logits.extend_from_slice(self.runner.logits(&sampling));
-        }
-        let mut rows = logits.chunks_exact_mut(self.model.config.vocab);
+        let mut drawn = self.draw_tokens(&outputs, &states).into_iter().peekable();
         for output in outputs {
             let id = output.item.id;
             let Some(range) = output.states else {
                 self.fail_sequence(id, "its step panicked");
                 continue;
             };
-            let row = if self.samples(id, &range) {
-                rows.next()
-            } else {
-                None
-            };
+            self.scheduler.complete(&output.item);
+            let drawn = drawn.next_if(|drawn| drawn.id == id);
             let advance =
-                AssertUnwindSafe(|| self.advance(id, &states[range], row, output.item.completes));
+                AssertUnwindSafe(|| self.advance(id, &states[range], drawn, output.item.completes));
             if catch_unwind(advance).is_err() {
                 self.totals.panics += 1;
                 metrics::panic_caught("postprocess");
@@ -57,31 +72,50 @@ impl Engine {
             }
         }
         self.states = states;
-        self.logits = logits;
     }
 
-    /// The states from which tokens are sampled, one after the other: one product for all of them.
-    fn gather_sampling(&self, outputs: &[StepOutput], states: &[f32]) -> Vec<f32> {
-        let mut gathered = Vec::new();
+    /// The next tokens of all generations that have a state for one: one product, then row beside row.
+    fn draw_tokens(&mut self, outputs: &[StepOutput], states: &[f32]) -> Vec<Drawn> {
+        let max_sequence = self.model.max_sequence_tokens;
+        let mut drawing = std::mem::take(&mut self.drawing);
+        drawing.clear();
+        let mut draws: Vec<Draw> = Vec::with_capacity(outputs.len());
         for output in outputs {
-            if let Some(range) = output
-                .states
-                .clone()
-                .filter(|range| self.samples(output.item.id, range))
-            {
-                gathered.extend_from_slice(&states[range]);
+            let id = output.item.id;
+            let Some(range) = output.states.clone().filter(|range| !range.is_empty()) else {
+                continue;
+            };
+            let generates = |sequence: &Sequence| matches!(sequence.task, Task::Generate(_));
+            if !self.sequences.get(&id).is_some_and(generates) {
+                continue;
+            }
+            // Out of the book for a moment, so that threads may share them out.
+            if let Some(sequence) = self.sequences.remove(&id) {
+                let position = self.scheduler.tokens(id).len();
+                let next = Err(EngineError::Internal {
+                    detail: "its sampling panicked".to_owned(),
+                });
+                draws.push(Draw {
+                    sequence,
+                    position,
+                    last: position + 1 >= max_sequence,
+                    drawn: Drawn { id, next },
+                });
+                drawing.extend_from_slice(&states[range]);
             }
         }
-        gathered
-    }
-
-    fn samples(&self, id: SequenceId, states: &Range<usize>) -> bool {
-        let generates = |task: &Task| matches!(task, Task::Generate(_));
-        !states.is_empty()
-            && self
-                .sequences
-                .get(&id)
-                .is_some_and(|sequence| generates(&sequence.task))
+        if !draws.is_empty() {
+            let logits = self.runner.logits(&drawing);
+            self.clock.lap(|times| &mut times.logits);
+            draw_rows(logits, self.model.config.vocab, &mut draws);
+            self.clock.lap(|times| &mut times.sampling);
+        }
+        self.drawing = drawing;
+        let back = |draw: Draw| {
+            self.sequences.insert(draw.drawn.id, draw.sequence);
+            draw.drawn
+        };
+        draws.into_iter().map(back).collect()
     }
 
     fn fail_sequence(&mut self, id: SequenceId, detail: &str) {
@@ -96,25 +130,19 @@ impl Engine {
     }
 
     /// Makes of one sequence's new states what its task asks for.
-    fn advance(
-        &mut self,
-        id: SequenceId,
-        states: &[f32],
-        logits: Option<&mut [f32]>,
-        completes: bool,
-    ) {
+    fn advance(&mut self, id: SequenceId, states: &[f32], drawn: Option<Drawn>, completes: bool) {
         // A sibling that failed in this step has taken the whole request with it.
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return;
         };
-        let (key, position) = (sequence.request, sequence.tokens.len());
+        let (key, position) = (sequence.request, self.scheduler.tokens(id).len());
         if !states.iter().all(|state| state.is_finite()) {
             return self.fail(key, EngineError::NonFiniteLogits { position });
         }
         match &mut sequence.task {
             Task::Generate(_) => {
-                if let Some(logits) = logits {
-                    self.advance_generation(id, key, logits);
+                if let Some(drawn) = drawn {
+                    self.advance_generation(key, drawn);
                 }
             }
             Task::Classify { index } if completes => {
@@ -156,34 +184,33 @@ impl Engine {
 
     // --- generation ---
 
-    fn advance_generation(&mut self, id: SequenceId, key: RequestKey, logits: &mut [f32]) {
-        let max_sequence = self.model.max_sequence_tokens;
-        let Some(sequence) = self.sequences.get_mut(&id) else {
+    fn advance_generation(&mut self, key: RequestKey, drawn: Drawn) {
+        let id = drawn.id;
+        let next = match drawn.next {
+            Ok(next) => next,
+            Err(error) => return self.fail(key, error),
+        };
+        let Some(Sequence {
+            task: Task::Generate(generation),
+            ..
+        }) = self.sequences.get(&id)
+        else {
             return;
         };
-        let position = sequence.tokens.len();
-        let Task::Generate(generation) = &mut sequence.task else {
-            return;
-        };
-        let sampled = generation.sample(logits);
-        let Ok((token, logprob)) = sampled else {
-            return self.fail(key, EngineError::NonFiniteLogits { position });
-        };
-        let (text, end) = generation.append(token, position + 1 >= max_sequence);
+        let token = next.token;
         let delta = Delta {
             candidate: generation.candidate,
-            text,
+            text: next.text,
             tokens: vec![token],
-            logprobs: logprob.into_iter().collect(),
+            logprobs: next.logprob.into_iter().collect(),
         };
-        let finished = end.map(|end| Candidate {
+        let finished = next.end.map(|end| Candidate {
             candidate: generation.candidate,
             finish_reason: end.reason,
             stop_string: end.stop_string,
             stop_token: end.stop_token,
             output_tokens: generation.outputs,
         });
-        sequence.tokens.push(token);
         self.totals.output_tokens += 1;
         metrics::output_token();
         if let Some(request) = self.requests.get_mut(&key) {
@@ -192,7 +219,7 @@ impl Engine {
             request.send(Event::Delta(delta));
         }
         match finished {
-            None => self.scheduler.push_token(id),
+            None => self.scheduler.push_token(id, token),
             Some(candidate) => {
                 if let Some(request) = self.requests.get(&key) {
                     request.send(Event::Finished(candidate));
@@ -245,7 +272,7 @@ impl Engine {
                 continuation.scored.push(scored);
             }
             if !finite {
-                let position = sequence.tokens.len();
+                let position = self.scheduler.tokens(id).len();
                 return self.fail(key, EngineError::NonFiniteLogits { position });
             }
         }
@@ -322,9 +349,48 @@ impl Engine {
     }
 }
 
+/// Chooses a token for each draw from its row of logits `[draws, vocab]`, rows beside each other. A panic costs its own
+/// request.
+fn draw_rows(logits: &mut [f32], vocab: usize, draws: &mut [Draw]) {
+    let draw = |(row, draw): (&mut [f32], &mut Draw)| {
+        let next = AssertUnwindSafe(|| match &mut draw.sequence.task {
+            Task::Generate(generation) => Some(generation.next(row, draw.position, draw.last)),
+            _ => None,
+        });
+        match catch_unwind(next) {
+            Ok(Some(next)) => draw.drawn.next = next,
+            Ok(None) => {}
+            Err(_) => metrics::panic_caught("sampling"),
+        }
+    };
+    if let [only] = draws {
+        return draw((logits, only));
+    }
+    logits.par_chunks_exact_mut(vocab).zip(draws).for_each(draw);
+}
+
 // === impl Generation ===
 
 impl Generation {
+    /// Chooses a token from a row of logits, which is changed, for a sequence of `position` tokens. `last`: the context is
+    /// full after it.
+    fn next(
+        &mut self,
+        logits: &mut [f32],
+        position: usize,
+        last: bool,
+    ) -> Result<Next, EngineError> {
+        let sampled = self.sample(logits);
+        let (token, logprob) = sampled.map_err(|_| EngineError::NonFiniteLogits { position })?;
+        let (text, end) = self.append(token, last);
+        Ok(Next {
+            token,
+            logprob,
+            text,
+            end,
+        })
+    }
+
     fn sample(
         &mut self,
         logits: &mut [f32],

@@ -121,12 +121,22 @@ fn a_mixed_batch_is_each_alone() {
 
 #[test]
 fn preempted_sequences_give_the_same_tokens() {
-    let alone = all_alone(&fixture(EngineConfig::default()));
+    let work = || {
+        // Each of the long ones begins with 2 blocks and ends with 4.
+        let long = |i| (Some(i as usize % 3), sampled(prompt(70 + i, 20), i, 40));
+        let long: Vec<_> = (0..6).map(long).collect();
+        [long, mixed_work()].concat()
+    };
+    let roomy = fixture(EngineConfig::default());
+    let alone: Vec<Reply> = work()
+        .into_iter()
+        .map(|(adapter, kind)| roomy.ask(adapter, kind))
+        .collect();
     let tight = fixture(EngineConfig {
         kv_blocks: 7,
         ..small()
     });
-    let receivers: Vec<_> = mixed_work()
+    let receivers: Vec<_> = work()
         .into_iter()
         .map(|(adapter, kind)| tight.submit(adapter, kind))
         .collect();
@@ -138,6 +148,76 @@ fn preempted_sequences_give_the_same_tokens() {
         "the test needs too few blocks"
     );
     tight.settled();
+}
+
+#[test]
+fn a_warm_prefix_changes_no_bit() {
+    let cold = fixture(EngineConfig {
+        prefix_cache: false,
+        ..EngineConfig::default()
+    });
+    let warm = fixture(EngineConfig::default());
+    // The second time every whole block of every prompt is known; what needs all states computes them all.
+    let (first, second) = (all_alone(&warm), all_alone(&warm));
+    let mut found = 0;
+    for ((cold, first), second) in all_alone(&cold).iter().zip(&first).zip(&second) {
+        assert_eq!(first.results(), cold.results());
+        assert_eq!(second.results(), cold.results());
+        assert_eq!(cold.usage.unwrap().cached_input_tokens, 0);
+        let usage = second.usage.unwrap();
+        assert!(usage.cached_input_tokens < usage.input_tokens);
+        found += usage.cached_input_tokens;
+    }
+    let again = warm.engine.stats();
+    assert!(
+        found > 100 && again.cached_input_tokens >= found as u64,
+        "{found} found"
+    );
+    assert!(again.kv_blocks_kept > 10);
+    assert_eq!(cold.engine.stats().kv_blocks_kept, 0);
+    warm.settled();
+}
+
+#[test]
+fn a_long_prompt_is_cached_for_its_tenant_and_version_alone() {
+    let fixture = fixture(EngineConfig::default());
+    let text = prompt(9, 70);
+    let ask = |tenant: &str, adapter, tail: u64| {
+        let mut whole = text.clone();
+        whole.extend(prompt(tail, 9));
+        let mut request = fixture.request(adapter, sampled(whole, 1, 4));
+        request.tenant = tenant.into();
+        let usage = collect(fixture.engine.submit(request).unwrap()).usage;
+        usage.unwrap().cached_input_tokens
+    };
+    assert_eq!(ask("a", Some(0), 1), 0);
+    assert_eq!(ask("a", Some(0), 2), 64, "the shared part, in whole blocks");
+    assert_eq!(ask("a", Some(0), 1), 64, "the block after it is not whole");
+    assert_eq!(ask("b", Some(0), 1), 0, "another tenant");
+    assert_eq!(ask("a", Some(1), 1), 0, "another version");
+    assert_eq!(ask("a", None, 1), 0, "the base");
+    assert_eq!(ask("a", None, 3), 64);
+}
+
+#[test]
+fn a_step_that_panicked_leaves_nothing_to_find() {
+    let fixture = fixture(EngineConfig::default());
+    let text = prompt(3, 40);
+    let ask = |mut text: Vec<u32>, poison: bool| {
+        if poison {
+            text[32..36].copy_from_slice(&POISON);
+        }
+        fixture.ask(Some(0), sampled(text, 1, 6))
+    };
+    let cold = ask(text.clone(), false);
+    // 32 tokens are known; the step that begins with the poison fails.
+    assert!(ask(text.clone(), true).error.is_some());
+    let again = ask(text.clone(), true);
+    assert!(again.error.is_some(), "the block that failed is not known");
+    let warm = ask(text, false);
+    assert_eq!(warm.usage.unwrap().cached_input_tokens, 32);
+    assert_eq!(warm.results(), cold.results());
+    fixture.settled();
 }
 
 #[test]

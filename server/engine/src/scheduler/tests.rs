@@ -1,36 +1,37 @@
-//! The scheduler against random traffic: budgets, order, fairness, and that everything ends.
+//! The scheduler against random traffic: budgets, order, fairness, that everything ends, and that every sequence reads
+//! the keys and values of its own tokens.
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use std::collections::BTreeSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
-use espalier_adapters::version::VersionDigest;
 use proptest::prelude::*;
 
 use super::*;
+use crate::cache_key::test_key;
 
 const LIMITS: SchedulerLimits = SchedulerLimits {
     max_num_seqs: 5,
     max_num_batched_tokens: 24,
     prefill_chunk_tokens: 9,
+    prefix_cache: true,
 };
 const BLOCKS: usize = 8;
 
-fn key(tenant: u8, version: u8) -> Arc<CacheKey> {
-    let version = (version > 0).then(|| VersionDigest::from_bytes([version; 32]));
-    Arc::new(CacheKey {
-        tenant: format!("t{tenant}").into(),
-        version,
-    })
-}
-
+/// A sequence whose tokens nobody else has.
 fn new(id: u64, tenant: u8, version: u8, tokens: usize) -> NewSequence {
     NewSequence {
         id: SequenceId(id),
-        key: key(tenant, version),
-        tokens,
+        key: test_key(tenant, version),
+        tokens: (0..tokens as u32).map(|i| id as u32 * 1000 + i).collect(),
+        reusable: usize::MAX,
         prefix: None,
     }
+}
+
+fn tenant(number: u8) -> Arc<str> {
+    Arc::clone(test_key(number, 0).tenant())
 }
 
 #[derive(Clone, Debug)]
@@ -39,6 +40,12 @@ struct Job {
     version: u8,
     prompt: usize,
     output: usize,
+    /// So many of the prompt's tokens are those of everybody else.
+    common: usize,
+    /// So many tokens' states are not wanted.
+    reusable: usize,
+    /// Its first complete step panics.
+    fails: bool,
     /// Steps between the previous arrival and this one.
     gap: usize,
     /// Candidates that share the prompt.
@@ -51,17 +58,31 @@ struct Job {
 
 fn job() -> impl Strategy<Value = Job> {
     (
-        (0..3_u8, 0..3_u8, 1..70_usize, 1..50_usize),
+        (0..3_u8, 0..2_u8, 1..70_usize, 1..50_usize),
+        (
+            0..80_usize,
+            prop_oneof![Just(usize::MAX), 0..40_usize],
+            prop::bool::weighted(0.1),
+        ),
         (0..6_usize, 1..4_usize),
         prop::option::weighted(0.2, (0..10_usize, 1..30_usize)),
         prop::option::weighted(0.15, 0..40_usize),
     )
         .prop_map(
-            |((tenant, version, prompt, output), (gap, n), pause, cancel)| Job {
+            |(
+                (tenant, version, prompt, output),
+                (common, reusable, fails),
+                (gap, n),
+                pause,
+                cancel,
+            )| Job {
                 tenant,
                 version,
                 prompt,
                 output,
+                common,
+                reusable,
+                fails,
                 gap,
                 n,
                 pause,
@@ -73,7 +94,8 @@ fn job() -> impl Strategy<Value = Job> {
 struct Live {
     id: SequenceId,
     job: Job,
-    tokens: usize,
+    key: Arc<CacheKey>,
+    tokens: Vec<u32>,
     computed: usize,
     outputs: usize,
     age: usize,
@@ -81,22 +103,47 @@ struct Live {
     has_paused: bool,
 }
 
+/// What was written where: a fingerprint of the key and of all tokens up to the position.
+type Memory = [[u64; BLOCK_SIZE]; BLOCKS];
+
+fn fingerprint(key: &CacheKey, tokens: &[u32]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (key, tokens).hash(&mut hasher);
+    hasher.finish()
+}
+
 fn arrive(scheduler: &mut Scheduler, live: &mut Vec<Live>, next_id: &mut u64, job: &Job) {
     let mut parent = None;
+    let first = *next_id as u32;
     for _ in 0..job.n {
         let id = SequenceId(*next_id);
         *next_id += 1;
-        let mut sequence = new(id.0, job.tenant, job.version, job.prompt);
-        sequence.prefix = parent.map(|of| Prefix {
+        let key = test_key(job.tenant, job.version);
+        let own = |i| {
+            if i < job.common {
+                i as u32
+            } else {
+                (first + 1) * 1000 + i as u32
+            }
+        };
+        let tokens: Vec<u32> = (0..job.prompt).map(own).collect();
+        let prefix = parent.map(|of| Prefix {
             of,
             tokens: job.prompt - 1,
         });
         parent.get_or_insert(id);
-        scheduler.add(sequence);
+        scheduler.add(NewSequence {
+            id,
+            key: Arc::clone(&key),
+            tokens: tokens.clone(),
+            reusable: job.reusable,
+            prefix,
+        });
         live.push(Live {
             id,
             job: job.clone(),
-            tokens: job.prompt,
+            key,
+            tokens,
             computed: 0,
             outputs: 0,
             age: 0,
@@ -110,12 +157,12 @@ fn check_plan(plan: &Plan, scheduler: &Scheduler, live: &mut [Live]) {
     let rows: usize = plan.items.iter().map(|item| item.rows).sum();
     assert!(rows <= LIMITS.max_num_batched_tokens, "{rows} rows");
     assert!(scheduler.running() <= LIMITS.max_num_seqs);
-    let versions: Vec<_> = plan
+    let weights: Vec<_> = plan
         .items
         .iter()
-        .map(|item| scheduler.entries[&item.id].key.version)
+        .map(|item| scheduler.entries[&item.id].key.weights())
         .collect();
-    assert!(versions.is_sorted(), "one version's rows stand together");
+    assert!(weights.is_sorted(), "one version's rows stand together");
     let ids: BTreeSet<_> = plan.items.iter().map(|item| item.id).collect();
     assert_eq!(ids.len(), plan.items.len(), "a sequence has rows once");
     for id in &plan.preempted {
@@ -125,14 +172,15 @@ fn check_plan(plan: &Plan, scheduler: &Scheduler, live: &mut [Live]) {
             .computed = 0;
         assert!(!ids.contains(id), "a victim has no rows");
     }
-    for (id, cached) in &plan.admitted {
-        live.iter_mut()
-            .find(|live| live.id == *id)
-            .unwrap()
-            .computed = *cached;
+    for admitted in &plan.admitted {
+        let sequence = live.iter_mut().find(|live| live.id == admitted.id).unwrap();
+        assert!(!admitted.cached || admitted.computed <= sequence.job.reusable);
+        assert!(scheduler.limits.prefix_cache || !admitted.cached || admitted.computed == 0);
+        sequence.computed = admitted.computed;
     }
     let is_decode = |item: &&ScheduledSequence| item.rows == 1 && item.start > 0 && item.completes;
-    let admitted = |item: &&ScheduledSequence| plan.admitted.iter().any(|(id, _)| *id == item.id);
+    let admitted =
+        |item: &&ScheduledSequence| plan.admitted.iter().any(|admitted| admitted.id == item.id);
     if plan
         .items
         .iter()
@@ -156,17 +204,53 @@ fn check_plan(plan: &Plan, scheduler: &Scheduler, live: &mut [Live]) {
             item.start, sequence.computed,
             "rows go on where the last step ended"
         );
-        assert!(item.rows >= 1 && item.start + item.rows <= sequence.tokens);
-        assert_eq!(item.completes, item.start + item.rows == sequence.tokens);
+        assert_eq!(scheduler.tokens(item.id), sequence.tokens);
+        assert!(item.rows >= 1 && item.start + item.rows <= sequence.tokens.len());
+        assert_eq!(
+            item.completes,
+            item.start + item.rows == sequence.tokens.len()
+        );
         assert_eq!(sequence.paused_for, 0, "a paused sequence has no rows");
         assert!(scheduler.block_table(item.id).len() >= blocks_for(item.start + item.rows));
         sequence.computed = item.start + item.rows;
     }
 }
 
+/// Runs a step in memory: what each row reads must be what its sequence's tokens were written as.
+fn run(plan: &Plan, scheduler: &Scheduler, live: &[Live], memory: &mut Memory) {
+    for copy in &plan.copies {
+        memory[copy.to as usize] = memory[copy.from as usize];
+    }
+    for item in &plan.items {
+        let sequence = live.iter().find(|live| live.id == item.id).unwrap();
+        let table = scheduler.block_table(item.id);
+        let fails = sequence.job.fails && item.completes;
+        for position in item.start..item.start + item.rows {
+            let written = fingerprint(&sequence.key, &sequence.tokens[..=position]);
+            let block = table[position / BLOCK_SIZE] as usize;
+            memory[block][position % BLOCK_SIZE] = if fails { 1 } else { written };
+        }
+        for position in (0..item.start + item.rows).filter(|_| !fails) {
+            let expected = fingerprint(&sequence.key, &sequence.tokens[..=position]);
+            let block = table[position / BLOCK_SIZE] as usize;
+            assert_eq!(
+                memory[block][position % BLOCK_SIZE],
+                expected,
+                "{:?} reads position {position} in block {block}",
+                item.id
+            );
+        }
+    }
+}
+
 /// Runs all jobs to their end; panics when an invariant breaks or when nothing moves.
-fn simulate(jobs: &[Job]) {
-    let mut scheduler = Scheduler::new(LIMITS, BLOCKS);
+fn simulate(jobs: &[Job], prefix_cache: bool) {
+    let limits = SchedulerLimits {
+        prefix_cache,
+        ..LIMITS
+    };
+    let mut scheduler = Scheduler::new(limits, BLOCKS);
+    let mut memory: Memory = [[0; BLOCK_SIZE]; BLOCKS];
     let (mut live, mut next_id, mut arrivals) = (Vec::<Live>::new(), 0, jobs.iter().peekable());
     let mut until_next = arrivals.peek().map_or(0, |job| job.gap);
     let work: usize = jobs
@@ -188,7 +272,7 @@ fn simulate(jobs: &[Job]) {
         let plan = scheduler.schedule();
         scheduler.check_integrity();
         check_plan(&plan, &scheduler, &mut live);
-        scheduler.complete(&plan);
+        run(&plan, &scheduler, &live, &mut memory);
         postprocess(&plan, &mut scheduler, &mut live);
         scheduler.check_integrity();
     }
@@ -204,12 +288,23 @@ fn simulate(jobs: &[Job]) {
 }
 
 fn postprocess(plan: &Plan, scheduler: &mut Scheduler, live: &mut Vec<Live>) {
-    for item in plan.items.iter().filter(|item| item.completes) {
-        let sequence = live.iter_mut().find(|live| live.id == item.id).unwrap();
-        sequence.outputs += 1;
-        if sequence.outputs < sequence.job.output {
-            sequence.tokens += 1;
-            scheduler.push_token(item.id);
+    for item in &plan.items {
+        let index = live.iter().position(|live| live.id == item.id).unwrap();
+        let sequence = &mut live[index];
+        if sequence.job.fails && item.completes {
+            scheduler.finish(item.id);
+            live.remove(index);
+            continue;
+        }
+        scheduler.complete(item);
+        if item.completes {
+            sequence.outputs += 1;
+            if sequence.outputs < sequence.job.output {
+                // Outputs of some sequences agree, as those of greedy ones do.
+                let token = 7 + sequence.outputs as u32 + (item.id.0 as u32 % 2) * 5000;
+                sequence.tokens.push(token);
+                scheduler.push_token(item.id, token);
+            }
         }
     }
     for sequence in live.iter_mut() {
@@ -240,8 +335,10 @@ fn postprocess(plan: &Plan, scheduler: &mut Scheduler, live: &mut Vec<Live>) {
 
 proptest! {
     #[test]
-    fn random_traffic_keeps_every_invariant_and_ends(jobs in prop::collection::vec(job(), 1..30)) {
-        simulate(&jobs);
+    fn random_traffic_keeps_every_invariant_and_ends(
+        jobs in prop::collection::vec(job(), 1..30), prefix_cache in prop::bool::weighted(0.8),
+    ) {
+        simulate(&jobs, prefix_cache);
     }
 }
 
@@ -250,9 +347,9 @@ fn rows_by_tenant(scheduler: &mut Scheduler, steps: usize) -> BTreeMap<Arc<str>,
     let mut rows = BTreeMap::new();
     for _ in 0..steps {
         let plan = scheduler.schedule();
-        scheduler.complete(&plan);
         for item in &plan.items {
-            let tenant = Arc::clone(&scheduler.entries[&item.id].key.tenant);
+            scheduler.complete(item);
+            let tenant = Arc::clone(scheduler.entries[&item.id].key.tenant());
             *rows.entry(tenant).or_default() += item.rows;
             if item.completes {
                 scheduler.finish(item.id);
@@ -271,10 +368,12 @@ fn within_a_tenant_the_first_comes_first() {
     let mut admitted = Vec::new();
     while scheduler.waiting() > 0 {
         let plan = scheduler.schedule();
-        admitted.extend(plan.admitted.iter().map(|(id, _)| id.0));
-        scheduler.complete(&plan);
-        for item in plan.items.iter().filter(|item| item.completes) {
-            scheduler.finish(item.id);
+        admitted.extend(plan.admitted.iter().map(|admitted| admitted.id.0));
+        for item in &plan.items {
+            scheduler.complete(item);
+            if item.completes {
+                scheduler.finish(item.id);
+            }
         }
     }
     assert_eq!(admitted, (0..12).collect::<Vec<_>>());
@@ -291,39 +390,51 @@ fn a_flood_of_one_tenant_does_not_hold_up_another() {
         scheduler.add(new(id, 1, 0, 20));
     }
     let rows = rows_by_tenant(&mut scheduler, 20);
-    let (first, second) = (rows[&Arc::from("t0")], rows[&Arc::from("t1")]);
+    let (first, second) = (rows[&tenant(0)], rows[&tenant(1)]);
     assert!(
         first.abs_diff(second) <= 2 * LIMITS.max_num_batched_tokens,
         "{first} and {second} rows"
     );
 }
 
+/// Runs a planned step of which nothing fails.
+fn step(scheduler: &mut Scheduler) -> Plan {
+    let plan = scheduler.schedule();
+    plan.items.iter().for_each(|item| scheduler.complete(item));
+    plan
+}
+
+/// `(id, tokens found computed, by the prefix cache)`.
+fn admitted(plan: &Plan) -> Vec<(u64, usize, bool)> {
+    let facts = |admitted: &Admitted| (admitted.id.0, admitted.computed, admitted.cached);
+    plan.admitted.iter().map(facts).collect()
+}
+
 #[test]
 fn candidates_share_the_whole_blocks_of_their_prompt() {
     let mut scheduler = Scheduler::new(LIMITS, 64);
-    scheduler.add(new(0, 0, 1, 40));
-    for id in 1..3 {
-        let prefix = Some(Prefix {
+    let prompt = new(0, 0, 1, 40);
+    for id in 0..3 {
+        let prefix = (id > 0).then_some(Prefix {
             of: SequenceId(0),
             tokens: 39,
         });
         scheduler.add(NewSequence {
+            id: SequenceId(id),
             prefix,
-            ..new(id, 0, 1, 40)
+            ..prompt.clone()
         });
     }
-    let first = scheduler.schedule();
+    let first = step(&mut scheduler);
     assert_eq!(
-        first.admitted,
-        [(SequenceId(0), 0)],
+        admitted(&first),
+        [(0, 0, true)],
         "the others wait for the prefix"
     );
-    scheduler.complete(&first);
-    let second = scheduler.schedule();
-    scheduler.complete(&second);
-    scheduler.push_token(SequenceId(0));
+    step(&mut scheduler);
+    scheduler.push_token(SequenceId(0), 1);
     let third = scheduler.schedule();
-    assert_eq!(third.admitted, [(SequenceId(1), 39), (SequenceId(2), 39)]);
+    assert_eq!(admitted(&third), [(1, 39, false), (2, 39, false)]);
     assert_eq!(
         third.copies.len(),
         2,
@@ -341,24 +452,101 @@ fn a_finished_prefix_stays_until_it_was_shared() {
     let mut scheduler = Scheduler::new(
         SchedulerLimits {
             max_num_seqs: 1,
+            prefix_cache: false,
             ..LIMITS
         },
         64,
     );
-    scheduler.add(new(0, 0, 1, 20));
+    let long = new(0, 0, 1, 30);
     scheduler.add(NewSequence {
+        tokens: long.tokens[..20].to_vec(),
+        ..long.clone()
+    });
+    scheduler.add(NewSequence {
+        id: SequenceId(1),
         prefix: Some(Prefix {
             of: SequenceId(0),
             tokens: 16,
         }),
-        ..new(1, 0, 1, 30)
+        ..long
     });
-    let plan = scheduler.schedule();
-    scheduler.complete(&plan);
+    step(&mut scheduler);
     scheduler.finish(SequenceId(0));
     assert_eq!(scheduler.blocks_used(), 2);
     let plan = scheduler.schedule();
-    assert_eq!(plan.admitted, [(SequenceId(1), 16)]);
+    assert_eq!(admitted(&plan), [(1, 16, false)]);
     scheduler.finish(SequenceId(1));
+    assert_eq!((scheduler.blocks_used(), scheduler.blocks_idle()), (0, 0));
+}
+
+#[test]
+fn a_prompt_is_found_again_by_its_own_tenant_and_version_only() {
+    let mut scheduler = Scheduler::new(
+        SchedulerLimits {
+            max_num_batched_tokens: 256,
+            ..LIMITS
+        },
+        64,
+    );
+    let mut first = new(0, 0, 1, 50);
+    first.reusable = 49;
+    scheduler.add(first.clone());
+    step(&mut scheduler);
+    // While the first one runs, and after.
+    for round in 0..2 {
+        let ask = |id: u64, tenant, version, reusable| NewSequence {
+            id: SequenceId(10 * (round + 1) + id),
+            key: test_key(tenant, version),
+            reusable,
+            ..first.clone()
+        };
+        let asked = [
+            ask(0, 0, 1, 49),
+            ask(1, 1, 1, 49),
+            ask(2, 0, 2, 49),
+            ask(3, 0, 1, 40),
+        ];
+        let mut found = BTreeMap::new();
+        for sequence in asked {
+            let id = sequence.id;
+            scheduler.add(sequence);
+            let plan = scheduler.schedule();
+            found.insert(id.0 % 10, plan.admitted[0].computed);
+            // Nothing is booked, so that nobody leaves anything behind.
+            scheduler.finish(id);
+        }
+        assert_eq!(found, BTreeMap::from([(0, 48), (1, 0), (2, 0), (3, 32)]));
+        scheduler.finish(SequenceId(0));
+    }
     assert_eq!(scheduler.blocks_used(), 0);
+}
+
+#[test]
+fn a_preempted_sequence_finds_its_own_blocks_again() {
+    let mut scheduler = Scheduler::new(
+        SchedulerLimits {
+            max_num_batched_tokens: 256,
+            ..LIMITS
+        },
+        8,
+    );
+    scheduler.add(new(0, 0, 0, 60));
+    scheduler.add(new(1, 0, 0, 40));
+    step(&mut scheduler);
+    assert_eq!(scheduler.running(), 2);
+    let mut preempted = Vec::new();
+    for token in 0.. {
+        if !preempted.is_empty() {
+            break;
+        }
+        scheduler.push_token(SequenceId(0), token);
+        preempted = step(&mut scheduler).preempted;
+    }
+    assert_eq!(preempted, [SequenceId(1)]);
+    scheduler.finish(SequenceId(0));
+    assert_eq!(
+        admitted(&scheduler.schedule()),
+        [(1, 32, true)],
+        "its whole blocks are there"
+    );
 }
