@@ -19,7 +19,10 @@ use std::path::Path;
 pub use metadata::{Array, Metadata, Value};
 pub use tensor::{TensorInfo, TensorType};
 
+use half::{bf16, f16};
 use header::Header;
+
+use crate::ops::{Blocks, Weight, WeightKind};
 
 /// A GGUF file that cannot be used: which file, where in it, and which rule it breaks.
 #[derive(Debug, thiserror::Error)]
@@ -120,25 +123,73 @@ impl<R: Read + Seek> Gguf<R> {
     /// # Errors
     /// [`GgufError`] when there is no such tensor or the file cannot be read.
     pub fn dequantize(&mut self, name: &str) -> Result<Vec<f32>, GgufError> {
-        let place = || format!("tensor {name:?}");
-        let info = self
-            .tensors
-            .get(name)
-            .ok_or_else(|| GgufError::rule(&self.file, place(), "no such tensor"))?;
+        let (info, place) = self.info(name)?;
+        let file = self.file.clone();
+        let mut values = Vec::with_capacity(info.elements());
+        self.chunks(&info, |chunk| {
+            info.kind
+                .widen(chunk, &mut values)
+                .map_err(|source| GgufError::rule(&file, &place, source.to_string()))
+        })?;
+        Ok(values)
+    }
+
+    /// Reads one tensor as it is stored where operations can use that (plain types, Q8_0, Q4_0, Q4_1), and widened to f32 otherwise.
+    ///
+    /// # Errors
+    /// [`GgufError`] when there is no such tensor or the file cannot be read.
+    pub fn weight(&mut self, name: &str) -> Result<Weight, GgufError> {
+        let (info, _) = self.info(name)?;
+        let Some(kind) = info.kind.stored() else {
+            return self.dequantize(name).map(Weight::F32);
+        };
+        let mut bytes = Vec::with_capacity(info.bytes as usize);
+        self.chunks(&info, |chunk| {
+            bytes.extend_from_slice(chunk);
+            Ok(())
+        })?;
+        let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+        let inputs = info.shape.last().copied().unwrap_or(0);
+        match kind {
+            WeightKind::Bf16 => Ok(Weight::Bf16(halves().map(bf16::from_le_bytes).collect())),
+            WeightKind::F16 => Ok(Weight::F16(halves().map(f16::from_le_bytes).collect())),
+            WeightKind::F32 => self.dequantize(name).map(Weight::F32),
+            kind => Blocks::new(kind, inputs, bytes)
+                .map(Weight::Blocks)
+                .ok_or_else(|| self.no_blocks(name)),
+        }
+    }
+
+    fn no_blocks(&self, name: &str) -> GgufError {
+        let place = format!("tensor {name:?}");
+        GgufError::rule(&self.file, place, "is not made of whole rows of blocks")
+    }
+
+    fn info(&self, name: &str) -> Result<(TensorInfo, String), GgufError> {
+        let place = format!("tensor {name:?}");
+        match self.tensors.get(name) {
+            Some(info) => Ok((info.clone(), place)),
+            None => Err(GgufError::rule(&self.file, place, "no such tensor")),
+        }
+    }
+
+    /// Reads a tensor's blocks, many at a time.
+    fn chunks(
+        &mut self,
+        info: &TensorInfo,
+        mut take: impl FnMut(&[u8]) -> Result<(), GgufError>,
+    ) -> Result<(), GgufError> {
         let io = |source| GgufError::io(&self.file, source);
         self.reader.seek(SeekFrom::Start(info.start)).map_err(io)?;
-        let mut values = Vec::with_capacity(info.elements());
         let mut bytes = tensor::AlignedBytes::new(tensor::CHUNK_BLOCKS * info.kind.block_bytes());
         let mut left = info.elements() / info.kind.block_elements();
         while left > 0 {
             let blocks = left.min(tensor::CHUNK_BLOCKS);
             let chunk = bytes.prefix(blocks * info.kind.block_bytes());
             self.reader.read_exact(chunk).map_err(io)?;
-            info.kind
-                .widen(chunk, &mut values)
-                .map_err(|source| GgufError::rule(&self.file, place(), source.to_string()))?;
+            take(chunk)?;
             left -= blocks;
         }
-        Ok(values)
+        Ok(())
     }
 }

@@ -100,17 +100,11 @@ fn updates<'a, O: Ops>(
 // === impl LoraLinear ===
 
 impl<O: Ops> LoraLinear<O> {
-    /// Packs a weight. `weight` is row-major `[outputs, inputs]`.
-    pub fn new(
-        ops: &O,
-        weight: &[f32],
-        bias: Option<&[f32]>,
-        dims: (usize, usize),
-        at: (usize, Site),
-    ) -> Self {
-        let (inputs, outputs) = dims;
+    /// A projection by a packed weight.
+    pub fn new(ops: &O, weight: O::Matrix, bias: Option<&[f32]>, at: (usize, Site)) -> Self {
+        let (outputs, inputs) = ops.dims(&weight);
         Self {
-            weight: ops.pack(weight, outputs, inputs),
+            weight,
             bias: bias.map(|bias| bias.iter().map(|b| O::T::from_f32(*b)).collect()),
             layer: at.0,
             site: at.1,

@@ -13,6 +13,8 @@ use std::time::Duration;
 
 mod source;
 
+use espalier_engine::model::Dtype;
+
 use self::source::{Raw, find, unknown};
 use crate::setting::{ByteSize, LogFormat, MaybeAddr, MaybePath, Secret, Value};
 
@@ -85,6 +87,8 @@ settings! {
     server: Server {
         /// The base model: a .gguf file, a Hugging Face directory, or tiny:SEED (a built-in random model).
         model: String = "";
+        /// Format of the base's weights in memory: f32, bf16, f16, q8 (8 bits, a scale for each 32 inputs), or stored (GGUF blocks as they are).
+        dtype: Dtype = "f32";
         /// Where the database and all artifacts lie; created when absent.
         data_dir: PathBuf = "espalier-data";
         /// Address of the gRPC server; port 0 takes a free one.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use espalier_engine::EngineHandle;
 use espalier_engine::error::EngineError;
 use espalier_engine::model::error::ModelError;
+use espalier_engine::model::{Dtype, WeightFormats};
 use espalier_proto::v1;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
@@ -111,6 +112,10 @@ pub struct About {
     pub model: String,
     /// SHA-256 (hex) of its source weights.
     pub digest: String,
+    /// What its matrices were asked to be kept in.
+    pub dtype: Dtype,
+    /// What they are kept in, and their bytes.
+    pub formats: WeightFormats,
     /// Tokens of one sequence.
     pub context: usize,
     /// Where it listens.
@@ -402,14 +407,14 @@ fn with_reflection(mut routes: Routes) -> Routes {
     routes
 }
 
-/// Tensor work runs on the process's one pool; several servers in a process (tests) share it, so the first one decides.
+/// Operations run on the process's one team of threads; several servers in a process (tests) share it, so the first one decides.
 fn limit_threads(threads: usize) {
-    if threads > 0
-        && let Err(error) = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build_global()
-    {
-        tracing::warn!(threads, %error, "the setting threads comes too late for this process");
+    if let Err(in_force) = espalier_adapters::ops::set_threads(threads) {
+        tracing::warn!(
+            threads,
+            in_force,
+            "the setting threads comes too late for this process"
+        );
     }
 }
 
@@ -420,7 +425,7 @@ async fn start_engine(
 ) -> Result<EngineHandle, ServeError> {
     let config = Arc::clone(config);
     let started = tokio::task::spawn_blocking(move || -> Result<EngineHandle, ServeError> {
-        let model = espalier_engine::model::load(&config.server.model)?;
+        let model = espalier_engine::model::load_as(&config.server.model, config.server.dtype)?;
         let engine = limits::engine_config(&config, &model.config);
         Ok(EngineHandle::start(engine, model, Arc::new(source))?)
     });
@@ -443,6 +448,8 @@ impl About {
         About {
             model: shell.engine.model().name.clone(),
             digest: shell.base.digest.clone(),
+            dtype: shell.engine.model().dtype,
+            formats: shell.engine.model().formats.clone(),
             context: shell.engine.model().max_sequence_tokens,
             listen,
             metrics: shell.config.server.metrics_listen.0,
@@ -466,6 +473,13 @@ impl fmt::Display for About {
             f,
             "  model    {} ({short}..., {} tokens a sequence)",
             self.model, self.context
+        )?;
+        writeln!(
+            f,
+            "  weights  {}: {:.1} MiB, {}",
+            self.dtype,
+            self.formats.bytes() as f64 / f64::from(1 << 20),
+            self.formats
         )?;
         writeln!(f, "  listens  {}", self.listen)?;
         match self.metrics {

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use espalier_engine::model::Dtype;
+
 /// A kind of value. `show` gives what `parse` reads, as a TOML value.
 pub(crate) trait Value: Sized {
     /// Never printed.
@@ -225,6 +227,18 @@ impl Value for LogFormat {
             LogFormat::Pretty => quoted("pretty"),
             LogFormat::Json => quoted("json"),
         }
+    }
+}
+
+impl Value for Dtype {
+    fn parse(text: &str) -> Result<Self, String> {
+        text.trim()
+            .parse()
+            .map_err(|_| "f32, bf16, f16, q8 or stored".to_owned())
+    }
+
+    fn show(&self) -> String {
+        quoted(self.as_str())
     }
 }
 

@@ -8,6 +8,7 @@ use candle_core::quantized::GgmlDType;
 
 use super::header::Header;
 use super::{GgufError, Metadata};
+use crate::ops::WeightKind;
 
 /// Blocks that are read at a time: small beside any tensor, large beside a system call.
 pub(super) const CHUNK_BLOCKS: usize = 1 << 14;
@@ -39,6 +40,19 @@ impl TensorType {
             30 => GgmlDType::BF16,
             _ => return None,
         }))
+    }
+
+    /// The format in which operations use such a tensor as it is stored, if they can.
+    pub(super) fn stored(self) -> Option<WeightKind> {
+        match self.0 {
+            GgmlDType::F32 => Some(WeightKind::F32),
+            GgmlDType::F16 => Some(WeightKind::F16),
+            GgmlDType::BF16 => Some(WeightKind::Bf16),
+            GgmlDType::Q8_0 => Some(WeightKind::Q8_0),
+            GgmlDType::Q4_0 => Some(WeightKind::Q4_0),
+            GgmlDType::Q4_1 => Some(WeightKind::Q4_1),
+            _ => None,
+        }
     }
 
     pub(super) fn block_elements(self) -> usize {

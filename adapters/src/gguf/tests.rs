@@ -114,6 +114,26 @@ fn metadata_comes_back_typed() {
     );
 }
 
+/// What is read as stored stands for the same numbers, bit for bit, as candle's widening of it.
+#[test]
+fn stored_types_stand_for_the_same_numbers() {
+    let tensors = quantized();
+    let bytes = written(&tensors);
+    let mut gguf = read(&bytes).unwrap();
+    let mut kinds = Vec::new();
+    for (name, _) in &tensors {
+        let weight = gguf.weight(name).unwrap();
+        let (wide, values) = (weight.widened(), gguf.dequantize(name).unwrap());
+        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&wide), bits(&values), "{name}");
+        kinds.push(weight.kind().to_string());
+    }
+    assert_eq!(
+        kinds[..8],
+        ["f32", "f16", "bf16", "q4_0", "q4_1", "f32", "f32", "q8_0"]
+    );
+}
+
 #[test]
 fn every_type_widens_as_candle_does() {
     let tensors = quantized();

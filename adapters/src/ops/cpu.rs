@@ -1,15 +1,20 @@
 //! The fast operations of a CPU: f32, vectors where the machine has them, both the row rule and equal bits on every path.
 //!
-//! This file only joins the parts to the trait. `cpu_tile` is the inner loop of every product, `cpu_lanes` sixteen numbers at a time; `cpu_matmul` holds the
-//! packed base weights, `cpu_thin` the low-rank factors, `cpu_low_rank` a step's updates by many adapters at once, `cpu_attention` and its backward the attention, `cpu_rows` and
+//! This file only joins the parts to the trait. `cpu_tile` is the inner loop of every product, `cpu_lanes` sixteen numbers at a time; `cpu_matrix` holds the
+//! packed base weights (`cpu_matmul` those of plain numbers, `cpu_blocks` those in blocks), `cpu_thin` the low-rank factors, `cpu_low_rank` a step's updates
+//! by many adapters at once, `cpu_attention` and its backward the attention, `cpu_rows` and
 //! `cpu_softmax` what looks at one row at a time.
 
 use std::ops::Range;
 
-use super::cpu_matmul::Panels;
+use super::cpu_matrix::Matrix;
 use super::cpu_tile::Isa;
-use super::{AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, LowRank, Ops};
-use super::{cpu_attention, cpu_attention_backward, cpu_low_rank, cpu_rows, cpu_softmax, cpu_thin};
+use super::{
+    AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, LowRank, Ops, Weight, WeightKind,
+};
+use super::{
+    cpu_attention, cpu_attention_backward, cpu_low_rank, cpu_peak, cpu_rows, cpu_softmax, cpu_thin,
+};
 
 /// Operations in f32 on this machine's CPU.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +39,16 @@ impl Cpu {
             .collect()
     }
 
+    /// Multiply-adds in f32 on this thread's registers alone, for benchmarks: how many operations `rounds` rounds were.
+    pub fn burn_f32(&self, rounds: usize) -> usize {
+        cpu_peak::burn_f32(self.isa, rounds)
+    }
+
+    /// The same for products of bytes added in 32 bits; zero where the machine has no instruction for them.
+    pub fn burn_i8(&self, rounds: usize) -> usize {
+        cpu_peak::burn_i8(self.isa, rounds)
+    }
+
     /// What the inner loops use, for logs and benchmarks.
     pub fn path(&self) -> &'static str {
         match self.isa {
@@ -46,32 +61,40 @@ impl Cpu {
 
 impl Ops for Cpu {
     type T = f32;
-    type Matrix = Panels;
+    type Matrix = Matrix;
 
-    fn pack(&self, weight: &[f32], outputs: usize, inputs: usize) -> Panels {
-        Panels::pack(self.isa, weight, outputs, inputs)
+    fn pack(&self, weight: &[f32], outputs: usize, inputs: usize) -> Matrix {
+        Matrix::pack_f32(weight, outputs, inputs)
     }
 
-    fn dims(&self, weight: &Panels) -> (usize, usize) {
+    fn pack_weight(&self, weight: &Weight, outputs: usize, inputs: usize) -> Matrix {
+        Matrix::pack(weight, outputs, inputs)
+    }
+
+    fn kind(&self, weight: &Matrix) -> WeightKind {
+        weight.kind()
+    }
+
+    fn dims(&self, weight: &Matrix) -> (usize, usize) {
         weight.dims()
     }
 
-    fn bytes(&self, weight: &Panels) -> usize {
+    fn bytes(&self, weight: &Matrix) -> usize {
         weight.bytes()
     }
 
-    fn gather(&self, weight: &Panels, ids: &[u32], out: &mut [f32]) {
+    fn gather(&self, weight: &Matrix, ids: &[u32], out: &mut [f32]) {
         weight.gather(ids, out);
     }
 
-    fn matmul_part(&self, x: &[f32], weight: &Panels, outputs: Range<usize>, y: &mut [f32]) {
+    fn matmul_part(&self, x: &[f32], weight: &Matrix, outputs: Range<usize>, y: &mut [f32]) {
         weight.matmul(self.isa, x, outputs, y);
     }
 
     fn matmul_backward_part(
         &self,
         dy: &[f32],
-        weight: &Panels,
+        weight: &Matrix,
         outputs: Range<usize>,
         dx: &mut [f32],
     ) {

@@ -6,41 +6,88 @@
 #![allow(unsafe_code, reason = "aligned lines are viewed as numbers")]
 
 use std::cell::Cell;
+use std::marker::PhantomData;
 
-use rayon::prelude::*;
+use super::cpu_rounded_rows::RoundedRows;
+use super::cpu_team;
+
+/// Numbers without padding for which all bits zero is the number zero, aligned to at most a cache line.
+pub(super) trait Plain: Copy + 'static {
+    /// Zero.
+    const ZERO: Self;
+}
+
+impl Plain for f32 {
+    const ZERO: Self = 0.0;
+}
+
+impl Plain for half::bf16 {
+    const ZERO: Self = half::bf16::ZERO;
+}
+
+impl Plain for half::f16 {
+    const ZERO: Self = half::f16::ZERO;
+}
+
+impl Plain for u8 {
+    const ZERO: Self = 0;
+}
+
+impl Plain for i8 {
+    const ZERO: Self = 0;
+}
+
+impl Plain for i32 {
+    const ZERO: Self = 0;
+}
 
 /// One cache line.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
-struct Line([f32; 16]);
+struct Line([u64; 8]);
+
+/// Bytes of a cache line.
+const LINE: usize = size_of::<Line>();
 
 /// Numbers that start on a cache line; the length is rounded up to whole lines.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Aligned(Vec<Line>);
+#[derive(Clone, Debug)]
+pub(super) struct Aligned<T = f32>(Vec<Line>, PhantomData<T>);
 
-impl Aligned {
+impl<T> Default for Aligned<T> {
+    fn default() -> Self {
+        Aligned(Vec::new(), PhantomData)
+    }
+}
+
+impl<T: Plain> Aligned<T> {
     /// At least `len` zeros.
     pub(super) fn zeros(len: usize) -> Self {
-        Aligned(vec![Line([0.0; 16]); len.div_ceil(16)])
+        let lines = (len * size_of::<T>()).div_ceil(LINE);
+        Aligned(vec![Line([0; 8]); lines], PhantomData)
+    }
+
+    /// How many numbers it holds.
+    fn len(&self) -> usize {
+        self.0.len() * (LINE / size_of::<T>())
     }
 
     /// The numbers.
-    pub(super) fn as_slice(&self) -> &[f32] {
-        // SAFETY: a line is sixteen f32 without padding, so the lines are 16 times as many f32 in a row.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.0.len() * 16) }
+    pub(super) fn as_slice(&self) -> &[T] {
+        // SAFETY: a line is plain numbers without padding, aligned for each kind of them, and every bit of it is written.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.len()) }
     }
 
     /// The numbers, to be written.
-    pub(super) fn as_mut_slice(&mut self) -> &mut [f32] {
+    pub(super) fn as_mut_slice(&mut self) -> &mut [T] {
         // SAFETY: as in `as_slice`; the exclusive borrow is passed on.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.0.len() * 16) }
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.len()) }
     }
 
     /// The first `len` numbers, growing to hold them; their values are whatever was there.
-    pub(super) fn first(&mut self, len: usize) -> &mut [f32] {
-        let lines = len.div_ceil(16);
+    pub(super) fn first(&mut self, len: usize) -> &mut [T] {
+        let lines = (len * size_of::<T>()).div_ceil(LINE);
         if self.0.len() < lines {
-            self.0.resize(lines, Line([0.0; 16]));
+            self.0.resize(lines, Line([0; 8]));
         }
         &mut self.as_mut_slice()[..len]
     }
@@ -52,6 +99,7 @@ pub(super) struct Scratch(pub(super) [Aligned; 8]);
 
 thread_local! {
     static SCRATCH: Cell<Option<Box<Scratch>>> = const { Cell::new(None) };
+    static ROUNDED: Cell<Option<Box<RoundedRows>>> = const { Cell::new(None) };
 }
 
 /// Lends this thread's scratch to `f`. A nested call (a stolen task inside `f`) gets fresh buffers instead of a panic.
@@ -62,20 +110,61 @@ pub(super) fn with_scratch<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
     result
 }
 
+/// Lends this thread's rounded rows to `f`, as [`with_scratch`].
+pub(super) fn with_rounded_rows<R>(f: impl FnOnce(&mut RoundedRows) -> R) -> R {
+    let mut rows = ROUNDED.take().unwrap_or_default();
+    let result = f(&mut rows);
+    ROUNDED.set(Some(rows));
+    result
+}
+
 /// Work (multiply-adds, or numbers touched times a small cost) below which a second thread costs more than it saves.
-const WORTH_A_THREAD: usize = 60_000;
+const WORTH_A_THREAD: usize = 30_000;
 
 /// Whether `work` is worth cutting up.
 pub(super) fn worth_threads(work: usize) -> bool {
-    work >= WORTH_A_THREAD && rayon::current_num_threads() > 1
+    work >= WORTH_A_THREAD && cpu_team::threads() > 1
 }
 
 /// Runs tasks `0..tasks`, in any order and on any thread if there is enough work.
 pub(super) fn spread(tasks: usize, work: usize, task: impl Fn(usize) + Sync) {
     if tasks > 1 && worth_threads(work) {
-        (0..tasks).into_par_iter().for_each(&task);
+        cpu_team::run(tasks, &task);
     } else {
         (0..tasks).for_each(task);
+    }
+}
+
+/// Runs `task(i, part)` for each part of `len` numbers (the last one may be shorter), as [`spread`].
+pub(super) fn spread_parts<T: Send>(
+    numbers: &mut [T],
+    len: usize,
+    work: usize,
+    task: impl Fn(usize, &mut [T]) + Sync,
+) {
+    let (whole, len) = (numbers.len(), len.max(1));
+    let first = Start(numbers.as_mut_ptr());
+    spread(whole.div_ceil(len), work, |i| {
+        let start = i * len;
+        // SAFETY: parts do not overlap, lie inside `numbers`, and each belongs to one task.
+        let part =
+            unsafe { std::slice::from_raw_parts_mut(first.at(start), len.min(whole - start)) };
+        task(i, part);
+    });
+}
+
+/// Where the parts begin.
+struct Start<T>(*mut T);
+
+// SAFETY: tasks make disjoint parts out of it, of numbers that may be sent.
+unsafe impl<T: Send> Sync for Start<T> {}
+
+impl<T> Start<T> {
+    /// # Safety
+    /// `n` stays inside the allocation.
+    unsafe fn at(&self, n: usize) -> *mut T {
+        // SAFETY: promised by the caller.
+        unsafe { self.0.add(n) }
     }
 }
 

@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::cpu_buffer::{Aligned, spread, with_scratch};
 use super::cpu_thin::{FEW_ROWS, FactorAt, axpys, dots};
 use super::cpu_tile::{Isa, Out, PANEL, Tile};
-use super::{Factor, LowRank};
+use super::{Factor, LowRank, threads};
 
 /// Rows of one update that a thread does at a time; a multiple of the tallest tile.
 const ROWS_PER_TASK: usize = 48;
@@ -95,7 +95,7 @@ fn units(updates: &[LowRank<'_, f32>]) -> Vec<Unit> {
 
 /// Runs of about equal cost, in the list's order.
 fn runs(units: &[Unit], cost: usize) -> Vec<Range<usize>> {
-    let wanted = RUNS_PER_THREAD * rayon::current_num_threads();
+    let wanted = RUNS_PER_THREAD * threads();
     let mut runs: Vec<Range<usize>> = Vec::with_capacity(wanted + 1);
     let (mut start, mut spent) = (0, 0);
     for (index, unit) in units.iter().enumerate() {

@@ -4,11 +4,9 @@
 
 #![allow(unsafe_code, reason = "vector kernels take pointers")]
 
-use rayon::prelude::*;
-
-use super::cpu_buffer::rows_per_task;
+use super::cpu_buffer::{rows_per_task, spread_parts};
 use super::cpu_lanes::{LANES, Lanes, per_isa};
-use super::cpu_tile::Isa;
+use super::cpu_tile::{Isa, Out};
 
 /// Rows of `width` and of `other` side by side, cut into tasks: `work(read, write)`.
 fn by_rows(
@@ -29,13 +27,10 @@ fn by_rows(
         "as many rows on both sides"
     );
     let per_task = rows_per_task(rows, width, cost);
-    if per_task >= rows {
-        work(read, write);
-    } else {
-        read.par_chunks(per_task * width)
-            .zip(write.par_chunks_mut(per_task * other))
-            .for_each(|(read, write)| work(read, write));
-    }
+    spread_parts(write, per_task * other, rows * width * cost, |i, write| {
+        let own = &read[i * per_task * width..][..write.len() / other * width];
+        work(own, write);
+    });
 }
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight`.
@@ -185,14 +180,10 @@ pub(super) fn rms_norm_backward(
             }
         }
     };
-    if per_task >= rows {
-        work(((x, dy), dx));
-    } else {
-        x.par_chunks(per_task * width)
-            .zip(dy.par_chunks(per_task * width))
-            .zip(dx.par_chunks_mut(per_task * width))
-            .for_each(work);
-    }
+    spread_parts(dx, per_task * width, 2 * rows * width, |i, dx| {
+        let own = i * per_task * width..i * per_task * width + dx.len();
+        work(((&x[own.clone()], &dy[own]), dx));
+    });
 }
 
 per_isa! {
@@ -278,14 +269,10 @@ pub(super) fn rope(
             }
         }
     };
-    if per_task >= rows {
-        work(((x, cos), sin));
-    } else {
-        x.par_chunks_mut(per_task * width)
-            .zip(cos.par_chunks(per_task * half))
-            .zip(sin.par_chunks(per_task * half))
-            .for_each(work);
-    }
+    spread_parts(x, per_task * width, rows * width, |i, x| {
+        let own = i * per_task * half..i * per_task * half + x.len() / width * half;
+        work(((x, &cos[own.clone()]), &sin[own]));
+    });
 }
 
 per_isa! {
@@ -330,7 +317,10 @@ unsafe fn rope_row_body<V: Lanes>(
 }
 
 /// Numbers in one task of an elementwise operation that computes an exponential.
-const EXP_TASK: usize = 8 * 1024;
+const EXP_TASK: usize = 2 * 1024;
+
+/// What an exponential costs beside a multiply-add.
+const EXP_COST: usize = 8;
 
 /// `y = silu(gate) * up`.
 pub(super) fn swiglu(isa: Isa, gate: &[f32], up: &[f32], y: &mut [f32]) {
@@ -342,14 +332,11 @@ pub(super) fn swiglu(isa: Isa, gate: &[f32], up: &[f32], y: &mut [f32]) {
         // SAFETY: three slices of one length.
         unsafe { swiglu_run(isa, gate.as_ptr(), up.as_ptr(), y.as_mut_ptr(), y.len()) };
     };
-    if y.len() < 4 * EXP_TASK {
-        work(((gate, up), y));
-    } else {
-        gate.par_chunks(EXP_TASK)
-            .zip(up.par_chunks(EXP_TASK))
-            .zip(y.par_chunks_mut(EXP_TASK))
-            .for_each(work);
-    }
+    let cost = EXP_COST * y.len();
+    spread_parts(y, EXP_TASK, cost, |i, y| {
+        let own = i * EXP_TASK..i * EXP_TASK + y.len();
+        work(((&gate[own.clone()], &up[own]), y));
+    });
 }
 
 per_isa! {
@@ -400,14 +387,14 @@ pub(super) fn swiglu_backward(isa: Isa, gate: &mut [f32], up: &mut [f32], dy: &[
             );
         }
     };
-    if dy.len() < 4 * EXP_TASK {
-        work(((gate, up), dy));
-    } else {
-        gate.par_chunks_mut(EXP_TASK)
-            .zip(up.par_chunks_mut(EXP_TASK))
-            .zip(dy.par_chunks(EXP_TASK))
-            .for_each(work);
-    }
+    let up = Out(up.as_mut_ptr());
+    let cost = EXP_COST * gate.len();
+    spread_parts(gate, EXP_TASK, cost, |i, gate| {
+        let own = i * EXP_TASK..i * EXP_TASK + gate.len();
+        // SAFETY: `up` is as long as `gate`, and the part that stands beside a part of `gate` belongs to the same task.
+        let up = unsafe { std::slice::from_raw_parts_mut(up.at(own.start), own.len()) };
+        work(((gate, up), &dy[own]));
+    });
 }
 
 per_isa! {

@@ -4,12 +4,10 @@
 
 #![allow(unsafe_code, reason = "vector kernels take pointers")]
 
-use rayon::prelude::*;
-
-use super::cpu_buffer::rows_per_task;
+use super::cpu_buffer::spread_parts;
 use super::cpu_lanes::{LANES, Lanes, per_isa};
 use super::cpu_rows::{Terms, fold};
-use super::cpu_tile::Isa;
+use super::cpu_tile::{Isa, Out};
 
 /// `exp(factor * (x[i] - shift))`, which also replaces `x[i]`.
 #[derive(Clone, Copy)]
@@ -54,19 +52,12 @@ pub(super) fn cross_entropy(
         *loss = log_total - target;
         row[label] -= scale;
     };
-    if rows_per_task(labels.len(), vocab, 2) >= labels.len() {
-        logits
-            .chunks_exact_mut(vocab)
-            .zip(labels)
-            .zip(losses)
-            .for_each(work);
-    } else {
-        logits
-            .par_chunks_exact_mut(vocab)
-            .zip(labels)
-            .zip(losses)
-            .for_each(work);
-    }
+    let losses = Out(losses.as_mut_ptr());
+    let cost = 2 * logits.len();
+    spread_parts(logits, vocab, cost, |i, row| {
+        // SAFETY: there is one loss for each label, and it belongs to its row's task.
+        work(((row, &labels[i]), unsafe { &mut *losses.at(i) }));
+    });
 }
 
 per_isa! {

@@ -10,6 +10,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::cpu_lanes::{LANES, Lanes};
+use super::cpu_team::Team;
 use super::{Cpu, Ops, Reference};
 
 /// Sizes that leave a tail everywhere: inputs, outputs.
@@ -45,16 +46,13 @@ pub(super) fn assert_same_bits(what: &str, a: &[f32], b: &[f32]) {
 }
 
 /// The same bits on every path and with one thread and with two.
-pub(super) fn everywhere(what: &str, run: impl Fn(Cpu) -> Vec<f32> + Sync) -> Vec<f32> {
+pub(super) fn everywhere(what: &str, run: impl Fn(Cpu) -> Vec<f32>) -> Vec<f32> {
     let expected = run(Cpu::default());
     for cpu in Cpu::every_path() {
         for threads in [1, 2] {
-            let pool = rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build()
-                .unwrap();
+            let team = Team::new(threads);
             let label = format!("{what} on {} with {threads} threads", cpu.path());
-            assert_same_bits(&label, &pool.install(|| run(cpu)), &expected);
+            assert_same_bits(&label, &team.lend(|| run(cpu)), &expected);
         }
     }
     expected

@@ -10,9 +10,8 @@
 )]
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
-use super::cpu_buffer::{rows_per_task, spread, with_scratch, worth_threads};
+use super::cpu_buffer::{rows_per_task, spread, spread_parts, with_scratch, worth_threads};
 use super::cpu_lanes::{LANES, Lanes, per_isa};
 use super::cpu_tile::{Isa, Out, PANEL, Tile};
 
@@ -142,9 +141,10 @@ pub(super) fn shrink(isa: Isa, x: &[f32], a: &[f32], rank: usize, scale: f32, h:
     if per_task >= rows {
         run((x, h));
     } else {
-        x.par_chunks(per_task * inputs)
-            .zip(h.par_chunks_mut(per_task * rank))
-            .for_each(run);
+        let work = rows * rank * inputs;
+        spread_parts(h, per_task * rank, work, |i, h| {
+            run((&x[i * per_task * inputs..][..h.len() / rank * inputs], h));
+        });
     }
 }
 

@@ -15,11 +15,15 @@
 
 use std::sync::OnceLock;
 
+use super::cpu_stored::Stored;
+
 /// Outputs in one packed panel of weights, and the widest tile.
 pub(super) const PANEL: usize = 32;
 
 /// How many steps of `k` ahead the weights are prefetched: 2 KiB of a packed panel, which covers the latency of main memory.
-const AHEAD: usize = 16;
+const fn ahead<W>() -> usize {
+    2048 / PANEL / size_of::<W>()
+}
 
 /// An instruction set that the inner loops were compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,9 +88,9 @@ impl Out {
     }
 }
 
-/// Operands of one tile. `x(i, k)` is `x[i * x_row + k * x_k]`; one of the two strides is 1.
+/// Operands of one tile. `x(i, k)` is `x[i * x_row + k * x_k]`; one of the two strides is 1. `w` is widened to f32 as it is read.
 #[derive(Clone, Copy)]
-pub(super) struct Tile {
+pub(super) struct Tile<W = f32> {
     /// Left operand: the broadcast side.
     pub(super) x: *const f32,
     /// Distance between two rows of `x`.
@@ -94,7 +98,7 @@ pub(super) struct Tile {
     /// Distance between two steps of `k` in `x`.
     pub(super) x_k: usize,
     /// Right operand: `w[k * w_k + j]`, the vector side.
-    pub(super) w: *const f32,
+    pub(super) w: *const W,
     /// Distance between two steps of `k` in `w`.
     pub(super) w_k: usize,
     /// Length of the sums.
@@ -111,7 +115,7 @@ pub(super) struct Tile {
     pub(super) accumulate: bool,
 }
 
-impl Tile {
+impl<W: Stored> Tile<W> {
     /// Computes the tile; any number of rows is cut into blocks of nearly equal height.
     ///
     /// # Safety
@@ -153,7 +157,7 @@ impl Tile {
 }
 
 /// The tile in plain Rust: the same chains in the same order.
-unsafe fn portable(t: &Tile) {
+unsafe fn portable<W: Stored>(t: &Tile<W>) {
     for i in 0..t.rows {
         let mut acc = [0.0_f32; PANEL];
         let acc = &mut acc[..t.cols];
@@ -167,7 +171,7 @@ unsafe fn portable(t: &Tile) {
                 let x = *t.x.add(i * t.x_row + k * t.x_k);
                 let w = std::slice::from_raw_parts(t.w.add(k * t.w_k), t.cols);
                 for (a, w) in acc.iter_mut().zip(w) {
-                    *a = x.mul_add(*w, *a);
+                    *a = x.mul_add(w.widen(), *a);
                 }
             }
             y.copy_from_slice(acc);
@@ -179,14 +183,15 @@ unsafe fn portable(t: &Tile) {
 mod x86 {
     //! The same tile with vectors; broadcasts of `x` against vectors of `w`.
 
-    use super::{AHEAD, Tile};
+    use super::{Tile, ahead};
+    use crate::ops::cpu_stored::Stored;
     use std::arch::x86_64::*;
 
     /// Calls a tile function with its row count as a constant, so that the accumulators live in registers.
     macro_rules! with_rows {
         ($t:expr, $f:ident, $n:literal, $by_k:literal, [$($r:literal)*]) => {
             match $t.rows {
-                $($r => $f::<$r, $n, $by_k>($t),)*
+                $($r => $f::<_, $r, $n, $by_k>($t),)*
                 _ => unreachable!("rows are cut before"),
             }
         };
@@ -194,7 +199,7 @@ mod x86 {
 
     /// # Safety
     /// As `Tile::run`, with at most 12 rows and AVX-512F present.
-    pub(super) unsafe fn avx512(t: &Tile) {
+    pub(super) unsafe fn avx512<W: Stored>(t: &Tile<W>) {
         // SAFETY: promised by the caller.
         unsafe {
             match (t.cols > 16, t.x_k == 1) {
@@ -207,8 +212,8 @@ mod x86 {
     }
 
     /// `R` rows by `N` vectors. `BY_K` says that `x` is stored with its rows adjacent.
-    #[target_feature(enable = "avx512f")]
-    unsafe fn block512<const R: usize, const N: usize, const BY_K: bool>(t: &Tile) {
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")]
+    unsafe fn block512<W: Stored, const R: usize, const N: usize, const BY_K: bool>(t: &Tile<W>) {
         // SAFETY: masked loads and stores touch only the tile's own columns; everything else is promised by the caller of `Tile::run`.
         unsafe {
             let mut mask = [0_u16; N];
@@ -229,8 +234,10 @@ mod x86 {
             for _ in 0..t.k {
                 let mut b = [_mm512_setzero_ps(); N];
                 for n in 0..N {
-                    b[n] = _mm512_maskz_loadu_ps(mask[n], w.wrapping_add(16 * n));
-                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD * t.w_k + 16 * n).cast());
+                    b[n] = W::load16(w.wrapping_add(16 * n), mask[n]);
+                    _mm_prefetch::<_MM_HINT_T0>(
+                        w.wrapping_add(ahead::<W>() * t.w_k + 16 * n).cast(),
+                    );
                 }
                 for r in 0..R {
                     let a = _mm512_set1_ps(*x.add(r * x_row));
@@ -251,7 +258,7 @@ mod x86 {
 
     /// # Safety
     /// As `Tile::run`, with at most 6 rows, AVX2 and FMA present.
-    pub(super) unsafe fn avx2(t: &Tile) {
+    pub(super) unsafe fn avx2<W: Stored>(t: &Tile<W>) {
         // 32 columns would need 24 accumulators; the registers hold 12, so the tile is done in halves.
         for first in (0..t.cols).step_by(16) {
             // SAFETY: a half's columns are columns of the tile; the rest is promised by the caller.
@@ -274,8 +281,8 @@ mod x86 {
     }
 
     /// `R` rows by `N` vectors of 8. `BY_K` says that `x` is stored with its rows adjacent.
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn block256<const R: usize, const N: usize, const BY_K: bool>(t: &Tile) {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn block256<W: Stored, const R: usize, const N: usize, const BY_K: bool>(t: &Tile<W>) {
         // SAFETY: masked loads and stores touch only the tile's own columns; everything else is promised by the caller of `Tile::run`.
         unsafe {
             let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -299,12 +306,13 @@ mod x86 {
                 let mut b = [_mm256_setzero_ps(); N];
                 for n in 0..N {
                     b[n] = if whole {
-                        _mm256_loadu_ps(w.wrapping_add(8 * n))
+                        W::load8(w.wrapping_add(8 * n))
                     } else {
-                        _mm256_maskload_ps(w.wrapping_add(8 * n), mask[n])
+                        let columns = t.cols.saturating_sub(8 * n).min(8);
+                        W::load8_part(w.wrapping_add(8 * n), columns)
                     };
                 }
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD * t.w_k).cast());
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(ahead::<W>() * t.w_k).cast());
                 for r in 0..R {
                     let a = _mm256_set1_ps(*x.add(r * x_row));
                     for n in 0..N {

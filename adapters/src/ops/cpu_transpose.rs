@@ -6,10 +6,10 @@
 
 use super::cpu_tile::Isa;
 
-/// Asks for the first 4 KiB of `ahead`, one block of a panel: the hardware does not look across the page to the next panel.
-pub(super) fn prefetch(ahead: &[f32]) {
+/// Asks for the first 1,024 numbers of `ahead`, one block of a panel: the hardware does not look across the page to the next panel.
+pub(super) fn prefetch<W>(ahead: &[W]) {
     #[cfg(target_arch = "x86_64")]
-    for line in ahead.chunks(16).take(64) {
+    for line in ahead[..ahead.len().min(1024)].chunks((64 / size_of::<W>()).max(1)) {
         // SAFETY: a prefetch reads nothing, and SSE is part of x86-64.
         unsafe {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};

@@ -18,14 +18,23 @@ mod cpu_attention;
 mod cpu_attention_backward;
 #[cfg(test)]
 mod cpu_attention_tests;
+mod cpu_blocks;
 mod cpu_buffer;
+mod cpu_dot;
 mod cpu_lanes;
 mod cpu_low_rank;
 #[cfg(test)]
 mod cpu_low_rank_tests;
 mod cpu_matmul;
+mod cpu_matrix;
+mod cpu_peak;
+#[cfg(test)]
+mod cpu_precision_tests;
+mod cpu_rounded_rows;
 mod cpu_rows;
 mod cpu_softmax;
+mod cpu_stored;
+mod cpu_team;
 #[cfg(test)]
 mod cpu_tests;
 mod cpu_thin;
@@ -33,11 +42,14 @@ mod cpu_tile;
 mod cpu_transpose;
 mod low_rank;
 mod reference;
+mod weight;
 
 pub use cpu::Cpu;
-pub use cpu_matmul::Panels;
+pub use cpu_matrix::Matrix;
+pub use cpu_team::{set_threads, threads};
 pub use low_rank::{Factor, LowRank};
 pub use reference::Reference;
+pub use weight::{BLOCK, Blocks, Weight, WeightKind};
 
 /// The numbers that operations work on: f32 in service, f64 in proofs.
 pub trait Real:
@@ -244,6 +256,14 @@ pub trait Ops: Clone + Debug + Default + Send + Sync + 'static {
 
     /// Brings a row-major `[outputs, inputs]` weight into this implementation's layout.
     fn pack(&self, weight: &[f32], outputs: usize, inputs: usize) -> Self::Matrix;
+    /// The same for a weight that keeps its format. Products with plain formats have the bits of products with the f32 weight of the same
+    /// numbers; products with blocks round the rows too (to 8 bits with a scale for each 32 inputs). What is gathered, and the way back,
+    /// are in f32 from what the format stands for.
+    fn pack_weight(&self, weight: &Weight, outputs: usize, inputs: usize) -> Self::Matrix {
+        self.pack(&weight.widened(), outputs, inputs)
+    }
+    /// The format that a packed weight is kept in.
+    fn kind(&self, weight: &Self::Matrix) -> WeightKind;
     /// `(outputs, inputs)` of a packed weight.
     fn dims(&self, weight: &Self::Matrix) -> (usize, usize);
     /// Bytes that the packed weight occupies.

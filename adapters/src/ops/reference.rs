@@ -6,7 +6,9 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::{AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, LowRank, Ops, Real};
+use super::{
+    AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, LowRank, Ops, Real, WeightKind,
+};
 
 /// Plain operations in `T`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -65,6 +67,10 @@ impl<T: Real> Ops for Reference<T> {
             inputs,
             weight,
         }
+    }
+
+    fn kind(&self, _: &Plain<T>) -> WeightKind {
+        WeightKind::F32
     }
 
     fn dims(&self, weight: &Plain<T>) -> (usize, usize) {

@@ -103,17 +103,26 @@ pub(crate) fn start(
         .context_length
         .min(config.max_sequence_tokens)
         .min(config.kv_blocks * BLOCK_SIZE);
+    let decoder = Model::new(loaded.config.clone(), loaded.weights)
+        .map_err(|error| cannot(error.to_string()))?;
+    let formats = decoder.formats();
+    tracing::info!(
+        dtype = %loaded.dtype,
+        bytes = formats.bytes(),
+        matrices = %formats,
+        "the base model's weights are in memory"
+    );
     let model = ModelInfo {
         name: loaded.name,
         digest: loaded.digest,
-        config: loaded.config.clone(),
+        config: loaded.config,
+        dtype: loaded.dtype,
+        formats,
         max_sequence_tokens,
         tokenizer: loaded.tokenizer,
         template: loaded.template,
         stop_ids: loaded.stop_ids,
     };
-    let decoder =
-        Model::new(loaded.config, loaded.weights).map_err(|error| cannot(error.to_string()))?;
     let decoder = Arc::new(decoder);
     let gauges = Arc::new(Gauges::new());
     let (sender, commands) = sync_channel(config.max_queue + CONTROL_PLACES);

@@ -15,7 +15,7 @@ use crate::command::{CommandSender, EngineCommand, SendRefused, Submission};
 use crate::config::EngineConfig;
 use crate::error::EngineError;
 use crate::metrics::{self, EngineStats};
-use crate::model::{LoadedModel, ModelConfig};
+use crate::model::{Dtype, LoadedModel, ModelConfig, WeightFormats};
 use crate::request::{Event, Request};
 use crate::train::{TrainingJob, TrainingStart, TrainingSubmission};
 
@@ -37,6 +37,10 @@ pub struct ModelInfo {
     pub digest: String,
     /// Sizes and options.
     pub config: ModelConfig,
+    /// What its matrices were asked to be kept in.
+    pub dtype: Dtype,
+    /// What they are kept in, and their bytes.
+    pub formats: WeightFormats,
     /// Tokens of one sequence, prompt and output: the least of context length, configuration and KV cache.
     pub max_sequence_tokens: usize,
     /// The tokenizer.

@@ -105,8 +105,7 @@ impl ModelRunner {
         };
         let hidden_size = self.model.config().hidden;
         let (model, kv, workspace) = (&self.model, &mut self.kv, &mut self.workspace);
-        // From outside of the pool each of a step's hundreds of operations would wake it anew.
-        let hidden = rayon::scope(|_| model.forward(&batch, kv, workspace));
+        let hidden = model.forward(&batch, kv, workspace);
         states.clear();
         for (item, span) in items.iter().zip(&spans) {
             let rows = span.rows.start + item.wanted.start..span.rows.start + item.wanted.end;
@@ -120,7 +119,7 @@ impl ModelRunner {
         self.logits
             .resize(states.len() / config.hidden * config.vocab, 0.0);
         let (model, logits) = (&self.model, &mut self.logits);
-        rayon::scope(|_| model.logits(states, logits));
+        model.logits(states, logits);
         &mut self.logits
     }
 

@@ -50,7 +50,8 @@ impl ModelService {
             name: self.shell.base.name.clone(),
             digest: info.digest.clone(),
             family: shape.family.as_str().to_owned(),
-            dtype: "f32".to_owned(),
+            dtype: info.dtype.to_string(),
+            weight_bytes: info.formats.bytes() as u64,
             device: "cpu".to_owned(),
             parameters: parameters(shape),
             shape: Some(v1::ModelShape {
@@ -178,6 +179,8 @@ impl v1::model_service_server::ModelService for ModelService {
                 nanos: started.subsec_nanos() as i32,
             }),
             base_model: self.shell.base.name.clone(),
+            dtype: self.shell.engine.model().dtype.to_string(),
+            weight_bytes: self.shell.engine.model().formats.bytes() as u64,
             authentication_required: (self.keys_needed)(),
             requests_running: count(stats.running),
             requests_waiting: count(stats.waiting.max(stats.queued_requests)),

@@ -13,10 +13,10 @@ use espalier_adapters::ops::{
 use espalier_adapters::pace::{Pace, Stopped};
 
 use super::config::ModelConfig;
-use super::decoder::{Activations, Scratch};
+use super::decoder::{Activations, Scratch, packed};
 use super::norm::RmsNorm;
 use super::rope::{Angles, Rope};
-use super::weights::LayerWeights;
+use super::weights::{ModelWeights, Part, Slot};
 use crate::kv_cache::LayerKv;
 
 /// Attention of one block.
@@ -96,38 +96,31 @@ impl<O: Ops> Attention<O> {
         ops: &O,
         config: &ModelConfig,
         layer: usize,
-        weights: &mut LayerWeights,
+        weights: &mut ModelWeights,
     ) -> Self {
-        let (hidden, q_width, kv_width) = (config.hidden, config.q_width(), config.kv_width());
-        let linear =
-            |weight: &mut Vec<f32>, bias: Option<&[f32]>, dims: (usize, usize), site: Site| {
-                LoraLinear::new(ops, &std::mem::take(weight), bias, dims, (layer, site))
-            };
+        let own = &weights.layers[layer];
+        let biases = (own.q_bias.clone(), own.k_bias.clone(), own.v_bias.clone());
+        let mut linear = |site: Site, part: Part, bias: Option<Vec<f32>>| {
+            let weight = packed(ops, config, weights, Slot::Layer(layer, part));
+            LoraLinear::new(ops, weight, bias.as_deref(), (layer, site))
+        };
+        let (q, k, v) = (
+            linear(Site::Q, Part::Q, biases.0),
+            linear(Site::K, Part::K, biases.1),
+            linear(Site::V, Part::V, biases.2),
+        );
+        let o = linear(Site::O, Part::O, None);
+        let own = &weights.layers[layer];
         let norm =
             |weight: &Option<Vec<f32>>| weight.as_deref().map(|w| RmsNorm::new(w, config.rms_eps));
         Self {
-            norm: RmsNorm::new(&weights.attn_norm, config.rms_eps),
-            q: linear(
-                &mut weights.q,
-                weights.q_bias.as_deref(),
-                (hidden, q_width),
-                Site::Q,
-            ),
-            k: linear(
-                &mut weights.k,
-                weights.k_bias.as_deref(),
-                (hidden, kv_width),
-                Site::K,
-            ),
-            v: linear(
-                &mut weights.v,
-                weights.v_bias.as_deref(),
-                (hidden, kv_width),
-                Site::V,
-            ),
-            o: linear(&mut weights.o, None, (q_width, hidden), Site::O),
-            q_norm: norm(&weights.q_norm),
-            k_norm: norm(&weights.k_norm),
+            norm: RmsNorm::new(&own.attn_norm, config.rms_eps),
+            q,
+            k,
+            v,
+            o,
+            q_norm: norm(&own.q_norm),
+            k_norm: norm(&own.k_norm),
             shape: shape(config),
         }
     }

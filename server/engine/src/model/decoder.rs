@@ -11,11 +11,12 @@ use espalier_adapters::pace::{Stopped, Unpaced};
 use super::Batch;
 use super::attention::{Attention, Places, grouped, shape};
 use super::config::ModelConfig;
+use super::dtype::WeightFormats;
 use super::error::ModelError;
 use super::mlp::Mlp;
 use super::norm::RmsNorm;
 use super::rope::{Angles, Rope};
-use super::weights::ModelWeights;
+use super::weights::{ModelWeights, Slot};
 use crate::kv_cache::{KvCache, LayerKv};
 
 /// A base model in the operations' layout. Immutable; shared by serving and training.
@@ -149,6 +150,18 @@ where
     }
 }
 
+/// Packs the matrix of `slot`, which leaves `weights` by that.
+pub(crate) fn packed<O: Ops>(
+    ops: &O,
+    config: &ModelConfig,
+    weights: &mut ModelWeights,
+    slot: Slot,
+) -> O::Matrix {
+    let shape = slot.shape(config);
+    let weight = weights.take(slot).unwrap_or_default();
+    ops.pack_weight(&weight, shape[0], shape[1])
+}
+
 // === impl Block ===
 
 impl<O: Ops> Block<O> {
@@ -185,18 +198,17 @@ impl<O: Ops> Decoder<O> {
         config.validate("configuration")?;
         weights.check(&config, "weights")?;
         let ops = O::default();
-        let embed = ops.pack(
-            &std::mem::take(&mut weights.embed),
-            config.vocab,
-            config.hidden,
-        );
-        let head = weights.lm_head.take().filter(|_| !config.tie_embeddings);
-        let head = head.map(|head| ops.pack(&head, config.vocab, config.hidden));
-        let block = |(layer, mut weights)| Block {
-            attention: Attention::new(&ops, &config, layer, &mut weights),
-            mlp: Mlp::new(&ops, &config, layer, &mut weights),
+        let head = match config.tie_embeddings {
+            true => None,
+            false => Some(packed(&ops, &config, &mut weights, Slot::LmHead)),
         };
-        let blocks = weights.layers.into_iter().enumerate().map(block).collect();
+        let embed = packed(&ops, &config, &mut weights, Slot::Embed);
+        let blocks = (0..config.layers)
+            .map(|layer| Block {
+                attention: Attention::new(&ops, &config, layer, &mut weights),
+                mlp: Mlp::new(&ops, &config, layer, &mut weights),
+            })
+            .collect();
         let norm = RmsNorm::new(&weights.norm, config.rms_eps);
         let rope = Rope::new(&config);
         Ok(Self {
@@ -215,15 +227,20 @@ impl<O: Ops> Decoder<O> {
         &self.config
     }
 
+    /// How many matrices of each format there are, and their bytes.
+    pub fn formats(&self) -> WeightFormats {
+        let sites = (0..self.config.layers).flat_map(|layer| Site::ALL.map(|site| (layer, site)));
+        let blocks = sites.map(|(layer, site)| self.weight(layer, site));
+        let mut formats = WeightFormats::default();
+        for matrix in blocks.chain([&self.embed]).chain(&self.head) {
+            formats.add(self.ops.kind(matrix), self.ops.bytes(matrix));
+        }
+        formats
+    }
+
     /// Bytes of all packed matrices.
     pub fn bytes(&self) -> usize {
-        let sites = (0..self.config.layers).flat_map(|layer| Site::ALL.map(|site| (layer, site)));
-        let blocks: usize = sites
-            .map(|(layer, site)| self.ops.bytes(self.weight(layer, site)))
-            .sum();
-        blocks
-            + self.ops.bytes(&self.embed)
-            + self.head.as_ref().map_or(0, |head| self.ops.bytes(head))
+        self.formats().bytes()
     }
 
     /// The output head `[vocab, hidden]`.

@@ -1,14 +1,17 @@
 //! From what `--model` names to a model in memory: a built-in random one, a GGUF file or a Hugging Face directory.
 //! Knows files and their spellings; knows nothing of how a model runs.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
 
+use espalier_adapters::ops::Weight;
 use espalier_adapters::text::{ChatTemplate, TemplateSource, Tokenizer};
 
 use super::config::ModelConfig;
+use super::dtype::Dtype;
 use super::error::ModelError;
-use super::weights::{ModelWeights, Slot};
+use super::weights::{BaseDigest, ModelWeights, Slot, values_digest};
 use super::{load_gguf, load_hf, tiny};
 
 /// A base model in memory, before its weights are packed.
@@ -18,36 +21,47 @@ pub struct LoadedModel {
     pub name: String,
     /// Sizes and options.
     pub config: ModelConfig,
+    /// What the weights were rounded to.
+    pub dtype: Dtype,
     /// The weights, which fit `config` and are all finite.
     pub weights: ModelWeights,
     /// Text to ids and back.
     pub tokenizer: Arc<Tokenizer>,
     /// The chat template, if the model brings one.
     pub template: Option<Arc<ChatTemplate>>,
-    /// [`ModelWeights::digest`]: what the base is known by.
+    /// What the base is known by: the digest of its source weights, the same for every dtype.
     pub digest: String,
     /// Tokens that end a reply, ascending: every one that the model's files name.
     pub stop_ids: Vec<u32>,
 }
 
-/// Loads the model that `spec` names: `tiny:SEED`, a GGUF file, or a Hugging Face directory.
+/// [`load_as`] in f32.
+///
+/// # Errors
+/// As [`load_as`].
+pub fn load(spec: &str) -> Result<LoadedModel, ModelError> {
+    load_as(spec, Dtype::F32)
+}
+
+/// Loads the model that `spec` names: `tiny:SEED`, a GGUF file, or a Hugging Face directory. Each matrix is brought into `dtype` as soon
+/// as it is read, so that memory never holds more than one of them in f32 besides.
 ///
 /// # Errors
 /// [`ModelError`] naming the file, the tensor or field, and the rule; a file that lies about its sizes is refused before anything
 /// is allocated for it.
-pub fn load(spec: &str) -> Result<LoadedModel, ModelError> {
+pub fn load_as(spec: &str, dtype: Dtype) -> Result<LoadedModel, ModelError> {
     if let Some(seed) = spec.strip_prefix("tiny:") {
-        return tiny::load(spec, seed);
+        return tiny::load(spec, seed, dtype);
     }
     let path = Path::new(spec);
     let about = std::fs::metadata(path).map_err(|source| ModelError::io(path, source))?;
     if about.is_dir() {
-        load_hf::load(path)
+        load_hf::load(path, dtype)
     } else if path
         .extension()
         .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
     {
-        load_gguf::load(path)
+        load_gguf::load(path, dtype)
     } else {
         Err(ModelError::Spec {
             spec: spec.to_owned(),
@@ -61,7 +75,7 @@ pub(super) struct Parts {
     pub(super) file: String,
     pub(super) name: String,
     pub(super) config: ModelConfig,
-    pub(super) weights: ModelWeights,
+    pub(super) read: ReadWeights,
     pub(super) tokenizer: Tokenizer,
     pub(super) jinja: Option<String>,
     pub(super) stop_ids: Vec<u32>,
@@ -73,11 +87,17 @@ pub(super) fn finish(parts: Parts) -> Result<LoadedModel, ModelError> {
         file,
         name,
         config,
-        weights,
+        read,
         tokenizer,
         jinja,
         mut stop_ids,
     } = parts;
+    let ReadWeights {
+        dtype,
+        weights,
+        digest,
+        ..
+    } = read;
     config.validate(&file)?;
     weights.check(&config, &file)?;
     if tokenizer.vocab_size() > config.vocab {
@@ -106,14 +126,14 @@ pub(super) fn finish(parts: Parts) -> Result<LoadedModel, ModelError> {
                 source,
             })
     });
-    let digest = weights.digest(&config);
     Ok(LoadedModel {
         name,
         config,
+        dtype,
         weights,
         tokenizer: Arc::new(tokenizer),
         template: template.transpose()?,
-        digest,
+        digest: digest.finish(),
         stop_ids,
     })
 }
@@ -133,7 +153,7 @@ pub(super) fn name_of(path: &Path, strip_extension: bool) -> String {
 }
 
 /// The finding for a tensor that holds NaN or infinity, which would poison every answer in silence.
-pub(super) fn finite(name: &str, values: &[f32]) -> Result<(), String> {
+fn finite(name: &str, values: &[f32]) -> Result<(), String> {
     match values.iter().position(|value| !value.is_finite()) {
         None => Ok(()),
         Some(index) => Err(format!(
@@ -143,19 +163,72 @@ pub(super) fn finite(name: &str, values: &[f32]) -> Result<(), String> {
     }
 }
 
-/// Ties the head to the embedding where both hold the same values, so that one model has one digest whichever way a file stores it;
-/// a differing head under a configuration that ties them is a finding.
-pub(super) fn settle_head(
-    config: &mut ModelConfig,
-    weights: &mut ModelWeights,
-    findings: &mut Vec<String>,
-) {
-    let Some(head) = &weights.lm_head else { return };
-    if *head == weights.embed {
-        weights.lm_head = None;
-        config.tie_embeddings = true;
-    } else if config.tie_embeddings {
-        let rule = "differs from the embedding table, to which the configuration ties it";
-        findings.push(format!("{}: {rule}", Slot::LmHead.hf()));
+/// Weights as they come out of a file, one tensor after the other in canonical order.
+pub(super) struct ReadWeights {
+    dtype: Dtype,
+    weights: ModelWeights,
+    digest: BaseDigest,
+    head_comes: bool,
+    /// Of the embedding's values, to know a head that equals it.
+    embed: Option<[u8; 32]>,
+}
+
+impl ReadWeights {
+    /// `slots` are the tensors that will come.
+    pub(super) fn new(config: &ModelConfig, dtype: Dtype, slots: &[Slot]) -> Self {
+        ReadWeights {
+            dtype,
+            weights: ModelWeights::empty(config.layers),
+            digest: BaseDigest::new(),
+            head_comes: slots.contains(&Slot::LmHead),
+            embed: None,
+        }
+    }
+
+    /// The next tensor, named `name` in its file. Ties the head to the embedding where both hold the same values, so that one model has one
+    /// digest whichever way a file stores it.
+    ///
+    /// # Errors
+    /// A finding: a value that is not finite, or a differing head under a configuration that ties them.
+    pub(super) fn add(
+        &mut self,
+        config: &mut ModelConfig,
+        slot: Slot,
+        name: &str,
+        stored: Weight,
+    ) -> Result<(), String> {
+        let shape = slot.shape(config);
+        let values = stored.widened();
+        finite(name, &values)?;
+        if slot == Slot::Embed && self.head_comes {
+            self.embed = Some(values_digest(&values));
+        }
+        if slot == Slot::LmHead {
+            if self.embed == Some(values_digest(&values)) {
+                config.tie_embeddings = true;
+                return Ok(());
+            }
+            if config.tie_embeddings {
+                let rule = "differs from the embedding table, to which the configuration ties it";
+                return Err(format!("{}: {rule}", slot.hf()));
+            }
+        }
+        self.digest.add(&slot.hf(), &shape, &values);
+        match *shape.as_slice() {
+            // For f32 the widened copy is the one to keep.
+            [_, inputs] if self.dtype != Dtype::F32 => {
+                drop(values);
+                self.weights.keep(slot, self.dtype.keep(stored, inputs));
+            }
+            _ => {
+                let owned = match values {
+                    Cow::Owned(values) => Some(values),
+                    Cow::Borrowed(_) => None,
+                };
+                let values = owned.unwrap_or_else(|| stored.into_f32());
+                self.weights.set(slot, values);
+            }
+        }
+        Ok(())
     }
 }

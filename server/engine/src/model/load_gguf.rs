@@ -4,24 +4,27 @@ use std::io::{Read, Seek};
 use std::path::Path;
 
 use espalier_adapters::gguf::{Gguf, Metadata};
+use espalier_adapters::ops::Weight;
 use espalier_adapters::text::Tokenizer;
 
 use super::config::{Family, ModelConfig, RopeConfig, RopeScaling};
+use super::dtype::Dtype;
 use super::error::ModelError;
-use super::load::{self, LoadedModel, Parts};
-use super::weights::{ModelWeights, Part, Slot};
+use super::load::{self, LoadedModel, Parts, ReadWeights};
+use super::weights::{Part, Slot};
 
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 const DEFAULT_THETA: f32 = 10_000.0;
 
-pub(super) fn load(path: &Path) -> Result<LoadedModel, ModelError> {
+pub(super) fn load(path: &Path, dtype: Dtype) -> Result<LoadedModel, ModelError> {
     let gguf = Gguf::open(path)?;
-    load_open(gguf, load::name_of(path, true))
+    load_open(gguf, load::name_of(path, true), dtype)
 }
 
 pub(super) fn load_open<R: Read + Seek>(
     mut gguf: Gguf<R>,
     name: String,
+    dtype: Dtype,
 ) -> Result<LoadedModel, ModelError> {
     let file = gguf.metadata().file().to_owned();
     let mut config = read_config(&gguf)?;
@@ -39,12 +42,12 @@ pub(super) fn load_open<R: Read + Seek>(
         .text("tokenizer.chat_template")?
         .map(str::to_owned);
     let stop_ids = stop_ids(gguf.metadata())?;
-    let weights = read_weights(&mut gguf, &mut config, &file)?;
+    let read = read_weights(&mut gguf, &mut config, dtype, &file)?;
     load::finish(Parts {
         file,
         name,
         config,
-        weights,
+        read,
         tokenizer,
         jinja,
         stop_ids,
@@ -184,8 +187,9 @@ fn stop_ids(metadata: &Metadata) -> Result<Vec<u32>, ModelError> {
 fn read_weights<R: Read + Seek>(
     gguf: &mut Gguf<R>,
     config: &mut ModelConfig,
+    dtype: Dtype,
     file: &str,
-) -> Result<ModelWeights, ModelError> {
+) -> Result<ReadWeights, ModelError> {
     let slots = Slot::all(config);
     let mut findings = Vec::new();
     let mut wanted: std::collections::HashSet<String> =
@@ -224,19 +228,17 @@ fn read_weights<R: Read + Seek>(
     if !findings.is_empty() {
         return refuse(findings);
     }
-    let mut weights = ModelWeights::empty(config.layers);
+    let mut read = ReadWeights::new(config, dtype, &slots);
     for slot in slots {
         let name = slot.gguf();
-        let mut values = gguf.dequantize(&name)?;
-        findings.extend(load::finite(&name, &values).err());
+        let mut weight = gguf.weight(&name)?;
         if config.family == Family::Llama {
-            unpermute(slot, config, &mut values);
+            weight = unpermuted(slot, config, weight);
         }
-        weights.set(slot, values);
+        findings.extend(read.add(config, slot, &name, weight).err());
     }
-    load::settle_head(config, &mut weights, &mut findings);
     if findings.is_empty() {
-        Ok(weights)
+        Ok(read)
     } else {
         refuse(findings)
     }
@@ -244,19 +246,15 @@ fn read_weights<R: Read + Seek>(
 
 /// llama.cpp's converter interleaves the two halves of every head of q and k (`LlamaModel.permute`: reshape to
 /// `[heads, 2, head_dim / 2, in]` and swap the middle axes) because its rope turns neighbours; ours turns halves, as Hugging Face's.
-fn unpermute(slot: Slot, config: &ModelConfig, values: &mut [f32]) {
+/// Rows change places whole, so blocks stay what they are.
+fn unpermuted(slot: Slot, config: &ModelConfig, weight: Weight) -> Weight {
     let width = match slot {
         Slot::Layer(_, Part::Q | Part::K) => config.hidden,
         Slot::Layer(_, Part::QBias | Part::KBias) => 1,
-        _ => return,
+        _ => return weight,
     };
-    let half = config.head_dim / 2;
-    let mut head_rows = vec![0.0; config.head_dim * width];
-    for head in values.chunks_exact_mut(config.head_dim * width) {
-        for (row, source) in head.chunks_exact(width).enumerate() {
-            let place = (row % 2) * half + row / 2;
-            head_rows[place * width..(place + 1) * width].copy_from_slice(source);
-        }
-        head.copy_from_slice(&head_rows);
-    }
+    let (size, half) = (config.head_dim, config.head_dim / 2);
+    weight.reordered(width, |row| {
+        row / size * size + (row % size % 2) * half + row % size / 2
+    })
 }

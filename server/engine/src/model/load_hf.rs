@@ -9,18 +9,19 @@ use espalier_adapters::text::Tokenizer;
 use serde_json::Value;
 
 use super::config::ModelConfig;
+use super::dtype::Dtype;
 use super::error::ModelError;
 use super::hf_config::{self, Fields};
-use super::load::{self, LoadedModel, Parts};
+use super::load::{self, LoadedModel, Parts, ReadWeights};
 use super::safetensors_file::SafetensorsFile;
-use super::weights::{ModelWeights, Slot};
+use super::weights::Slot;
 
 /// Larger than any configuration, tokenizer configuration or index.
 const MAX_JSON_BYTES: u64 = 32 << 20;
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
 
-pub(super) fn load(directory: &Path) -> Result<LoadedModel, ModelError> {
+pub(super) fn load(directory: &Path, dtype: Dtype) -> Result<LoadedModel, ModelError> {
     let config_path = directory.join("config.json");
     let config_file = config_path.display().to_string();
     let Some(json) = read_json(&config_path)? else {
@@ -41,13 +42,13 @@ pub(super) fn load(directory: &Path) -> Result<LoadedModel, ModelError> {
     }
     let (tokenizer, jinja) = read_text(directory)?;
     config.validate(&config_file)?;
-    let weights = read_weights(directory, &mut config)?;
+    let read = read_weights(directory, &mut config, dtype)?;
     let file = directory.display().to_string();
     load::finish(Parts {
         file,
         name: load::name_of(directory, false),
         config,
-        weights,
+        read,
         tokenizer,
         jinja,
         stop_ids,
@@ -173,7 +174,11 @@ fn weight_files(
     Ok(files)
 }
 
-fn read_weights(directory: &Path, config: &mut ModelConfig) -> Result<ModelWeights, ModelError> {
+fn read_weights(
+    directory: &Path,
+    config: &mut ModelConfig,
+    dtype: Dtype,
+) -> Result<ReadWeights, ModelError> {
     let mut findings = Vec::new();
     let mut files = Vec::new();
     let mut place: HashMap<String, usize> = HashMap::new();
@@ -236,16 +241,14 @@ fn read_weights(directory: &Path, config: &mut ModelConfig) -> Result<ModelWeigh
     if !findings.is_empty() {
         return refuse(findings);
     }
-    let mut weights = ModelWeights::empty(config.layers);
+    let mut read = ReadWeights::new(config, dtype, &slots);
     for slot in slots {
         let name = slot.hf();
-        let values = files[place[&name]].read(&name)?;
-        findings.extend(load::finite(&name, &values).err());
-        weights.set(slot, values);
+        let weight = files[place[&name]].read(&name)?;
+        findings.extend(read.add(config, slot, &name, weight).err());
     }
-    load::settle_head(config, &mut weights, &mut findings);
     if findings.is_empty() {
-        Ok(weights)
+        Ok(read)
     } else {
         refuse(findings)
     }

@@ -23,6 +23,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::config::{Family, ModelConfig, RopeConfig, RopeScaling};
+use super::dtype::Dtype as Kept;
 use super::error::ModelError;
 use super::load::{LoadedModel, load};
 use super::load_gguf::load_open;
@@ -203,6 +204,7 @@ fn read_gguf(bytes: &[u8]) -> Result<LoadedModel, ModelError> {
     load_open(
         Gguf::read("test.gguf", Cursor::new(bytes))?,
         "test".to_owned(),
+        Kept::F32,
     )
 }
 

@@ -7,9 +7,9 @@ use espalier_adapters::ops::Ops;
 use espalier_adapters::pace::Stopped;
 
 use super::config::ModelConfig;
-use super::decoder::{Activations, Scratch};
+use super::decoder::{Activations, Scratch, packed};
 use super::norm::RmsNorm;
-use super::weights::LayerWeights;
+use super::weights::{ModelWeights, Part, Slot};
 
 /// The MLP of one block.
 #[derive(Debug)]
@@ -25,17 +25,17 @@ impl<O: Ops> Mlp<O> {
         ops: &O,
         config: &ModelConfig,
         layer: usize,
-        weights: &mut LayerWeights,
+        weights: &mut ModelWeights,
     ) -> Self {
-        let (hidden, inner) = (config.hidden, config.intermediate);
-        let linear = |weight: &mut Vec<f32>, dims: (usize, usize), site: Site| {
-            LoraLinear::new(ops, &std::mem::take(weight), None, dims, (layer, site))
+        let mut linear = |site: Site, part: Part| {
+            let weight = packed(ops, config, weights, Slot::Layer(layer, part));
+            LoraLinear::new(ops, weight, None, (layer, site))
         };
         Self {
-            norm: RmsNorm::new(&weights.mlp_norm, config.rms_eps),
-            gate: linear(&mut weights.gate, (hidden, inner), Site::Gate),
-            up: linear(&mut weights.up, (hidden, inner), Site::Up),
-            down: linear(&mut weights.down, (inner, hidden), Site::Down),
+            gate: linear(Site::Gate, Part::Gate),
+            up: linear(Site::Up, Part::Up),
+            down: linear(Site::Down, Part::Down),
+            norm: RmsNorm::new(&weights.layers[layer].mlp_norm, config.rms_eps),
         }
     }
 

@@ -4,6 +4,7 @@
 //! waits for whom.
 
 pub mod config;
+pub mod dtype;
 pub mod error;
 pub mod weights;
 
@@ -30,8 +31,9 @@ use espalier_adapters::ops::Backend;
 
 pub use config::{Family, ModelConfig, RopeConfig, RopeScaling};
 pub use decoder::{Decoder, Workspace};
+pub use dtype::{Dtype, WeightFormats};
 pub use error::ModelError;
-pub use load::{LoadedModel, load};
+pub use load::{LoadedModel, load, load_as};
 pub use train::{Saved, TrainRows};
 pub use weights::{LayerWeights, ModelWeights};
 

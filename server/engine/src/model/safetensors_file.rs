@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use espalier_adapters::ops::Weight;
 use espalier_adapters::strict_json;
 use half::{bf16, f16};
 use serde_json::Value;
@@ -31,24 +32,29 @@ impl Kind {
         }
     }
 
-    fn widen(self, bytes: &[u8], values: &mut Vec<f32>) {
+    /// Room for `count` numbers.
+    fn empty(self, count: usize) -> Weight {
         match self {
-            Self::F32 => values.extend(
-                bytes
-                    .chunks_exact(4)
-                    .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-            ),
-            Self::F16 => values.extend(
-                bytes
-                    .chunks_exact(2)
-                    .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()),
-            ),
-            Self::Bf16 => values.extend(
-                bytes
-                    .chunks_exact(2)
-                    .map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()),
-            ),
+            Self::F32 => Weight::F32(Vec::with_capacity(count)),
+            Self::F16 => Weight::F16(Vec::with_capacity(count)),
+            Self::Bf16 => Weight::Bf16(Vec::with_capacity(count)),
         }
+    }
+}
+
+/// Appends the numbers that `bytes` hold, in the type that `weight` has.
+fn append(weight: &mut Weight, bytes: &[u8]) {
+    let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    match weight {
+        Weight::F32(values) => values.extend(
+            bytes
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        ),
+        Weight::F16(values) => values.extend(halves().map(f16::from_le_bytes)),
+        Weight::Bf16(values) => values.extend(halves().map(bf16::from_le_bytes)),
+        // No safetensors type is made of blocks.
+        Weight::Blocks(_) => {}
     }
 }
 
@@ -102,19 +108,21 @@ impl SafetensorsFile {
         })
     }
 
-    /// One tensor, widened to f32; `name` must be one of `tensors`.
-    pub(super) fn read(&mut self, name: &str) -> Result<Vec<f32>, ModelError> {
+    /// One tensor in its own type; `name` must be one of `tensors`.
+    pub(super) fn read(&mut self, name: &str) -> Result<Weight, ModelError> {
         let missing = || ModelError::file(&self.path, format!("tensor {name:?} is missing"));
         let entry = self.tensors.get(name).ok_or_else(missing)?;
         let io = |source| ModelError::io(&self.path, source);
         self.reader.seek(SeekFrom::Start(entry.start)).map_err(io)?;
-        let mut values = Vec::with_capacity((entry.bytes / entry.kind.bytes()) as usize);
+        let mut values = entry
+            .kind
+            .empty((entry.bytes / entry.kind.bytes()) as usize);
         let mut chunk = vec![0; CHUNK_BYTES.min(entry.bytes as usize)];
         let mut left = entry.bytes as usize;
         while left > 0 {
             let now = left.min(CHUNK_BYTES);
             self.reader.read_exact(&mut chunk[..now]).map_err(io)?;
-            entry.kind.widen(&chunk[..now], &mut values);
+            append(&mut values, &chunk[..now]);
             left -= now;
         }
         Ok(values)

@@ -9,9 +9,10 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::config::{Family, ModelConfig, RopeConfig, RopeScaling};
+use super::dtype::Dtype;
 use super::error::ModelError;
-use super::load::{self, LoadedModel, Parts};
-use super::weights::{ModelWeights, Part, Slot};
+use super::load::{self, LoadedModel, Parts, ReadWeights};
+use super::weights::{Part, Slot};
 
 const CONTROL: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 const BOS: u64 = 1;
@@ -26,7 +27,7 @@ const MERGES: [&str; 33] = [
 
 const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
-pub(super) fn load(spec: &str, seed: &str) -> Result<LoadedModel, ModelError> {
+pub(super) fn load(spec: &str, seed: &str, dtype: Dtype) -> Result<LoadedModel, ModelError> {
     let seed: u64 = seed.parse().map_err(|_| ModelError::Spec {
         spec: spec.to_owned(),
         rule: "the seed must be a whole number from 0 to 18446744073709551615".to_owned(),
@@ -36,13 +37,13 @@ pub(super) fn load(spec: &str, seed: &str) -> Result<LoadedModel, ModelError> {
         file: spec.to_owned(),
         source,
     })?;
-    let config = config(tokenizer.vocab_size());
-    let weights = weights(&config, seed);
+    let mut config = config(tokenizer.vocab_size());
+    let read = weights(spec, &mut config, seed, dtype)?;
     load::finish(Parts {
         file: spec.to_owned(),
         name: format!("tiny-{seed}"),
         config,
-        weights,
+        read,
         tokenizer,
         jinja: Some(CHATML.to_owned()),
         stop_ids: vec![EOS as u32],
@@ -74,10 +75,16 @@ fn config(vocab: usize) -> ModelConfig {
 
 /// Uniform values in a range that keeps activations near one through any number of layers. The embedding is small beside what the
 /// blocks add, or else, tied to the head, it would make every token predict itself.
-fn weights(config: &ModelConfig, seed: u64) -> ModelWeights {
+fn weights(
+    spec: &str,
+    config: &mut ModelConfig,
+    seed: u64,
+    dtype: Dtype,
+) -> Result<ReadWeights, ModelError> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let mut weights = ModelWeights::empty(config.layers);
-    for slot in Slot::all(config) {
+    let slots = Slot::all(config);
+    let mut read = ReadWeights::new(config, dtype, &slots);
+    for slot in slots {
         let shape = slot.shape(config);
         let (centre, spread) = match slot {
             Slot::Norm | Slot::Layer(_, Part::AttnNorm | Part::MlpNorm) => (1.0, 0.1),
@@ -88,12 +95,16 @@ fn weights(config: &ModelConfig, seed: u64) -> ModelWeights {
             ),
         };
         let count: usize = shape.iter().product();
-        let values = (0..count)
+        let values: Vec<f32> = (0..count)
             .map(|_| centre + spread * (2.0 * random.random::<f32>() - 1.0))
             .collect();
-        weights.set(slot, values);
+        read.add(config, slot, &slot.hf(), values.into())
+            .map_err(|finding| ModelError::Weights {
+                file: spec.to_owned(),
+                findings: vec![finding],
+            })?;
     }
-    weights
+    Ok(read)
 }
 
 /// The tokenizer in the words of a GGUF, so that it is built by the code that builds everybody's.

@@ -1,6 +1,9 @@
-//! A base model's weights as plain f32 rows, whichever file they came from: row-major `[out, in]`, in Hugging Face's row order.
+//! A base model's weights, whichever file they came from: row-major `[out, in]`, in Hugging Face's row order.
 //! Knows no file format and no operation; the loaders fill it, the decoder packs it.
 
+use std::collections::HashMap;
+
+use espalier_adapters::ops::Weight;
 use sha2::{Digest, Sha256};
 
 use super::config::ModelConfig;
@@ -50,6 +53,8 @@ pub struct ModelWeights {
     pub norm: Vec<f32>,
     /// Output head, `[vocab, hidden]`; `None` when the embedding table is the head.
     pub lm_head: Option<Vec<f32>>,
+    /// Matrices in another format than f32; their places above are empty.
+    kept: HashMap<Slot, Weight>,
 }
 
 /// A tensor of a base model, by place rather than by any file's spelling.
@@ -224,6 +229,25 @@ impl LayerWeights {
         }
     }
 
+    fn take(&mut self, part: Part) -> Option<Vec<f32>> {
+        Some(std::mem::take(match part {
+            Part::Q => &mut self.q,
+            Part::K => &mut self.k,
+            Part::V => &mut self.v,
+            Part::O => &mut self.o,
+            Part::Gate => &mut self.gate,
+            Part::Up => &mut self.up,
+            Part::Down => &mut self.down,
+            Part::AttnNorm => &mut self.attn_norm,
+            Part::MlpNorm => &mut self.mlp_norm,
+            Part::QBias => self.q_bias.as_mut()?,
+            Part::KBias => self.k_bias.as_mut()?,
+            Part::VBias => self.v_bias.as_mut()?,
+            Part::QNorm => self.q_norm.as_mut()?,
+            Part::KNorm => self.k_norm.as_mut()?,
+        }))
+    }
+
     fn set(&mut self, part: Part, data: Vec<f32>) {
         match part {
             Part::AttnNorm => self.attn_norm = data,
@@ -274,7 +298,39 @@ impl ModelWeights {
         }
     }
 
-    /// The tensors of a model of `config` in canonical order: Hugging Face's name, shape, values.
+    /// Puts a matrix in its place, in whatever format it is.
+    pub(crate) fn keep(&mut self, slot: Slot, weight: Weight) {
+        match weight {
+            Weight::F32(values) => self.set(slot, values),
+            weight => {
+                self.kept.insert(slot, weight);
+            }
+        }
+    }
+
+    /// Takes a matrix out, so that no second copy of it outlives its packing.
+    pub(crate) fn take(&mut self, slot: Slot) -> Option<Weight> {
+        if let Some(kept) = self.kept.remove(&slot) {
+            return Some(kept);
+        }
+        let values = match slot {
+            Slot::Embed => std::mem::take(&mut self.embed),
+            Slot::Layer(layer, part) => self.layers.get_mut(layer)?.take(part)?,
+            Slot::Norm => std::mem::take(&mut self.norm),
+            Slot::LmHead => self.lm_head.take()?,
+        };
+        Some(Weight::F32(values))
+    }
+
+    /// Numbers of a tensor, whatever its format.
+    fn len(&self, slot: Slot) -> Option<usize> {
+        match self.kept.get(&slot) {
+            Some(kept) => Some(kept.len()),
+            None => self.get(slot).map(Vec::len),
+        }
+    }
+
+    /// The f32 tensors of a model of `config` in canonical order: Hugging Face's name, shape, values.
     pub fn tensors<'a>(
         &'a self,
         config: &'a ModelConfig,
@@ -300,7 +356,7 @@ impl ModelWeights {
         for slot in Slot::all(config) {
             let shape = slot.shape(config);
             let expected: usize = shape.iter().product();
-            match self.get(slot).map(Vec::len) {
+            match self.len(slot) {
                 Some(found) if found == expected => {}
                 found => findings.push(format!(
                     "{}: {} values, {shape:?} has {expected}",
@@ -319,26 +375,57 @@ impl ModelWeights {
         }
     }
 
-    /// SHA-256, in hex, over every tensor in canonical order: the name's length and bytes, the number of dimensions, the dimensions
-    /// (u64, little endian), the values as f32 little endian. Equal for a GGUF and a Hugging Face directory of equal weights, whatever
-    /// type the file stored them in, because it is taken after widening to f32.
+    /// The digest of weights that are all f32; see [`BaseDigest`].
     pub fn digest(&self, config: &ModelConfig) -> String {
+        let mut digest = BaseDigest::new();
+        for (name, shape, values) in self.tensors(config) {
+            digest.add(&name, &shape, values);
+        }
+        digest.finish()
+    }
+}
+
+/// SHA-256, in hex, over every tensor in canonical order: the name's length and bytes, the number of dimensions, the dimensions
+/// (u64, little endian), the values as f32 little endian. Equal for a GGUF and a Hugging Face directory of equal weights, whatever
+/// type the file stored them in and whatever format they run in, because it is taken after widening to f32 and before any rounding.
+pub(crate) struct BaseDigest(Sha256);
+
+impl BaseDigest {
+    pub(crate) fn new() -> Self {
         let mut hash = Sha256::new();
         hash.update(b"espalier-base-v1\0");
-        let mut bytes = Vec::with_capacity(4 << 14);
-        for (name, shape, values) in self.tensors(config) {
-            hash.update((name.len() as u64).to_le_bytes());
-            hash.update(name.as_bytes());
-            hash.update((shape.len() as u64).to_le_bytes());
-            for dimension in shape {
-                hash.update((dimension as u64).to_le_bytes());
-            }
-            for chunk in values.chunks(1 << 14) {
-                bytes.clear();
-                bytes.extend(chunk.iter().flat_map(|value| value.to_le_bytes()));
-                hash.update(&bytes);
-            }
+        BaseDigest(hash)
+    }
+
+    /// The next tensor in canonical order.
+    pub(crate) fn add(&mut self, name: &str, shape: &[usize], values: &[f32]) {
+        let hash = &mut self.0;
+        hash.update((name.len() as u64).to_le_bytes());
+        hash.update(name.as_bytes());
+        hash.update((shape.len() as u64).to_le_bytes());
+        for dimension in shape {
+            hash.update((*dimension as u64).to_le_bytes());
         }
-        hex::encode(hash.finalize())
+        update(hash, values);
+    }
+
+    pub(crate) fn finish(self) -> String {
+        hex::encode(self.0.finalize())
+    }
+}
+
+/// The digest of bare values, to compare two tensors without holding both.
+pub(crate) fn values_digest(values: &[f32]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    update(&mut hash, values);
+    hash.finalize().into()
+}
+
+fn update(hash: &mut Sha256, values: &[f32]) {
+    let mut bytes = Vec::with_capacity(4 << 14);
+    for chunk in values.chunks(1 << 14) {
+        bytes.clear();
+        bytes.extend(chunk.iter().flat_map(|value| value.to_le_bytes()));
+        hash.update(&bytes);
     }
 }

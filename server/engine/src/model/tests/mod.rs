@@ -4,6 +4,7 @@
 mod equality;
 mod finite_differences;
 mod oracle;
+pub(crate) mod precision;
 
 use std::sync::Arc;
 

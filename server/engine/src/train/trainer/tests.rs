@@ -10,8 +10,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
+use crate::model::tests::precision::kept_model;
 use crate::model::tests::{random_adapter, random_model, small};
-use crate::model::{Family, Saved};
+use crate::model::{Dtype, Family, Saved};
 
 fn model() -> Arc<Model> {
     Arc::new(random_model(&small(Family::Qwen3), 1))
@@ -380,4 +381,37 @@ fn plans_that_cannot_be_carried_out_say_why() {
         .run(&Unpaced, &mut |_| ())
         .unwrap_err();
     assert!(matches!(error, TrainError::NotFinite { .. }), "{error}");
+}
+
+/// On rounded plain weights the very same adapter as on their f32 copy; on blocks, whose forward pass rounds rows too, nearly the same losses.
+#[test]
+fn training_works_on_every_format() {
+    let config = small(Family::Qwen3);
+    for dtype in Dtype::ALL {
+        let run = |wide: bool| {
+            let model = Arc::new(kept_model(&config, 1, dtype, wide));
+            let mut plan = lm_plan();
+            plan.hp.epochs = Some(6);
+            finish(&mut Trainer::new(model, plan).unwrap(), &Unpaced)
+        };
+        let ((narrow, events), (wide, wide_events)) = (run(false), run(true));
+        let losses =
+            |events: &[TrainEvent]| steps(events).iter().map(|s| s.loss).collect::<Vec<_>>();
+        let (losses, expected) = (losses(&events), losses(&wide_events));
+        assert!(
+            losses[losses.len() - 1] < 0.9 * losses[0],
+            "{dtype} learns: {losses:?}"
+        );
+        if dtype == Dtype::Q8 {
+            assert_ne!(narrow.artifact, wide.artifact);
+            for (loss, expected) in losses.iter().zip(&expected) {
+                assert!(
+                    (loss - expected).abs() < 0.05 * expected,
+                    "{loss}, not {expected}"
+                );
+            }
+        } else {
+            assert_eq!(narrow.artifact, wide.artifact, "{dtype}");
+        }
+    }
 }
