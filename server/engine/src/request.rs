@@ -8,17 +8,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use espalier_adapters::version::VersionDigest;
+use sha2::{Digest as _, Sha256};
 
 use crate::error::EngineError;
 
-/// One unit of work from one tenant against at most one adapter version.
+/// Versions that one request may name.
+pub const MAX_TARGETS: usize = 8;
+/// The largest weight of a version, to either side of 0.
+pub const MAX_WEIGHT: f32 = 8.0;
+
+/// One unit of work from one tenant against the base model, a version, or a mixture of versions.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// For logs and errors only.
     pub id: String,
     /// Whom the scheduler's fairness counts this for.
     pub tenant: Arc<str>,
-    /// The versions that answer, with their weights; empty is the base model. One entry at most, of weight 1, for now.
+    /// The versions that answer, with their weights; empty is the base model. Their updates are added exactly and in this
+    /// order; no version stands there twice.
     pub target: Vec<TargetVersion>,
     /// Refuse rather than load when the version is not resident.
     pub require_resident: bool,
@@ -35,7 +42,8 @@ pub struct Request {
 pub struct TargetVersion {
     /// The version.
     pub digest: VersionDigest,
-    /// Its weight; only 1 is accepted for now.
+    /// Its weight: 0 adds nothing, to the last bit. A DoRA version has weight 1 and stands alone, because its gain scales
+    /// the base's output too.
     pub weight: f32,
 }
 
@@ -275,6 +283,28 @@ pub struct Timings {
     pub time_to_first_token: Duration,
     /// From `received` to the end.
     pub total: Duration,
+}
+
+// === impl TargetVersion ===
+
+impl TargetVersion {
+    /// What tells the answers of a list of versions apart: nothing for the base, a version's own digest for it alone, else
+    /// SHA-256 over `espalier-mixture-v1`, a zero byte, and each digest with its weight's bits (u32, little-endian).
+    pub(crate) fn digest_of(target: &[Self]) -> Option<VersionDigest> {
+        match target {
+            [] => None,
+            [alone] if alone.weight == 1.0 => Some(alone.digest),
+            mixture => {
+                let mut hash = Sha256::new();
+                hash.update(b"espalier-mixture-v1\0");
+                for part in mixture {
+                    hash.update(part.digest.as_bytes());
+                    hash.update(part.weight.to_bits().to_le_bytes());
+                }
+                Some(VersionDigest::from_bytes(hash.finalize().into()))
+            }
+        }
+    }
 }
 
 // === impl SamplingParams ===

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use espalier_adapters::batch::Mixture;
+
 use super::Engine;
 use crate::adapter_pool::Lookup;
 use crate::cache_key::CacheKey;
@@ -16,6 +18,9 @@ use crate::scheduler::{NewSequence, Prefix, SequenceId};
 use crate::sequence::{
     ActiveRequest, Continuation, Generation, RequestKey, Sequence, StopRules, Task,
 };
+
+/// So often a mixture may lose a version to the others that it waits for; then they do not fit in memory together.
+const MAX_LOST: usize = 8;
 
 /// A sequence on its way to the scheduler.
 struct Planned {
@@ -38,7 +43,7 @@ impl Engine {
         } = submission;
         let key = RequestKey(self.next_request);
         self.next_request += 1;
-        let version = request.target.first().map(|target| target.digest);
+        let version = TargetVersion::digest_of(&request.target);
         let seed = match &request.kind {
             RequestKind::Generate(generate) => {
                 generate.sampling.seed.unwrap_or_else(rand::random::<u64>)
@@ -48,13 +53,16 @@ impl Engine {
         let active = ActiveRequest {
             id: request.id,
             tenant: request.tenant,
+            target: request.target,
             version,
             events,
             deadline: request.deadline,
             received: request.received,
             submitted,
             ticket: Some(ticket),
-            lease: None,
+            leases: Vec::new(),
+            adapters: Mixture::default(),
+            gathered: (0, 0),
             seed,
             adapter_load: std::time::Duration::ZERO,
             started: None,
@@ -71,44 +79,69 @@ impl Engine {
             labels: Arc::from([]),
         };
         metrics::admission("admitted");
+        let mut asked = active.target.iter().map(|target| target.digest);
+        let absent =
+            asked.find(|digest| request.require_resident && !self.pool.is_resident(digest));
         self.requests.insert(key, active);
-        match version {
-            Some(digest) if request.require_resident && !self.pool.is_resident(&digest) => {
-                self.fail(key, EngineError::AdapterNotResident { digest });
-            }
-            Some(_) => self.parked.push((key, request.kind)),
-            None => self.begin(key, request.kind),
+        match (version, absent) {
+            (_, Some(digest)) => self.fail(key, EngineError::AdapterNotResident { digest }),
+            (Some(_), None) => self.parked.push((key, request.kind)),
+            (None, None) => self.begin(key, request.kind),
         }
     }
 
-    /// Requests whose adapter has come begin; those whose adapter cannot be had fail.
+    /// Requests whose adapters have come begin; those whose adapters cannot be had fail.
     pub(super) fn unpark(&mut self, now: Instant) {
         for (key, kind) in std::mem::take(&mut self.parked) {
-            let Some(request) = self.requests.get_mut(&key) else {
-                continue;
-            };
-            let Some(digest) = request.version else {
-                continue;
-            };
-            match self.pool.lease(digest, request.submitted, now) {
-                Lookup::Wait => {
-                    // The first look is the one that starts the load, or finds it started.
-                    request.usage.adapter_loads = 1;
-                    self.parked.push((key, kind));
-                }
-                Lookup::Ready(lease) => {
-                    let waited = request.usage.adapter_loads > 0;
-                    metrics::adapter_lookup(waited);
-                    if waited {
-                        request.adapter_load = now - request.submitted;
-                    }
-                    request.labels = Arc::clone(&lease.labels);
-                    request.lease = Some(lease);
-                    self.begin(key, kind);
-                }
-                Lookup::Failed(error) => self.fail(key, error),
+            match self.gather(key, now) {
+                Ok(true) => self.begin(key, kind),
+                Ok(false) => self.parked.push((key, kind)),
+                Err(error) => self.fail(key, error),
             }
         }
+    }
+
+    /// Leases all of a request's versions, or none: two requests that each held a part of what both need would wait for
+    /// each other.
+    fn gather(&mut self, key: RequestKey, now: Instant) -> Result<bool, EngineError> {
+        let Some(request) = self.requests.get_mut(&key) else {
+            return Ok(false);
+        };
+        let mut leases = Vec::with_capacity(request.target.len());
+        for target in &request.target {
+            match self.pool.lease(target.digest, request.submitted, now) {
+                Lookup::Ready(lease) => leases.push(lease),
+                Lookup::Wait => {}
+                Lookup::Failed(error) => return Err(error),
+            }
+        }
+        let (before, lost) = request.gathered;
+        request.gathered = (leases.len(), lost + usize::from(leases.len() < before));
+        if leases.len() < request.target.len() {
+            // The first look is the one that starts the loads, or finds them started.
+            request.usage.adapter_loads = request
+                .usage
+                .adapter_loads
+                .max(request.target.len() - leases.len());
+            return match request.gathered {
+                (_, lost) if lost > MAX_LOST => Err(EngineError::InvalidField {
+                    field: "target",
+                    reason: format!(
+                        "its {} versions do not fit in the {} bytes for adapters together; name fewer",
+                        request.target.len(),
+                        self.config.adapter_bytes
+                    ),
+                }),
+                _ => Ok(false),
+            };
+        }
+        let waited = request.usage.adapter_loads > 0;
+        metrics::adapter_lookup(waited);
+        if waited {
+            request.adapter_load = now - request.submitted;
+        }
+        request.hold(leases)?;
+        Ok(true)
     }
 
     /// Makes the sequences of a request and hands them to the scheduler.
@@ -180,12 +213,7 @@ impl Engine {
                 return Ok(self.plan_candidates(seed, generate));
             }
             RequestKind::Classify { inputs } => {
-                if request.labels.is_empty() {
-                    let what = "the adapter has no classification head; name labels to score them by likelihood";
-                    return Err(EngineError::Unsupported {
-                        what: what.to_owned(),
-                    });
-                }
+                request.labels = Arc::clone(&request.head()?.labels);
                 let indexed = inputs.into_iter().enumerate();
                 indexed
                     .map(|(index, tokens)| alone(index, tokens, Task::Classify { index }))
