@@ -47,8 +47,8 @@ pub(crate) struct ActiveRequest {
     pub(crate) leases: Vec<AdapterLease>,
     /// What is added to the base: the leased adapters with their weights.
     pub(crate) adapters: Mixture,
-    /// How many of the target's versions were there at the last look, and how often one was lost again while others came.
-    pub(crate) gathered: (usize, usize),
+    /// Which of the target's versions were there at the last look (bit by bit), and how often one had gone again.
+    pub(crate) gathered: (u32, u32),
     pub(crate) seed: u64,
     pub(crate) adapter_load: Duration,
     /// When its first step began.

@@ -20,7 +20,7 @@ use crate::sequence::{
 };
 
 /// So often a mixture may lose a version to the others that it waits for; then they do not fit in memory together.
-const MAX_LOST: usize = 8;
+const MAX_LOST: u32 = 8;
 
 /// A sequence on its way to the scheduler.
 struct Planned {
@@ -93,6 +93,9 @@ impl Engine {
     /// Requests whose adapters have come begin; those whose adapters cannot be had fail.
     pub(super) fn unpark(&mut self, now: Instant) {
         for (key, kind) in std::mem::take(&mut self.parked) {
+            if !self.requests.contains_key(&key) {
+                continue;
+            }
             match self.gather(key, now) {
                 Ok(true) => self.begin(key, kind),
                 Ok(false) => self.parked.push((key, kind)),
@@ -108,32 +111,36 @@ impl Engine {
             return Ok(false);
         };
         let mut leases = Vec::with_capacity(request.target.len());
-        for target in &request.target {
+        let mut there = 0_u32;
+        for (index, target) in request.target.iter().enumerate() {
             match self.pool.lease(target.digest, request.submitted, now) {
-                Lookup::Ready(lease) => leases.push(lease),
+                Lookup::Ready(lease) => {
+                    there |= 1 << index;
+                    leases.push(lease);
+                }
                 Lookup::Wait => {}
                 Lookup::Failed(error) => return Err(error),
             }
         }
         let (before, lost) = request.gathered;
-        request.gathered = (leases.len(), lost + usize::from(leases.len() < before));
+        let lost = lost + (before & !there).count_ones();
+        request.gathered = (there, lost);
         if leases.len() < request.target.len() {
             // The first look is the one that starts the loads, or finds them started.
             request.usage.adapter_loads = request
                 .usage
                 .adapter_loads
                 .max(request.target.len() - leases.len());
-            return match request.gathered {
-                (_, lost) if lost > MAX_LOST => Err(EngineError::InvalidField {
-                    field: "target",
-                    reason: format!(
-                        "its {} versions do not fit in the {} bytes for adapters together; name fewer",
-                        request.target.len(),
-                        self.config.adapter_bytes
-                    ),
-                }),
-                _ => Ok(false),
-            };
+            if lost > MAX_LOST {
+                let reason = format!(
+                    "its {} versions do not fit in the {} bytes for adapters together; name fewer",
+                    request.target.len(),
+                    self.config.adapter_bytes
+                );
+                let field = "target";
+                return Err(EngineError::InvalidField { field, reason });
+            }
+            return Ok(false);
         }
         let waited = request.usage.adapter_loads > 0;
         metrics::adapter_lookup(waited);
