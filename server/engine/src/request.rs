@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use espalier_adapters::version::VersionDigest;
-use sha2::{Digest as _, Sha256};
 
 use crate::error::EngineError;
 
@@ -283,28 +282,6 @@ pub struct Timings {
     pub time_to_first_token: Duration,
     /// From `received` to the end.
     pub total: Duration,
-}
-
-// === impl TargetVersion ===
-
-impl TargetVersion {
-    /// What tells the answers of a list of versions apart: nothing for the base, a version's own digest for it alone, else
-    /// SHA-256 over `espalier-mixture-v1`, a zero byte, and each digest with its weight's bits (u32, little-endian).
-    pub(crate) fn digest_of(target: &[Self]) -> Option<VersionDigest> {
-        match target {
-            [] => None,
-            [alone] if alone.weight == 1.0 => Some(alone.digest),
-            mixture => {
-                let mut hash = Sha256::new();
-                hash.update(b"espalier-mixture-v1\0");
-                for part in mixture {
-                    hash.update(part.digest.as_bytes());
-                    hash.update(part.weight.to_bits().to_le_bytes());
-                }
-                Some(VersionDigest::from_bytes(hash.finalize().into()))
-            }
-        }
-    }
 }
 
 // === impl SamplingParams ===

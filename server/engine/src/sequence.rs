@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use espalier_adapters::batch::Mixture;
 use espalier_adapters::text::StreamDecoder;
-use espalier_adapters::version::VersionDigest;
 use tokio::sync::mpsc;
 
 use crate::adapter_pool::AdapterLease;
@@ -35,8 +34,6 @@ pub(crate) struct ActiveRequest {
     pub(crate) tenant: Arc<str>,
     /// The versions that answer, with their weights.
     pub(crate) target: Vec<TargetVersion>,
-    /// What tells the target's answers from others'.
-    pub(crate) version: Option<VersionDigest>,
     pub(crate) events: mpsc::Sender<Event>,
     pub(crate) deadline: Option<Instant>,
     pub(crate) received: Instant,

@@ -1,7 +1,7 @@
 //! From a submitted request to sequences in the scheduler, by way of the adapter that it needs.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use espalier_adapters::batch::Mixture;
 
@@ -12,15 +12,17 @@ use crate::command::Submission;
 use crate::detokenizer::StopFilter;
 use crate::error::EngineError;
 use crate::metrics;
-use crate::request::{Generate, RequestKind, TargetVersion, Usage};
+use crate::request::{Generate, RequestKind, Usage};
 use crate::sampler::Sampler;
 use crate::scheduler::{NewSequence, Prefix, SequenceId};
 use crate::sequence::{
     ActiveRequest, Continuation, Generation, RequestKey, Sequence, StopRules, Task,
 };
 
-/// So often a mixture may lose a version to the others that it waits for; then they do not fit in memory together.
+/// A mixture that has lost versions to the others that it waits for so often,
 const MAX_LOST: u32 = 8;
+/// and for so long, cannot have them in memory together.
+const GATHER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A sequence on its way to the scheduler.
 struct Planned {
@@ -43,7 +45,6 @@ impl Engine {
         } = submission;
         let key = RequestKey(self.next_request);
         self.next_request += 1;
-        let version = TargetVersion::digest_of(&request.target);
         let seed = match &request.kind {
             RequestKind::Generate(generate) => {
                 generate.sampling.seed.unwrap_or_else(rand::random::<u64>)
@@ -54,7 +55,6 @@ impl Engine {
             id: request.id,
             tenant: request.tenant,
             target: request.target,
-            version,
             events,
             deadline: request.deadline,
             received: request.received,
@@ -64,9 +64,9 @@ impl Engine {
             adapters: Mixture::default(),
             gathered: (0, 0),
             seed,
-            adapter_load: std::time::Duration::ZERO,
+            adapter_load: Duration::ZERO,
             started: None,
-            queue: std::time::Duration::ZERO,
+            queue: Duration::ZERO,
             first_output: None,
             last_output: None,
             usage: Usage {
@@ -82,11 +82,12 @@ impl Engine {
         let mut asked = active.target.iter().map(|target| target.digest);
         let absent =
             asked.find(|digest| request.require_resident && !self.pool.is_resident(digest));
+        let base = active.target.is_empty();
         self.requests.insert(key, active);
-        match (version, absent) {
-            (_, Some(digest)) => self.fail(key, EngineError::AdapterNotResident { digest }),
-            (Some(_), None) => self.parked.push((key, request.kind)),
-            (None, None) => self.begin(key, request.kind),
+        match absent {
+            Some(digest) => self.fail(key, EngineError::AdapterNotResident { digest }),
+            None if base => self.begin(key, request.kind),
+            None => self.parked.push((key, request.kind)),
         }
     }
 
@@ -131,9 +132,9 @@ impl Engine {
                 .usage
                 .adapter_loads
                 .max(request.target.len() - leases.len());
-            if lost > MAX_LOST {
+            if lost > MAX_LOST && now - request.submitted > GATHER_PATIENCE {
                 let reason = format!(
-                    "its {} versions do not fit in the {} bytes for adapters together; name fewer",
+                    "its {} versions found no room together in the {} bytes for adapters; name fewer",
                     request.target.len(),
                     self.config.adapter_bytes
                 );
@@ -160,12 +161,8 @@ impl Engine {
         let Some(request) = self.requests.get_mut(&key) else {
             return;
         };
-        let target = request.version.map(|digest| TargetVersion {
-            digest,
-            weight: 1.0,
-        });
         let tenant = Arc::clone(&request.tenant);
-        let cache_key = Arc::new(CacheKey::new(tenant, target.as_slice(), false));
+        let cache_key = Arc::new(CacheKey::new(tenant, &request.target, false));
         let mut first_of_group: Option<(usize, SequenceId)> = None;
         for Planned {
             tokens,

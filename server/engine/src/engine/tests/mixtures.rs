@@ -129,7 +129,7 @@ fn a_mixture_larger_than_the_memory_is_refused_and_a_fitting_one_waits_its_turn(
             .unwrap(),
     );
     let error = error.error.unwrap().to_string();
-    assert!(error.contains("2 versions do not fit"), "{error}");
+    assert!(error.contains("2 versions found no room"), "{error}");
     small.settled();
     let enough = tight(a + b + 64);
     let others: Vec<_> = (3..5)
