@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod adapter_api;
+mod churn;
 mod client_side;
 mod golden_inference;
 mod golden_training;
@@ -11,6 +12,7 @@ mod kill_resume;
 mod mixture_api;
 mod python_client;
 mod real_model;
+mod residency;
 mod server_life;
 mod server_limits;
 mod state_api;

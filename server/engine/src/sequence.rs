@@ -12,6 +12,7 @@ use crate::adapter_pool::AdapterLease;
 use crate::detokenizer::StopFilter;
 use crate::error::EngineError;
 use crate::handle::Ticket;
+use crate::merger::MergedWeights;
 use crate::metrics;
 use crate::request::{
     Event, Pooling, Started, StopConditions, TargetVersion, Timings, TokenLogprob, Usage,
@@ -141,11 +142,22 @@ impl ActiveRequest {
             );
             return Err(EngineError::InvalidField { field, reason });
         }
-        let parts = leases.iter().zip(&self.target);
-        let parts = parts.map(|(lease, target)| (Arc::clone(&lease.adapter), target.weight));
-        self.adapters = Mixture::new(parts.collect());
         self.leases = leases;
+        // What is merged has its update in the weights already.
+        if self.merged().is_none() {
+            let parts = self.leases.iter().zip(&self.target);
+            let parts = parts.map(|(lease, target)| (Arc::clone(&lease.adapter), target.weight));
+            self.adapters = Mixture::new(parts.collect());
+        }
         Ok(())
+    }
+
+    /// The weights that answer in the place of base and adapter: those of a version that stands alone, as it is.
+    pub(crate) fn merged(&self) -> Option<&Arc<MergedWeights>> {
+        match (&self.target[..], &self.leases[..]) {
+            ([alone], [lease]) if alone.weight == 1.0 => lease.merged(),
+            _ => None,
+        }
     }
 
     /// The adapter whose head classifies.
