@@ -150,7 +150,7 @@ impl Server {
     pub async fn build(config: Config, listener: &TcpListener) -> Result<Server, ServeError> {
         let began = Instant::now();
         let config = Arc::new(config);
-        limit_threads(config.engine.threads);
+        start_pool(config.engine.threads);
         let listen = listener.local_addr().map_err(|cause| ServeError::Io {
             action: "listen".to_owned(),
             cause,
@@ -403,11 +403,13 @@ fn with_reflection(mut routes: Routes) -> Routes {
 }
 
 /// Tensor work runs on the process's one pool; several servers in a process (tests) share it, so the first one decides.
-fn limit_threads(threads: usize) {
-    if threads > 0
-        && let Err(error) = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build_global()
+/// Its threads have a name, so that `top -H` and the benchmarks tell the model's work from the shell's.
+fn start_pool(threads: usize) {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|index| format!("compute-{index}"));
+    if let Err(error) = pool.build_global()
+        && threads > 0
     {
         tracing::warn!(threads, %error, "the setting threads comes too late for this process");
     }
