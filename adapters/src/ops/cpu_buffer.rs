@@ -153,6 +153,14 @@ pub(super) fn spread_parts<T: Send>(
     });
 }
 
+/// Runs `task` once for each item, on the threads that operations run on: work between operations must not bring a second
+/// pool that competes for the cores.
+pub fn for_each<T: Send>(items: &mut [T], task: impl Fn(&mut T) + Sync) {
+    spread_parts(items, 1, usize::MAX, |_, item| {
+        item.iter_mut().for_each(&task)
+    });
+}
+
 /// Where the parts begin.
 struct Start<T>(*mut T);
 

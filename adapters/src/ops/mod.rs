@@ -45,6 +45,7 @@ mod reference;
 mod weight;
 
 pub use cpu::Cpu;
+pub use cpu_buffer::for_each;
 pub use cpu_matrix::Matrix;
 pub use cpu_team::{set_threads, threads};
 pub use low_rank::{Factor, LowRank};

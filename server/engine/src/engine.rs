@@ -30,6 +30,7 @@ use crate::merger::{self, MergeJob};
 use crate::metrics::{self, EngineStats};
 use crate::model::{LoadedModel, Model, ResidentAdapter};
 use crate::model_runner::{ModelRunner, RunItem};
+use crate::prefill_pace::PrefillPace;
 use crate::request::{Event, RequestKind};
 use crate::scheduler::{Admitted, Plan, ScheduledSequence, Scheduler, SchedulerLimits, SequenceId};
 use crate::sequence::{ActiveRequest, RequestKey, Sequence};
@@ -54,6 +55,7 @@ struct Engine {
     gauges: Arc<Gauges>,
     runner: ModelRunner,
     scheduler: Scheduler,
+    pace: PrefillPace,
     pool: AdapterPool,
     traffic: Traffic,
     merger: SyncSender<MergeJob>,
@@ -152,6 +154,7 @@ pub(crate) fn start(
         gauges: Arc::clone(&gauges),
         runner: ModelRunner::new(decoder, config.kv_blocks),
         scheduler: Scheduler::new(limits, config.kv_blocks),
+        pace: PrefillPace::new(config.prefill_max_step_impact, config.prefill_chunk_tokens),
         pool: pool.clone(),
         traffic: Traffic::new(config.merge_window, config.merge_share),
         merger,
@@ -332,6 +335,7 @@ impl Engine {
     // --- schedule ---
 
     fn schedule(&mut self) -> Plan {
+        self.scheduler.set_prefill_chunk(self.pace.rows());
         let plan = self.scheduler.schedule();
         self.stalled = plan.items.is_empty();
         for id in &plan.preempted {
@@ -474,6 +478,7 @@ impl Engine {
         self.totals.adapter_bytes_read += bytes as u64;
         metrics::step(plan.items.len(), rows, decodes, versions.len(), duration);
         self.count_traffic(plan, Instant::now());
+        self.pace.note(decodes, rows - decodes, duration);
         self.training.after_step(duration);
     }
 

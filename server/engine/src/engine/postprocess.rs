@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use rayon::prelude::*;
+use espalier_adapters::ops::for_each;
 
 use super::{Engine, StepOutput};
 use crate::classify;
@@ -352,7 +352,7 @@ impl Engine {
 /// Chooses a token for each draw from its row of logits `[draws, vocab]`, rows beside each other. A panic costs its own
 /// request.
 fn draw_rows(logits: &mut [f32], vocab: usize, draws: &mut [Draw]) {
-    let draw = |(row, draw): (&mut [f32], &mut Draw)| {
+    let draw = |(row, draw): &mut (&mut [f32], &mut Draw)| {
         let next = AssertUnwindSafe(|| match &mut draw.sequence.task {
             Task::Generate(generation) => Some(generation.next(row, draw.position, draw.last)),
             _ => None,
@@ -363,10 +363,8 @@ fn draw_rows(logits: &mut [f32], vocab: usize, draws: &mut [Draw]) {
             Err(_) => metrics::panic_caught("sampling"),
         }
     };
-    if let [only] = draws {
-        return draw((logits, only));
-    }
-    logits.par_chunks_exact_mut(vocab).zip(draws).for_each(draw);
+    let mut rows: Vec<_> = logits.chunks_exact_mut(vocab).zip(draws).collect();
+    for_each(&mut rows, draw);
 }
 
 // === impl Generation ===
