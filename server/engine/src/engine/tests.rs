@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod constraint;
 mod fixture;
 mod merging;
 mod mixtures;
@@ -33,6 +34,7 @@ fn sampled(prompt: Vec<u32>, seed: u64, max_tokens: usize) -> RequestKind {
             ..StopConditions::default()
         },
         logprobs: Some(2),
+        constraint: None,
     })
 }
 
@@ -82,6 +84,7 @@ fn mixed_work() -> Vec<(Option<usize>, RequestKind)> {
             continuations: continuations.clone(),
         },
     ));
+    work.extend(constraint::work());
     let labels = vec!["x".to_owned(), "y".to_owned()];
     work.push((
         None,
