@@ -156,6 +156,7 @@ fn json_prompt(line: &str) -> Result<FilePrompt, String> {
         messages.push(v1::ChatMessage {
             role: role.into(),
             content: content.to_owned(),
+            ..v1::ChatMessage::default()
         });
     }
     let named = ["prompt", "text", "question"];

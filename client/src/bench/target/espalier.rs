@@ -291,6 +291,7 @@ fn user(content: String) -> v1::ChatMessage {
     v1::ChatMessage {
         role: v1::Role::User.into(),
         content,
+        ..v1::ChatMessage::default()
     }
 }
 
