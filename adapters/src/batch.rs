@@ -1,4 +1,4 @@
-//! A mixed batch: which rows belong to which adapter, and what a pass over them needs.
+//! A mixed batch: which rows belong to which adapters, and what a pass over them needs.
 //!
 //! Rows of one adapter are adjacent, so that each adapter's thin products run once per site. It must not know
 //! sequences, requests or who sorted the rows.
@@ -10,34 +10,70 @@ use crate::linear::ResidentAdapter;
 use crate::ops::{Ops, Real};
 use crate::pace::Pace;
 
-/// Adjacent rows with the same adapter, or with none.
+/// What is added to the base: `sum of weight * s B A x`, in this order. Nothing at all is the base alone.
+#[derive(Clone, Debug)]
+pub struct Mixture<T = f32>(Vec<(Arc<ResidentAdapter<T>>, f32)>);
+
+/// Adjacent rows with the same mixture.
 #[derive(Clone, Debug)]
 pub struct Segment<T = f32> {
     /// The rows.
     pub rows: Range<usize>,
-    /// Their adapter; `None` is the base alone.
-    pub adapter: Option<Arc<ResidentAdapter<T>>>,
+    /// Their adapters.
+    pub adapters: Mixture<T>,
 }
 
+// === impl Mixture ===
+
+impl<T> Mixture<T> {
+    /// Adapters with their weights. One of weight 0 adds nothing, to the last bit. DoRA's gains are no summands: an adapter
+    /// that has them is alone, with weight 1.
+    pub fn new(parts: Vec<(Arc<ResidentAdapter<T>>, f32)>) -> Self {
+        Self(parts)
+    }
+
+    /// Those that add something.
+    pub fn parts(&self) -> impl Iterator<Item = (&ResidentAdapter<T>, f32)> {
+        let parts = self.0.iter().filter(|(_, weight)| *weight != 0.0);
+        parts.map(|(adapter, weight)| (adapter.as_ref(), *weight))
+    }
+
+    /// Whether two are the same sum, bit for bit.
+    fn is(&self, other: &Self) -> bool {
+        let same = |((left, l), (right, r)): (&(_, f32), &(_, f32))| {
+            Arc::ptr_eq(left, right) && l.to_bits() == r.to_bits()
+        };
+        self.0.len() == other.0.len() && self.0.iter().zip(&other.0).all(same)
+    }
+}
+
+impl<T> Default for Mixture<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+/// One adapter as it is, or the base.
+impl<T> From<Option<Arc<ResidentAdapter<T>>>> for Mixture<T> {
+    fn from(adapter: Option<Arc<ResidentAdapter<T>>>) -> Self {
+        Self(adapter.map(|adapter| (adapter, 1.0)).into_iter().collect())
+    }
+}
+
+// === impl Segment ===
+
 impl<T> Segment<T> {
-    /// Segments of adjacent runs of rows, given as (rows, adapter) in row order; neighbours with the same adapter
+    /// Segments of adjacent runs of rows, given as (rows, adapters) in row order; neighbours with the same mixture
     /// become one segment.
-    pub fn join(
-        runs: impl IntoIterator<Item = (usize, Option<Arc<ResidentAdapter<T>>>)>,
-    ) -> Vec<Self> {
+    pub fn join<M: Into<Mixture<T>>>(runs: impl IntoIterator<Item = (usize, M)>) -> Vec<Self> {
         let mut segments: Vec<Self> = Vec::new();
         let mut row = 0;
-        for (count, adapter) in runs {
-            let rows = row..row + count;
+        for (count, adapters) in runs {
+            let (rows, adapters) = (row..row + count, adapters.into());
             row = rows.end;
-            let same = |last: &&mut Self| match (&last.adapter, &adapter) {
-                (Some(last), Some(next)) => Arc::ptr_eq(last, next),
-                (None, None) => true,
-                _ => false,
-            };
-            match segments.last_mut().filter(same) {
-                Some(last) => last.rows.end = rows.end,
-                None => segments.push(Self { rows, adapter }),
+            match segments.last_mut() {
+                Some(last) if last.adapters.is(&adapters) => last.rows.end = rows.end,
+                _ => segments.push(Self { rows, adapters }),
             }
         }
         segments
@@ -164,17 +200,31 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_with_one_adapter_join() {
+    fn neighbours_with_one_mixture_join() {
         let a = Arc::new(ResidentAdapter::<f32>::empty(1));
         let b = Arc::new(ResidentAdapter::<f32>::empty(1));
+        let one = |adapter: &Arc<_>| Mixture::from(Some(Arc::clone(adapter)));
+        let both = |left, right| Mixture::new(vec![(a.clone(), left), (b.clone(), right)]);
         let runs = [
-            (2, Some(a.clone())),
-            (1, Some(a)),
-            (3, Some(b)),
-            (1, None),
-            (4, None),
+            (2, one(&a)),
+            (1, one(&a)),
+            (3, one(&b)),
+            (1, Mixture::default()),
+            (4, Mixture::default()),
+            (1, both(0.5, 0.25)),
+            (1, both(0.5, 0.25)),
+            (1, both(0.5, -0.25)),
+            (1, Mixture::new(vec![(a.clone(), 0.5)])),
         ];
         let rows: Vec<_> = Segment::join(runs).into_iter().map(|s| s.rows).collect();
-        assert_eq!(rows, [0..3, 3..6, 6..11]);
+        assert_eq!(rows, [0..3, 3..6, 6..11, 11..13, 13..14, 14..15]);
+    }
+
+    #[test]
+    fn a_part_of_weight_zero_is_no_part() {
+        let a = Arc::new(ResidentAdapter::<f32>::empty(1));
+        let mixture = Mixture::new(vec![(a.clone(), 0.0), (a.clone(), -2.0), (a, -0.0)]);
+        let weights: Vec<f32> = mixture.parts().map(|(_, weight)| weight).collect();
+        assert_eq!(weights, [-2.0]);
     }
 }

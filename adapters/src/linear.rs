@@ -9,7 +9,7 @@ mod update;
 
 use std::ops::Range;
 
-use crate::batch::{Pass, Thin, sized};
+use crate::batch::{Pass, Segment, Thin, sized};
 use crate::config::Site;
 use crate::ops::{LowRank, Ops, Real};
 use crate::pace::{Stopped, pieces};
@@ -71,26 +71,25 @@ pub fn forward<O: Ops, const N: usize>(
     Ok(())
 }
 
-/// Segment by segment, as the adapters lie in memory.
+/// Segment by segment, as adapters lie in memory; what adds to the same rows and output stands together.
 fn updates<'a, O: Ops>(
     pass: &Pass<'a, O>,
     projections: &[&LoraLinear<O>],
 ) -> Vec<LowRank<'a, O::T>> {
     let mut updates = Vec::new();
     for segment in pass.segments {
-        let Some(adapter) = &segment.adapter else {
-            continue;
-        };
         for (output, projection) in projections.iter().enumerate() {
-            if let Some(view) = adapter.site(projection.layer, projection.site) {
-                updates.push(LowRank {
-                    rows: segment.rows.clone(),
-                    output,
-                    rank: view.rank,
-                    scale: view.scale,
-                    a: view.a,
-                    bt: view.bt,
-                });
+            for (adapter, weight) in segment.adapters.parts() {
+                if let Some(view) = adapter.site(projection.layer, projection.site) {
+                    updates.push(LowRank {
+                        rows: segment.rows.clone(),
+                        output,
+                        rank: view.rank,
+                        scale: O::T::from_f32(weight) * view.scale,
+                        a: view.a,
+                        bt: view.bt,
+                    });
+                }
             }
         }
     }
@@ -143,13 +142,12 @@ impl<O: Ops> LoraLinear<O> {
     /// DoRA's gains and the bias.
     fn finish(&self, pass: &Pass<'_, O>, y: &mut [O::T]) {
         for segment in pass.segments {
-            let view = segment
-                .adapter
-                .as_ref()
-                .and_then(|adapter| adapter.site(self.layer, self.site));
-            if let Some(gain) = view.and_then(|view| view.gain) {
-                let rows = segment.rows.start * self.outputs..segment.rows.end * self.outputs;
-                pass.ops.scale_columns(gain, &mut y[rows]);
+            for (adapter, _) in segment.adapters.parts() {
+                let view = adapter.site(self.layer, self.site);
+                if let Some(gain) = view.and_then(|view| view.gain) {
+                    let rows = segment.rows.start * self.outputs..segment.rows.end * self.outputs;
+                    pass.ops.scale_columns(gain, &mut y[rows]);
+                }
             }
         }
         if let Some(bias) = &self.bias {
@@ -186,7 +184,8 @@ impl<O: Ops> LoraLinear<O> {
     /// [`Stopped`] when the pace says so.
     ///
     /// # Panics
-    /// On a segment with DoRA's gains, which the trainer refuses before, and on factors of 16 bits, which it widens.
+    /// On a segment with DoRA's gains, which the trainer refuses before, with factors of 16 bits, which it widens, or with more
+    /// than one adapter.
     pub fn backward(
         &self,
         pass: &Pass<'_, O>,
@@ -205,11 +204,7 @@ impl<O: Ops> LoraLinear<O> {
             }
         }
         for (index, segment) in pass.segments.iter().enumerate() {
-            let Some(view) = segment
-                .adapter
-                .as_ref()
-                .and_then(|adapter| adapter.site(self.layer, self.site))
-            else {
+            let Some(view) = self.trained(segment) else {
                 continue;
             };
             assert!(
@@ -239,6 +234,17 @@ impl<O: Ops> LoraLinear<O> {
             pass.pace.breathe()?;
         }
         Ok(())
+    }
+
+    /// What a segment trains at this site.
+    fn trained<'a>(&self, segment: &'a Segment<O::T>) -> Option<SiteView<'a, O::T>> {
+        let mut parts = segment.adapters.parts();
+        let (adapter, weight) = parts.next()?;
+        assert!(
+            parts.next().is_none() && weight == 1.0,
+            "a mixture is served, not trained"
+        );
+        adapter.site(self.layer, self.site)
     }
 
     /// `dx += ` what comes through A (and dropout).

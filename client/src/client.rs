@@ -190,14 +190,23 @@ impl Client {
 
     /// The target of an inference call: an adapter by short or whole name, or the base.
     pub fn target(&self, adapter: Option<&str>) -> Result<InferenceTarget, Error> {
+        self.mixture(adapter.map(|name| (name, None)))
+    }
+
+    /// As [`Client::target`], of several adapters with their weights (1 where none is given); none is the base.
+    pub fn mixture<'a>(
+        &self,
+        adapters: impl IntoIterator<Item = (&'a str, Option<f32>)>,
+    ) -> Result<InferenceTarget, Error> {
         let mut target = InferenceTarget::default();
-        match adapter {
-            Some(name) => target.adapters.push(AdapterWeight {
+        for (name, weight) in adapters {
+            target.adapters.push(AdapterWeight {
                 adapter: self.names.adapter(name)?,
-                weight: None,
-            }),
-            None if self.names.has_tenant() => target.tenant = self.names.parent()?,
-            None => {}
+                weight,
+            });
+        }
+        if target.adapters.is_empty() && self.names.has_tenant() {
+            target.tenant = self.names.parent()?;
         }
         Ok(target)
     }

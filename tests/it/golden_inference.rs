@@ -119,7 +119,7 @@ fn states(model: &Model, ids: &[u32], adapter: Option<&Arc<ResidentAdapter>>) ->
         }];
         let segments = [Segment {
             rows: 0..tokens.len(),
-            adapter: adapter.cloned(),
+            adapters: adapter.cloned().into(),
         }];
         let batch = Batch {
             tokens,

@@ -8,6 +8,7 @@ mod golden_inference;
 mod golden_training;
 mod inference_api;
 mod kill_resume;
+mod mixture_api;
 mod python_client;
 mod real_model;
 mod server_life;

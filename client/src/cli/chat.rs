@@ -101,14 +101,15 @@ impl Chat {
                 ("/exit" | "/quit", _) => break,
                 ("/help", _) => session.out.remark(HELP),
                 ("/reset", _) => messages = self.opening(),
-                ("/adapter", name) => {
-                    let name = name.trim();
-                    self.adapter.adapter = (!name.is_empty()).then(|| name.to_owned());
-                    session.out.remark(format_args!(
-                        "[{} answers now]",
-                        self.adapter.adapter.as_deref().unwrap_or("the base model")
-                    ));
-                }
+                ("/adapter", words) => match self.adapter.answer_by(words) {
+                    Ok(()) if words.trim().is_empty() => {
+                        session.out.remark("[the base model answers now]");
+                    }
+                    Ok(()) => session
+                        .out
+                        .remark(format_args!("[{} answers now]", words.trim())),
+                    Err(why) => session.out.remark(format_args!("[{why}]")),
+                },
                 _ => self.turn(session, &mut messages, line).await?,
             }
         }

@@ -14,21 +14,58 @@ use crate::{
 /// Which weights answer.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct AdapterArg {
-    /// The adapter that answers: NAME, NAME@ALIAS or NAME/VERSION. Without it, the base model.
-    #[arg(long, short, value_name = "ADAPTER")]
-    pub(crate) adapter: Option<String>,
+    /// The adapter that answers: NAME, NAME@ALIAS or NAME/VERSION. Without it, the base model. Given several times, each
+    /// with its weight, a mixture answers: `--adapter polite=0.7 --adapter legal=0.3`.
+    #[arg(long, short, value_name = "ADAPTER[=WEIGHT]", value_parser = Part::parse)]
+    adapter: Vec<Part>,
+}
+
+/// One adapter of a mixture.
+#[derive(Clone, Debug, PartialEq)]
+struct Part {
+    name: String,
+    weight: Option<f32>,
+}
+
+impl Part {
+    fn parse(text: &str) -> Result<Self, String> {
+        let Some((name, weight)) = text.split_once('=') else {
+            let (name, weight) = (text.to_owned(), None);
+            return Ok(Part { name, weight });
+        };
+        let number = weight
+            .parse()
+            .map_err(|_| format!("the weight '{weight}' is no number"))?;
+        Ok(Part {
+            name: name.to_owned(),
+            weight: Some(number),
+        })
+    }
 }
 
 impl AdapterArg {
     pub(crate) fn target(&self, client: &Client) -> Result<Option<v1::InferenceTarget>, Error> {
-        client.target(self.adapter.as_deref()).map(Some)
+        let parts = self.adapter.iter();
+        let parts = parts.map(|part| (part.name.as_str(), part.weight));
+        client.mixture(parts).map(Some)
+    }
+
+    /// Lets others answer from now on: the same words as on the command line, or none for the base model.
+    pub(crate) fn answer_by(&mut self, words: &str) -> Result<(), String> {
+        self.adapter = words
+            .split_whitespace()
+            .map(Part::parse)
+            .collect::<Result<_, _>>()?;
+        Ok(())
     }
 
     /// The base needs a tenant too: a service key must say whom it asks for.
     pub(crate) fn needs_tenant(&self) -> bool {
-        self.adapter
-            .as_ref()
-            .is_none_or(|name| !name.starts_with("tenants/"))
+        self.adapter.is_empty()
+            || self
+                .adapter
+                .iter()
+                .any(|part| !part.name.starts_with("tenants/"))
     }
 }
 
@@ -170,12 +207,16 @@ pub(crate) fn answered_by(effective: Option<&v1::EffectiveTarget>) -> String {
     let Some(effective) = effective else {
         return "an unnamed target".to_owned();
     };
-    match effective.adapters.first() {
-        Some(adapter) => {
-            let digest: String = adapter.digest.chars().take(12).collect();
-            format!("{} ({digest})", adapter.version)
+    let name = |adapter: &v1::EffectiveAdapter| {
+        let digest: String = adapter.digest.chars().take(12).collect();
+        match adapter.weight {
+            1.0 => format!("{} ({digest})", adapter.version),
+            weight => format!("{weight} x {} ({digest})", adapter.version),
         }
-        None => format!("{} alone", effective.base_model),
+    };
+    match effective.adapters.as_slice() {
+        [] => format!("{} alone", effective.base_model),
+        adapters => adapters.iter().map(name).collect::<Vec<_>>().join(" + "),
     }
 }
 
@@ -221,6 +262,36 @@ mod tests {
         for wrong in ["5", "x=1", "5=x", "=", "-1=2"] {
             assert!(bias(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn an_adapter_may_have_a_weight() {
+        let part = |name: &str, weight| {
+            let name = name.to_owned();
+            Ok(Part { name, weight })
+        };
+        assert_eq!(Part::parse("tickets"), part("tickets", None));
+        assert_eq!(
+            Part::parse("tickets@canary=-0.5"),
+            part("tickets@canary", Some(-0.5))
+        );
+        let wrong = Part::parse("tickets=much");
+        assert!(wrong.is_err_and(|why| why.contains("'much'")));
+    }
+
+    #[test]
+    fn a_mixture_is_named_with_its_weights() {
+        let part = |name: &str, weight| v1::EffectiveAdapter {
+            version: name.to_owned(),
+            digest: "0123456789abcdef".to_owned(),
+            weight,
+        };
+        let effective = v1::EffectiveTarget {
+            adapters: vec![part("a", 1.0), part("b", 0.25)],
+            ..Default::default()
+        };
+        let text = answered_by(Some(&effective));
+        assert_eq!(text, "a (0123456789ab) + 0.25 x b (0123456789ab)");
     }
 
     #[test]

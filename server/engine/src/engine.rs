@@ -461,12 +461,12 @@ impl Engine {
                 .iter()
                 .filter_map(|item| {
                     let sequence = sequences.get(&item.id)?;
-                    let lease = requests.get(&sequence.request)?.lease.as_ref();
+                    let request = requests.get(&sequence.request)?;
                     Some(RunItem {
                         tokens: &scheduler.tokens(item.id)[item.start..item.start + item.rows],
                         start: item.start,
                         block_table: scheduler.block_table(item.id),
-                        adapter: lease.map(|lease| &lease.adapter),
+                        adapters: &request.adapters,
                         wanted: sequence.task.wanted(item.start, item.rows, item.completes),
                     })
                 })
@@ -506,12 +506,10 @@ impl Engine {
         let mut versions: Vec<_> = plan
             .items
             .iter()
-            .filter_map(|item| {
-                self.requests
-                    .get(&self.sequences.get(&item.id)?.request)?
-                    .version
-            })
+            .filter_map(|item| self.requests.get(&self.sequences.get(&item.id)?.request))
+            .flat_map(|request| request.target.iter().map(|target| target.digest))
             .collect();
+        versions.sort_unstable();
         versions.dedup();
         metrics::step(plan.items.len(), rows, decodes, versions.len(), duration);
         self.training.after_step(duration);

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use espalier_adapters::batch::Segment;
+use espalier_adapters::batch::{Mixture, Segment};
 
 use crate::block_manager::BlockCopy;
 use crate::config::BLOCK_SIZE;
@@ -25,7 +25,7 @@ pub(crate) struct RunItem<'a> {
     /// Position of the first of them.
     pub(crate) start: usize,
     pub(crate) block_table: &'a [u32],
-    pub(crate) adapter: Option<&'a Arc<ResidentAdapter>>,
+    pub(crate) adapters: &'a Mixture,
     /// Whose states are wanted, counted from the first of these rows.
     pub(crate) wanted: Range<usize>,
 }
@@ -72,7 +72,7 @@ impl ModelRunner {
         }
     }
 
-    /// One step. `items` of one adapter must stand together. The wanted states after the final norm go to `states`,
+    /// One step. `items` of one mixture should stand together. The wanted states after the final norm go to `states`,
     /// item after item, `[wanted rows, hidden]`.
     pub(crate) fn run(&mut self, items: &[RunItem<'_>], states: &mut Vec<f32>) {
         #[cfg(test)]
@@ -96,7 +96,7 @@ impl ModelRunner {
         let segments = Segment::join(
             items
                 .iter()
-                .map(|item| (item.tokens.len(), item.adapter.cloned())),
+                .map(|item| (item.tokens.len(), item.adapters.clone())),
         );
         let batch = Batch {
             tokens: &self.tokens,
@@ -143,7 +143,7 @@ impl ModelRunner {
         }];
         let segments = [Segment {
             rows: 0..tokens.len(),
-            adapter: Some(Arc::clone(adapter)),
+            adapters: Some(Arc::clone(adapter)).into(),
         }];
         let batch = Batch {
             tokens: &tokens,

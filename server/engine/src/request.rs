@@ -11,14 +11,20 @@ use espalier_adapters::version::VersionDigest;
 
 use crate::error::EngineError;
 
-/// One unit of work from one tenant against at most one adapter version.
+/// Versions that one request may name.
+pub const MAX_TARGETS: usize = 8;
+/// The largest weight of a version, to either side of 0.
+pub const MAX_WEIGHT: f32 = 8.0;
+
+/// One unit of work from one tenant against the base model, a version, or a mixture of versions.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// For logs and errors only.
     pub id: String,
     /// Whom the scheduler's fairness counts this for.
     pub tenant: Arc<str>,
-    /// The versions that answer, with their weights; empty is the base model. One entry at most, of weight 1, for now.
+    /// The versions that answer, with their weights; empty is the base model. Their updates are added exactly and in this
+    /// order; no version stands there twice.
     pub target: Vec<TargetVersion>,
     /// Refuse rather than load when the version is not resident.
     pub require_resident: bool,
@@ -35,7 +41,8 @@ pub struct Request {
 pub struct TargetVersion {
     /// The version.
     pub digest: VersionDigest,
-    /// Its weight; only 1 is accepted for now.
+    /// Its weight: 0 adds nothing, to the last bit. A DoRA version has weight 1 and stands alone, because its gain scales
+    /// the base's output too.
     pub weight: f32,
 }
 

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use espalier_adapters::batch::Mixture;
 use espalier_adapters::text::StreamDecoder;
-use espalier_adapters::version::VersionDigest;
 use tokio::sync::mpsc;
 
 use crate::adapter_pool::AdapterLease;
@@ -13,7 +13,9 @@ use crate::detokenizer::StopFilter;
 use crate::error::EngineError;
 use crate::handle::Ticket;
 use crate::metrics;
-use crate::request::{Event, Pooling, Started, StopConditions, Timings, TokenLogprob, Usage};
+use crate::request::{
+    Event, Pooling, Started, StopConditions, TargetVersion, Timings, TokenLogprob, Usage,
+};
 use crate::sampler::Sampler;
 use crate::scheduler::SequenceId;
 
@@ -30,15 +32,20 @@ pub(crate) struct RequestKey(pub(crate) u64);
 pub(crate) struct ActiveRequest {
     pub(crate) id: String,
     pub(crate) tenant: Arc<str>,
-    pub(crate) version: Option<VersionDigest>,
+    /// The versions that answer, with their weights.
+    pub(crate) target: Vec<TargetVersion>,
     pub(crate) events: mpsc::Sender<Event>,
     pub(crate) deadline: Option<Instant>,
     pub(crate) received: Instant,
     pub(crate) submitted: Instant,
     /// Held until the first step.
     pub(crate) ticket: Option<Ticket>,
-    /// Held until the end; `None` for the base model or while the adapter loads.
-    pub(crate) lease: Option<AdapterLease>,
+    /// One for each version of the target, held until the end; none for the base model or while an adapter loads.
+    pub(crate) leases: Vec<AdapterLease>,
+    /// What is added to the base: the leased adapters with their weights.
+    pub(crate) adapters: Mixture,
+    /// Which of the target's versions were there at the last look (bit by bit), and how often one had gone again.
+    pub(crate) gathered: (u32, u32),
     pub(crate) seed: u64,
     pub(crate) adapter_load: Duration,
     /// When its first step began.
@@ -118,6 +125,49 @@ pub(crate) struct Continuation {
 // === impl ActiveRequest ===
 
 impl ActiveRequest {
+    /// Takes the leases of the whole target, in its order.
+    ///
+    /// # Errors
+    /// [`EngineError::InvalidField`] when these adapters cannot answer together: DoRA's gain scales the base's output too,
+    /// so it has neither weight nor company.
+    pub(crate) fn hold(&mut self, leases: Vec<AdapterLease>) -> Result<(), EngineError> {
+        let field = "target";
+        let plain = matches!(self.target[..], [alone] if alone.weight == 1.0);
+        let gains = leases.iter().position(|lease| lease.adapter.has_gains());
+        if let Some(index) = gains.filter(|_| !plain) {
+            let digest = self.target[index].digest;
+            let reason = format!(
+                "{digest} is a DoRA adapter, whose gain scales the base model's output too: name it alone, with weight 1"
+            );
+            return Err(EngineError::InvalidField { field, reason });
+        }
+        let parts = leases.iter().zip(&self.target);
+        let parts = parts.map(|(lease, target)| (Arc::clone(&lease.adapter), target.weight));
+        self.adapters = Mixture::new(parts.collect());
+        self.leases = leases;
+        Ok(())
+    }
+
+    /// The adapter whose head classifies.
+    ///
+    /// # Errors
+    /// [`EngineError::Unsupported`] unless exactly one has a head.
+    pub(crate) fn head(&self) -> Result<&AdapterLease, EngineError> {
+        let unsupported = |what: &str| EngineError::Unsupported {
+            what: what.to_owned(),
+        };
+        let mut heads = self.leases.iter().filter(|lease| !lease.labels.is_empty());
+        let head = heads.next().ok_or_else(|| {
+            unsupported("no adapter of the target has a classification head; name labels to score them by likelihood")
+        })?;
+        match heads.next() {
+            None => Ok(head),
+            Some(_) => Err(unsupported(
+                "several adapters of the target have a classification head, and only one can answer",
+            )),
+        }
+    }
+
     /// Sequences that may run while the reader has not taken more: every event of a step has its place before the step
     /// begins, so that sending never waits.
     pub(crate) fn sequences_with_room(&self) -> usize {

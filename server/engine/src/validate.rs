@@ -6,7 +6,9 @@ use std::ops::RangeInclusive;
 use crate::config::{EngineConfig, RequestLimits};
 use crate::error::EngineError;
 use crate::handle::ModelInfo;
-use crate::request::{Generate, Request, RequestKind, SamplingParams, StopConditions};
+use crate::request::{
+    Generate, MAX_TARGETS, MAX_WEIGHT, Request, RequestKind, SamplingParams, StopConditions,
+};
 
 /// A bias beyond this decides alone; more would only overflow.
 const MAX_BIAS: f32 = 1000.0;
@@ -22,14 +24,16 @@ impl Request {
         let limits = &config.limits;
         at_most("id", self.id.len(), limits.max_id_bytes, "bytes")?;
         at_most("tenant", self.tenant.len(), limits.max_id_bytes, "bytes")?;
-        at_most("target", self.target.len(), 1, "versions")?;
-        if let Some(target) = self.target.first()
-            && target.weight != 1.0
-        {
-            return invalid(
-                "target.weight",
-                format!("{}: only 1 is supported", target.weight),
-            );
+        at_most("target", self.target.len(), MAX_TARGETS, "versions")?;
+        for (index, target) in self.target.iter().enumerate() {
+            within("target.weight", target.weight, -MAX_WEIGHT..=MAX_WEIGHT)?;
+            if self.target[..index]
+                .iter()
+                .any(|t| t.digest == target.digest)
+            {
+                let reason = format!("{} stands there twice; add its weights", target.digest);
+                return invalid("target", reason);
+            }
         }
         match &self.kind {
             RequestKind::Generate(generate) => generate.validate(limits, model),

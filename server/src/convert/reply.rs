@@ -21,15 +21,18 @@ pub(crate) struct Base {
 }
 
 /// Which weights answered.
-pub(crate) fn effective(base: &Base, version: Option<&ResolvedVersion>) -> v1::EffectiveTarget {
+pub(crate) fn effective(
+    base: &Base,
+    versions: &[(Arc<ResolvedVersion>, f32)],
+) -> v1::EffectiveTarget {
     v1::EffectiveTarget {
-        adapters: version
-            .map(|version| v1::EffectiveAdapter {
+        adapters: versions
+            .iter()
+            .map(|(version, weight)| v1::EffectiveAdapter {
                 version: version.name.to_string(),
                 digest: version.digest.to_string(),
-                weight: 1.0,
+                weight: *weight,
             })
-            .into_iter()
             .collect(),
         base_model: base.name.clone(),
         base_digest: base.digest.clone(),

@@ -4,7 +4,7 @@
 
 use espalier_adapters::profile::ServingProfile;
 use espalier_adapters::text::Message;
-use espalier_engine::request::{Pooling, SamplingParams, StopConditions};
+use espalier_engine::request::{MAX_TARGETS, MAX_WEIGHT, Pooling, SamplingParams, StopConditions};
 use espalier_proto::v1;
 
 use super::Faults;
@@ -16,8 +16,8 @@ use crate::status::Refusal;
 /// Which weights are asked for, and on whose behalf.
 #[derive(Debug, Clone)]
 pub(crate) struct Target {
-    /// The adapter; `None` is the base model.
-    pub(crate) adapter: Option<AdapterRef>,
+    /// The adapters with their weights, in the request's order; none is the base model.
+    pub(crate) adapters: Vec<(AdapterRef, f32)>,
     /// The tenant that the call acts for; `None` only for callers that belong to none and name none.
     pub(crate) tenant: Option<TenantId>,
 }
@@ -47,31 +47,7 @@ pub(crate) fn target(
 ) -> Result<Target, Refusal> {
     let target = target.unwrap_or_default();
     let mut faults = Faults::default();
-    if target.adapters.len() > 1 {
-        faults.add(
-            "target.adapters",
-            format!(
-                "{} entries, the limit is 1: mixtures are not supported yet",
-                target.adapters.len()
-            ),
-        );
-    }
-    let mut adapter = None;
-    if let Some(entry) = target.adapters.first() {
-        if entry.weight.is_some_and(|weight| weight != 1.0) {
-            faults.add(
-                "target.adapters[0].weight",
-                format!(
-                    "{} is not 1, the only weight supported",
-                    entry.weight.unwrap_or(1.0)
-                ),
-            );
-        }
-        match AdapterRef::parse(&entry.adapter) {
-            Ok(reference) => adapter = Some(reference),
-            Err(error) => faults.add("target.adapters[0].adapter", error.to_string()),
-        }
-    }
+    let adapters = adapters(&target.adapters, &mut faults);
     let mut named = None;
     if !target.tenant.is_empty() {
         match TenantName::parse(&target.tenant) {
@@ -79,13 +55,9 @@ pub(crate) fn target(
             Err(error) => faults.add("target.tenant", error.to_string()),
         }
     }
-    let implied = adapter
-        .as_ref()
-        .map(|reference| &reference.adapter.tenant)
-        .or(principal.tenant());
-    if let (Some(named), Some(implied)) = (&named, implied)
+    let owner = adapters.first().map(|(first, _)| &first.adapter.tenant);
+    if let (Some(named), Some(implied)) = (&named, owner)
         && named != implied
-        && adapter.is_some()
     {
         faults.add(
             "target.tenant",
@@ -93,16 +65,55 @@ pub(crate) fn target(
         );
     }
     faults.finish()?;
-    let tenant = adapter
-        .as_ref()
-        .map(|reference| reference.adapter.tenant.clone())
+    let tenant = owner
+        .cloned()
         .or(named)
         .or_else(|| principal.tenant().cloned());
     match &tenant {
         Some(tenant) => principal.authorize(tenant)?,
         None => principal.authorize_base()?,
     }
-    Ok(Target { adapter, tenant })
+    Ok(Target { adapters, tenant })
+}
+
+/// A mixture belongs to one tenant, and its weights are numbers that a request can mean.
+fn adapters(entries: &[v1::AdapterWeight], faults: &mut Faults) -> Vec<(AdapterRef, f32)> {
+    faults.limit(
+        "target.adapters",
+        entries.len(),
+        MAX_TARGETS,
+        "adapters in one request",
+    );
+    let mut adapters: Vec<(AdapterRef, f32)> = Vec::new();
+    for (index, entry) in entries.iter().take(MAX_TARGETS).enumerate() {
+        let weight = entry.weight.unwrap_or(1.0);
+        // NaN is in no range.
+        if !(-MAX_WEIGHT..=MAX_WEIGHT).contains(&weight) {
+            faults.add(
+                format!("target.adapters[{index}].weight"),
+                format!("{weight} is outside -{MAX_WEIGHT} to {MAX_WEIGHT}"),
+            );
+        }
+        let field = format!("target.adapters[{index}].adapter");
+        match AdapterRef::parse(&entry.adapter) {
+            Ok(reference) => {
+                if let Some((first, _)) = adapters.first()
+                    && first.adapter.tenant != reference.adapter.tenant
+                {
+                    faults.add(
+                        field,
+                        format!(
+                            "belongs to tenants/{}, the first one to tenants/{}; adapters of one request belong to one tenant",
+                            reference.adapter.tenant, first.adapter.tenant
+                        ),
+                    );
+                }
+                adapters.push((reference, weight));
+            }
+            Err(error) => faults.add(field, error.to_string()),
+        }
+    }
+    adapters
 }
 
 /// The name that the client gave its call, if it is usable.

@@ -1,7 +1,9 @@
 //! From a submitted request to sequences in the scheduler, by way of the adapter that it needs.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use espalier_adapters::batch::Mixture;
 
 use super::Engine;
 use crate::adapter_pool::Lookup;
@@ -10,12 +12,17 @@ use crate::command::Submission;
 use crate::detokenizer::StopFilter;
 use crate::error::EngineError;
 use crate::metrics;
-use crate::request::{Generate, RequestKind, TargetVersion, Usage};
+use crate::request::{Generate, RequestKind, Usage};
 use crate::sampler::Sampler;
 use crate::scheduler::{NewSequence, Prefix, SequenceId};
 use crate::sequence::{
     ActiveRequest, Continuation, Generation, RequestKey, Sequence, StopRules, Task,
 };
+
+/// A mixture that has lost versions to the others that it waits for so often,
+const MAX_LOST: u32 = 8;
+/// and for so long, cannot have them in memory together.
+const GATHER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A sequence on its way to the scheduler.
 struct Planned {
@@ -38,7 +45,6 @@ impl Engine {
         } = submission;
         let key = RequestKey(self.next_request);
         self.next_request += 1;
-        let version = request.target.first().map(|target| target.digest);
         let seed = match &request.kind {
             RequestKind::Generate(generate) => {
                 generate.sampling.seed.unwrap_or_else(rand::random::<u64>)
@@ -48,17 +54,19 @@ impl Engine {
         let active = ActiveRequest {
             id: request.id,
             tenant: request.tenant,
-            version,
+            target: request.target,
             events,
             deadline: request.deadline,
             received: request.received,
             submitted,
             ticket: Some(ticket),
-            lease: None,
+            leases: Vec::new(),
+            adapters: Mixture::default(),
+            gathered: (0, 0),
             seed,
-            adapter_load: std::time::Duration::ZERO,
+            adapter_load: Duration::ZERO,
             started: None,
-            queue: std::time::Duration::ZERO,
+            queue: Duration::ZERO,
             first_output: None,
             last_output: None,
             usage: Usage {
@@ -71,44 +79,77 @@ impl Engine {
             labels: Arc::from([]),
         };
         metrics::admission("admitted");
+        let mut asked = active.target.iter().map(|target| target.digest);
+        let absent =
+            asked.find(|digest| request.require_resident && !self.pool.is_resident(digest));
+        let base = active.target.is_empty();
         self.requests.insert(key, active);
-        match version {
-            Some(digest) if request.require_resident && !self.pool.is_resident(&digest) => {
-                self.fail(key, EngineError::AdapterNotResident { digest });
-            }
-            Some(_) => self.parked.push((key, request.kind)),
-            None => self.begin(key, request.kind),
+        match absent {
+            Some(digest) => self.fail(key, EngineError::AdapterNotResident { digest }),
+            None if base => self.begin(key, request.kind),
+            None => self.parked.push((key, request.kind)),
         }
     }
 
-    /// Requests whose adapter has come begin; those whose adapter cannot be had fail.
+    /// Requests whose adapters have come begin; those whose adapters cannot be had fail.
     pub(super) fn unpark(&mut self, now: Instant) {
         for (key, kind) in std::mem::take(&mut self.parked) {
-            let Some(request) = self.requests.get_mut(&key) else {
+            if !self.requests.contains_key(&key) {
                 continue;
-            };
-            let Some(digest) = request.version else {
-                continue;
-            };
-            match self.pool.lease(digest, request.submitted, now) {
-                Lookup::Wait => {
-                    // The first look is the one that starts the load, or finds it started.
-                    request.usage.adapter_loads = 1;
-                    self.parked.push((key, kind));
-                }
-                Lookup::Ready(lease) => {
-                    let waited = request.usage.adapter_loads > 0;
-                    metrics::adapter_lookup(waited);
-                    if waited {
-                        request.adapter_load = now - request.submitted;
-                    }
-                    request.labels = Arc::clone(&lease.labels);
-                    request.lease = Some(lease);
-                    self.begin(key, kind);
-                }
-                Lookup::Failed(error) => self.fail(key, error),
+            }
+            match self.gather(key, now) {
+                Ok(true) => self.begin(key, kind),
+                Ok(false) => self.parked.push((key, kind)),
+                Err(error) => self.fail(key, error),
             }
         }
+    }
+
+    /// Leases all of a request's versions, or none: two requests that each held a part of what both need would wait for
+    /// each other.
+    fn gather(&mut self, key: RequestKey, now: Instant) -> Result<bool, EngineError> {
+        let Some(request) = self.requests.get_mut(&key) else {
+            return Ok(false);
+        };
+        let mut leases = Vec::with_capacity(request.target.len());
+        let mut there = 0_u32;
+        for (index, target) in request.target.iter().enumerate() {
+            match self.pool.lease(target.digest, request.submitted, now) {
+                Lookup::Ready(lease) => {
+                    there |= 1 << index;
+                    leases.push(lease);
+                }
+                Lookup::Wait => {}
+                Lookup::Failed(error) => return Err(error),
+            }
+        }
+        let (before, lost) = request.gathered;
+        let lost = lost + (before & !there).count_ones();
+        request.gathered = (there, lost);
+        if leases.len() < request.target.len() {
+            // The first look is the one that starts the loads, or finds them started.
+            request.usage.adapter_loads = request
+                .usage
+                .adapter_loads
+                .max(request.target.len() - leases.len());
+            if lost > MAX_LOST && now - request.submitted > GATHER_PATIENCE {
+                let reason = format!(
+                    "its {} versions found no room together in the {} bytes for adapters; name fewer",
+                    request.target.len(),
+                    self.config.adapter_bytes
+                );
+                let field = "target";
+                return Err(EngineError::InvalidField { field, reason });
+            }
+            return Ok(false);
+        }
+        let waited = request.usage.adapter_loads > 0;
+        metrics::adapter_lookup(waited);
+        if waited {
+            request.adapter_load = now - request.submitted;
+        }
+        request.hold(leases)?;
+        Ok(true)
     }
 
     /// Makes the sequences of a request and hands them to the scheduler.
@@ -120,12 +161,8 @@ impl Engine {
         let Some(request) = self.requests.get_mut(&key) else {
             return;
         };
-        let target = request.version.map(|digest| TargetVersion {
-            digest,
-            weight: 1.0,
-        });
         let tenant = Arc::clone(&request.tenant);
-        let cache_key = Arc::new(CacheKey::new(tenant, target.as_slice(), false));
+        let cache_key = Arc::new(CacheKey::new(tenant, &request.target, false));
         let mut first_of_group: Option<(usize, SequenceId)> = None;
         for Planned {
             tokens,
@@ -180,12 +217,7 @@ impl Engine {
                 return Ok(self.plan_candidates(seed, generate));
             }
             RequestKind::Classify { inputs } => {
-                if request.labels.is_empty() {
-                    let what = "the adapter has no classification head; name labels to score them by likelihood";
-                    return Err(EngineError::Unsupported {
-                        what: what.to_owned(),
-                    });
-                }
+                request.labels = Arc::clone(&request.head()?.labels);
                 let indexed = inputs.into_iter().enumerate();
                 indexed
                     .map(|(index, tokens)| alone(index, tokens, Task::Classify { index }))

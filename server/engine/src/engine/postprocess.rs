@@ -235,8 +235,8 @@ impl Engine {
         let Some(request) = self.requests.get(&key) else {
             return;
         };
-        let Some(lease) = &request.lease else { return };
-        let logits = self.runner.score(&lease.adapter, state);
+        let Ok(head) = request.head() else { return };
+        let logits = self.runner.score(&head.adapter, state);
         let labels = Arc::clone(&request.labels);
         let wide: Vec<f64> = logits.iter().map(|logit| f64::from(*logit)).collect();
         let probabilities = classify::softmax(&wide);

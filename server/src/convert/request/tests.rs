@@ -69,27 +69,58 @@ fn the_tenant_comes_from_adapter_then_field_then_key() {
 }
 
 #[test]
-fn mixtures_weights_and_bad_names_are_refused() {
-    let local = Principal::LocalAnonymous;
-    let entry = |weight| v1::AdapterWeight {
-        adapter: "tenants/a/adapters/b".to_owned(),
+fn a_mixture_keeps_its_order_and_its_weights() {
+    let entry = |name: &str, weight| v1::AdapterWeight {
+        adapter: format!("tenants/a/adapters/{name}"),
         weight,
     };
-    let two = v1::InferenceTarget {
-        adapters: vec![entry(None), entry(None)],
+    let mixture = v1::InferenceTarget {
+        adapters: vec![
+            entry("x", Some(-0.5)),
+            entry("y@canary", None),
+            entry("z", Some(0.0)),
+        ],
         tenant: String::new(),
     };
-    assert!(message(target(Some(two), &local)).contains("the limit is 1"));
-    let half = v1::InferenceTarget {
-        adapters: vec![entry(Some(0.5))],
-        tenant: String::new(),
+    let found = target(Some(mixture), &Principal::LocalAnonymous).unwrap();
+    let found: Vec<_> = found
+        .adapters
+        .iter()
+        .map(|(reference, weight)| (reference.to_string(), *weight))
+        .collect();
+    let expected = [("x", -0.5), ("y@canary", 1.0), ("z", 0.0)];
+    assert_eq!(
+        found,
+        expected.map(|(name, weight)| (format!("tenants/a/adapters/{name}"), weight))
+    );
+}
+
+#[test]
+fn mixtures_beyond_the_limits_and_bad_names_are_refused() {
+    let local = Principal::LocalAnonymous;
+    let mixture = |entries: &[(&str, f32)]| {
+        let adapters = entries.iter().map(|(adapter, weight)| v1::AdapterWeight {
+            adapter: (*adapter).to_owned(),
+            weight: Some(*weight),
+        });
+        Some(v1::InferenceTarget {
+            adapters: adapters.collect(),
+            tenant: String::new(),
+        })
     };
-    assert!(message(target(Some(half), &local)).contains("0.5"));
-    let one = v1::InferenceTarget {
-        adapters: vec![entry(Some(1.0))],
-        tenant: String::new(),
-    };
-    assert!(target(Some(one), &local).unwrap().adapter.is_some());
+    let name = "tenants/a/adapters/b";
+    assert!(target(mixture(&[(name, 1.0); MAX_TARGETS]), &local).is_ok());
+    let many = message(target(mixture(&[(name, 1.0); MAX_TARGETS + 1]), &local));
+    assert!(many.contains("the limit is 8"), "{many}");
+    assert!(target(mixture(&[(name, MAX_WEIGHT)]), &local).is_ok());
+    for weight in [MAX_WEIGHT + 0.5, f32::NAN, f32::INFINITY, -100.0] {
+        let why = message(target(mixture(&[(name, 1.0), (name, weight)]), &local));
+        assert!(why.contains("target.adapters[1].weight"), "{why}");
+        assert!(why.contains("outside -8 to 8"), "{why}");
+    }
+    let strangers = [(name, 1.0), ("tenants/b/adapters/b", 1.0)];
+    let why = message(target(mixture(&strangers), &local));
+    assert!(why.contains("belong to one tenant"), "{why}");
     for name in [
         "",
         "b",

@@ -35,7 +35,8 @@ pub(super) struct Asker {
 
 /// What a call resolved, held until its end.
 pub(super) struct Held {
-    pub(super) version: Option<Arc<ResolvedVersion>>,
+    /// Those that answer, with their weights, in the request's order; none is the base.
+    versions: Vec<(Arc<ResolvedVersion>, f32)>,
     tenant: Arc<str>,
     _permit: Option<TenantPermit>,
 }
@@ -49,12 +50,38 @@ pub(super) struct Plan {
 }
 
 impl Held {
-    /// The version's serving profile; the base has none.
+    /// The version that leads a mixture: its serving profile holds. The base has none.
+    fn first(&self) -> Option<&ResolvedVersion> {
+        self.versions.first().map(|(version, _)| version.as_ref())
+    }
+
+    /// The first version's serving profile; the base has none.
     pub(super) fn profile(&self) -> ServingProfile {
-        self.version
-            .as_ref()
+        self.first()
             .map(|version| version.profile.clone())
             .unwrap_or_default()
+    }
+
+    /// The labels of the one head among the versions; empty without any.
+    ///
+    /// # Errors
+    /// Two heads answer nothing together.
+    fn labels(&self) -> Result<&[String], Refusal> {
+        let mut heads = self
+            .versions
+            .iter()
+            .filter(|(version, _)| !version.labels.is_empty());
+        let Some((first, _)) = heads.next() else {
+            return Ok(&[]);
+        };
+        if let Some((second, _)) = heads.next() {
+            let why = format!(
+                "{} and {} both have a classification head; a mixture answers with one, so name one adapter that has a head",
+                first.name, second.name
+            );
+            return Err(Refusal::invalid_field("target.adapters", why));
+        }
+        Ok(&first.labels)
     }
 }
 
@@ -87,7 +114,7 @@ impl Asker {
     }
 
     pub(super) fn effective(&self, held: &Held) -> v1::EffectiveTarget {
-        reply::effective(&self.shell.base, held.version.as_deref())
+        reply::effective(&self.shell.base, &held.versions)
     }
 
     /// Checks the caller's right, takes its tenant's place and fixes the version for the call's life.
@@ -99,7 +126,7 @@ impl Asker {
         call: &Call,
         message: Option<v1::InferenceTarget>,
     ) -> Result<Held, Refusal> {
-        let Target { adapter, tenant } = target(message, &call.principal)?;
+        let Target { adapters, tenant } = target(message, &call.principal)?;
         // A tenant's own key was counted at the gate; a service's call is counted here, where its tenant is known.
         let counted = tenant
             .as_ref()
@@ -107,35 +134,46 @@ impl Asker {
         let permit = counted
             .map(|tenant| self.shell.gate.enter_tenant(tenant.as_str()))
             .transpose()?;
-        let version = match &adapter {
-            Some(reference) => Some(
-                self.shell
-                    .registry
-                    .resolve(&call.principal, reference)
-                    .await?,
-            ),
-            None => None,
-        };
-        if let Some(version) = &version
-            && version.base_digest != self.shell.base.digest
-        {
-            let message = format!(
-                "{} was made for another base model than the one served here",
-                version.name
-            );
-            return Err(
-                Refusal::new(Code::FailedPrecondition, "ADAPTER_INCOMPATIBLE", message)
-                    .with("adapter_version", &version.name)
-                    .with("expected", &self.shell.base.digest)
-                    .with("found", &version.base_digest),
-            );
+        let mut versions: Vec<(Arc<ResolvedVersion>, f32)> = Vec::with_capacity(adapters.len());
+        for (index, (reference, weight)) in adapters.iter().enumerate() {
+            let registry = &self.shell.registry;
+            let version = registry.resolve(&call.principal, reference).await?;
+            self.fits_base(&version)?;
+            if versions
+                .iter()
+                .any(|(named, _)| named.digest == version.digest)
+            {
+                let why = format!(
+                    "is {} again, by another name or the same; add its weights",
+                    version.name
+                );
+                let field = format!("target.adapters[{index}].adapter");
+                return Err(Refusal::invalid_field(field, why));
+            }
+            versions.push((version, *weight));
         }
         let tenant = tenant.map_or_else(|| Arc::from("-"), |tenant| Arc::from(tenant.as_str()));
         Ok(Held {
-            version,
+            versions,
             tenant,
             _permit: permit,
         })
+    }
+
+    fn fits_base(&self, version: &ResolvedVersion) -> Result<(), Refusal> {
+        if version.base_digest == self.shell.base.digest {
+            return Ok(());
+        }
+        let message = format!(
+            "{} was made for another base model than the one served here",
+            version.name
+        );
+        Err(
+            Refusal::new(Code::FailedPrecondition, "ADAPTER_INCOMPATIBLE", message)
+                .with("adapter_version", &version.name)
+                .with("expected", &self.shell.base.digest)
+                .with("found", &version.base_digest),
+        )
     }
 
     /// Hands a request over to the engine.
@@ -151,11 +189,11 @@ impl Asker {
             id: id.to_owned(),
             tenant: Arc::clone(&held.tenant),
             target: held
-                .version
+                .versions
                 .iter()
-                .map(|version| TargetVersion {
+                .map(|(version, weight)| TargetVersion {
                     digest: version.digest,
-                    weight: 1.0,
+                    weight: *weight,
                 })
                 .collect(),
             require_resident: false,
@@ -272,8 +310,7 @@ impl Asker {
 
     fn template(&self, held: &Held) -> Result<Option<Arc<ChatTemplate>>, Refusal> {
         let own = held
-            .version
-            .as_ref()
+            .first()
             .and_then(|version| Some((version.digest, version.profile.chat_template.as_ref()?)));
         let Some((digest, source)) = own else {
             return Ok(self.shell.engine.model().template.clone());
@@ -307,18 +344,14 @@ impl Asker {
         Ok(Some(template))
     }
 
-    /// How Classify answers: the version's head, else the likelihood of the request's labels, else of the profile's.
+    /// How Classify answers: the one head among the versions, else the likelihood of the request's labels, else of the profile's.
     pub(super) async fn classification(
         &self,
         held: &Held,
         texts: Vec<String>,
         asked: Vec<String>,
     ) -> Result<(RequestKind, v1::ClassifyMethod), Refusal> {
-        let own = held
-            .version
-            .as_ref()
-            .map(|version| version.labels.as_slice())
-            .unwrap_or_default();
+        let own = held.labels()?;
         if !own.is_empty() {
             if !asked.is_empty() && !same_set(own, &asked) {
                 let why = format!(
@@ -455,8 +488,12 @@ fn text_refusal(field: &str, error: &TextError) -> Refusal {
 /// The engine knows a version by its digest; a reply names it as the client knows it.
 fn refused(error: espalier_engine::error::EngineError, held: &Held) -> Refusal {
     let refusal = Refusal::from(error);
-    match &held.version {
-        Some(version) => refusal.with("adapter_version", &version.name),
-        None => refusal,
+    let names = held
+        .versions
+        .iter()
+        .map(|(version, _)| version.name.to_string());
+    match names.collect::<Vec<_>>().join(", ") {
+        names if names.is_empty() => refusal,
+        names => refusal.with("adapter_version", names),
     }
 }

@@ -202,6 +202,18 @@ impl Fixture {
         }
     }
 
+    /// As [`Fixture::request`], of several adapters with their weights.
+    pub(super) fn mixture(&self, parts: &[(usize, f32)], kind: RequestKind) -> Request {
+        let target = parts.iter().map(|&(adapter, weight)| TargetVersion {
+            digest: self.digests[adapter],
+            weight,
+        });
+        Request {
+            target: target.collect(),
+            ..self.request(None, kind)
+        }
+    }
+
     pub(super) fn submit(
         &self,
         adapter: Option<usize>,

@@ -15,7 +15,7 @@ fn part(
 ) -> Asked<f32> {
     Asked {
         ids: random_ids(config, len, seed),
-        adapter: adapter.clone(),
+        adapters: adapter.clone().into(),
     }
 }
 
@@ -77,7 +77,7 @@ fn a_mixed_batch_is_each_alone() {
         for (index, part) in mixed.iter().enumerate() {
             let one = Asked {
                 ids: part.ids.clone(),
-                adapter: part.adapter.clone(),
+                adapters: part.adapters.clone(),
             };
             assert_eq!(
                 states(&model, &[one], 32)[0],
@@ -88,7 +88,7 @@ fn a_mixed_batch_is_each_alone() {
     }
     let bare = Asked {
         ids: mixed[1].ids.clone(),
-        adapter: None,
+        adapters: Mixture::default(),
     };
     assert!(
         distance(
@@ -139,6 +139,18 @@ fn sixteen_bits_serve_as_their_widened_copy() {
     }
 }
 
+fn matrix(layer: &mut LayerWeights, site: Site) -> &mut Vec<f32> {
+    match site {
+        Site::Q => &mut layer.q,
+        Site::K => &mut layer.k,
+        Site::V => &mut layer.v,
+        Site::O => &mut layer.o,
+        Site::Gate => &mut layer.gate,
+        Site::Up => &mut layer.up,
+        Site::Down => &mut layer.down,
+    }
+}
+
 #[test]
 fn merged_is_unmerged() {
     let config = small(Family::Qwen2);
@@ -152,16 +164,7 @@ fn merged_is_unmerged() {
         );
         let mut weights = random_weights(&config, 1);
         for ((layer, site), delta) in &adapter.sites {
-            let layer = &mut weights.layers[*layer];
-            let weight = match site {
-                Site::Q => &mut layer.q,
-                Site::K => &mut layer.k,
-                Site::V => &mut layer.v,
-                Site::O => &mut layer.o,
-                Site::Gate => &mut layer.gate,
-                Site::Up => &mut layer.up,
-                Site::Down => &mut layer.down,
-            };
+            let weight = matrix(&mut weights.layers[*layer], *site);
             *weight = merged(weight, delta);
         }
         let ids = random_ids(&config, 21, 5);
@@ -173,6 +176,115 @@ fn merged_is_unmerged() {
             distance(&unmerged, &logits(&model, &ids, None)) > 1e-2,
             "the adapter changes logits"
         );
+    }
+}
+
+/// Base weights with `sum of weight * s B A` added, in f64.
+fn with_sum(config: &ModelConfig, parts: &[(&AdapterWeights, f32)]) -> ModelWeights {
+    let mut weights = random_weights(config, 1);
+    for (adapter, weight) in parts {
+        for ((layer, site), delta) in &adapter.sites {
+            let matrix = matrix(&mut weights.layers[*layer], *site);
+            let scaled = SiteAdapter {
+                scale: delta.scale * weight,
+                ..delta.clone()
+            };
+            *matrix = merged(matrix, &scaled);
+        }
+    }
+    weights
+}
+
+#[test]
+fn a_mixture_is_the_sum_of_its_parts() {
+    let config = small(Family::Qwen2);
+    let model: Model = random_model(&config, 1);
+    // Ranks differ by site, sites by adapter, and no weight or scale is 1.
+    let (left, right, third) = (
+        random_adapter(&model, |layer, _| layer != 1, false, 2),
+        random_adapter(&model, |_, site| site != Site::V, false, 3),
+        random_adapter(
+            &model,
+            |_, site| site == Site::V || site == Site::Down,
+            false,
+            4,
+        ),
+    );
+    let ids = random_ids(&config, 21, 5);
+    let logits_of = |adapters: Mixture| {
+        let ids = ids.clone();
+        let hidden = states(&model, &[Asked { ids, adapters }], 7).remove(0);
+        let mut out = vec![0.0; 21 * config.vocab];
+        model.logits(&hidden, &mut out);
+        out
+    };
+    let residents = [&left, &right, &third].map(|adapter| resident(&model, adapter));
+    let mixture = |weights: [f32; 3]| {
+        Mixture::new(residents.iter().cloned().zip(weights).collect::<Vec<_>>())
+    };
+    let weights = [0.7, -0.4, 1.5];
+    let mixed = logits_of(mixture(weights));
+    let alone = |parts: &[(&AdapterWeights, f32)]| {
+        let merged: Model = Decoder::new(config.clone(), with_sum(&config, parts)).unwrap();
+        logits(&merged, &ids, None)
+    };
+    let sum = alone(&[(&left, 0.7), (&right, -0.4), (&third, 1.5)]);
+    let off = distance(&mixed, &sum);
+    assert!(off < 1e-4, "the mixture is off by {off}");
+    // What a mistake would compute is far away: a part left out, or weights exchanged.
+    for wrong in [
+        alone(&[(&left, 0.7), (&third, 1.5)]),
+        alone(&[(&left, -0.4), (&right, 0.7), (&third, 1.5)]),
+        alone(&[(&left, 1.0), (&right, 1.0), (&third, 1.0)]),
+    ] {
+        assert!(distance(&mixed, &wrong) > 1e-2);
+    }
+    // One adapter with a weight is that adapter with another scale; weight 0 is the base, bit for bit.
+    let half = logits_of(Mixture::new(vec![(residents[0].clone(), 0.5)]));
+    assert!(distance(&half, &alone(&[(&left, 0.5)])) < 1e-4);
+    assert_eq!(
+        logits_of(mixture([0.0, 0.0, -0.0])),
+        logits(&model, &ids, None)
+    );
+}
+
+#[test]
+fn a_mixture_is_the_same_alone_and_in_any_batch() {
+    let config = small(Family::Llama);
+    let model: Model = random_model(&config, 1);
+    let one = resident(&model, &random_adapter(&model, |_, _| true, false, 2));
+    let two = resident(
+        &model,
+        &random_adapter(&model, |layer, _| layer > 0, false, 3),
+    );
+    let both = |l, r| Mixture::new(vec![(one.clone(), l), (two.clone(), r)]);
+    let asked: Vec<Asked<f32>> = [
+        (9, both(0.7, 0.3)),
+        (1, both(0.7, 0.3)),
+        (17, Some(two.clone()).into()),
+        (30, both(0.3, 0.7)),
+        (4, Mixture::default()),
+        (
+            2,
+            Mixture::new(vec![(two.clone(), 0.3), (one.clone(), 0.7)]),
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    .map(|(seed, (len, adapters))| Asked {
+        ids: random_ids(&config, len, seed as u64),
+        adapters,
+    })
+    .collect();
+    for chunk in [1, 5, 32] {
+        let together = states(&model, &asked, chunk);
+        for (part, together) in asked.iter().zip(&together) {
+            let alone = Asked {
+                ids: part.ids.clone(),
+                adapters: part.adapters.clone(),
+            };
+            assert_eq!(&states(&model, &[alone], 32)[0], together);
+        }
     }
 }
 

@@ -39,7 +39,7 @@ impl Run<'_> {
         let adapter = Arc::new(adapter.clone());
         let segments = [Segment {
             rows: 0..self.tokens.len(),
-            adapter: Some(Arc::clone(&adapter)),
+            adapters: Some(Arc::clone(&adapter)).into(),
         }];
         let dropout = self.dropout.as_ref();
         let pass = Pass {

@@ -8,7 +8,7 @@ pub(crate) mod precision;
 
 use std::sync::Arc;
 
-use espalier_adapters::batch::Segment;
+use espalier_adapters::batch::{Mixture, Segment};
 use espalier_adapters::config::Site;
 use espalier_adapters::ops::{Ops, Real};
 use espalier_adapters::weights::{AdapterWeights, SiteAdapter};
@@ -132,7 +132,7 @@ pub(crate) fn random_ids(config: &ModelConfig, len: usize, seed: u64) -> Vec<u32
 /// One sequence of a mixed batch.
 pub(crate) struct Asked<T> {
     pub(crate) ids: Vec<u32>,
-    pub(crate) adapter: Option<Arc<ResidentAdapter<T>>>,
+    pub(crate) adapters: Mixture<T>,
 }
 
 /// The states of sequences, each `[ids, hidden]`, after passes over chunks of at most `chunk` rows of each.
@@ -167,7 +167,7 @@ pub(crate) fn states<O: Ops>(
             }
             let rows = tokens.len()..tokens.len() + end - start;
             tokens.extend_from_slice(&part.ids[start..end]);
-            runs.push((rows.len(), part.adapter.clone()));
+            runs.push((rows.len(), part.adapters.clone()));
             who.push((index, rows.clone()));
             spans.push(SeqSpan {
                 rows,
@@ -200,7 +200,7 @@ pub(crate) fn logits<O: Ops>(
         model,
         &[Asked {
             ids: ids.to_vec(),
-            adapter,
+            adapters: adapter.into(),
         }],
         7,
     )

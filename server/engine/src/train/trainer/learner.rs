@@ -224,7 +224,7 @@ impl Learner {
         let model = Arc::clone(&self.model);
         let segments = [Segment {
             rows: 0..packed.tokens.len(),
-            adapter: Some(Arc::clone(&self.adapter)),
+            adapters: Some(Arc::clone(&self.adapter)).into(),
         }];
         let pass = Pass {
             ops: model.ops(),
