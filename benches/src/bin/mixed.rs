@@ -1,7 +1,7 @@
 //! What adapters cost a decode step: rows that each have an adapter of their own beside the same rows on the base alone, and the base alone with a thousand
 //! adapters registered beside none. All in this process, in turns; the bound is what the bytes require.
 //!
-//! A step is the model's pass over one token of every row and the logits of all of them, in the pool that the engine uses.
+//! A step is the model's pass over one token of every row and the logits of all of them.
 
 use std::collections::HashMap;
 use std::hint::black_box;
@@ -10,7 +10,8 @@ use std::time::Instant;
 
 use clap::Parser;
 use espalier_adapters::batch::Segment;
-use espalier_adapters::config::{BaseShape, LoraConfig, Site};
+use espalier_adapters::config::{LoraConfig, Site};
+use espalier_adapters::ops;
 use espalier_adapters::peft;
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
 use espalier_adapters::weights::{AdapterWeights, Numbers, SiteAdapter};
@@ -18,13 +19,12 @@ use espalier_engine::adapter_loader::{AdapterSource, SourceError};
 use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
 use espalier_engine::model::{
-    BaseSites, Batch, KvCache, Model, ModelConfig, ResidentAdapter, SeqSpan, Workspace,
+    Batch, Dtype, KvCache, Model, ModelConfig, ResidentAdapter, SeqSpan, Workspace, load_as,
 };
 use espalier_engine::request::{Event, Generate, Request, RequestKind, StopConditions};
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -51,6 +51,9 @@ struct Args {
     /// Rows, each with an adapter of its own.
     #[arg(long, value_delimiter = ',', default_value = "8,32")]
     rows: Vec<usize>,
+    /// Formats of the base's weights.
+    #[arg(long, value_delimiter = ',', default_value = "f32,q8,stored")]
+    dtype: Vec<Dtype>,
     /// Adapters registered for the last table; 0 leaves it out.
     #[arg(long, default_value_t = 1000)]
     registered: usize,
@@ -58,36 +61,39 @@ struct Args {
 
 fn main() -> Fallible<()> {
     let args = Args::parse();
-    let bandwidth = rayon::scope(|_| read_bandwidth());
+    let bandwidth = read_bandwidth();
     println!(
         "{} with {} threads, {:.1} GB/s read",
-        espalier_adapters::ops::Cpu::default().path(),
-        rayon::current_num_threads(),
+        ops::Cpu::default().path(),
+        ops::threads(),
         bandwidth * 1e-9
     );
-    steps(&args, "f32", bandwidth)?;
+    for dtype in &args.dtype {
+        steps(&args, *dtype, bandwidth)?;
+    }
     if args.registered > 0 {
         registered(&args)?;
     }
     Ok(())
 }
 
-/// Bytes a second that all threads read from memory that no cache holds.
+/// Bytes a second that all threads together read from memory that no cache holds, the best of several runs.
 fn read_bandwidth() -> f64 {
     let memory = vec![1.0_f32; 256 << 20 >> 2];
+    let sum = |part: &[f32]| {
+        let mut sums = [0.0_f32; 64];
+        for line in part.chunks_exact(64) {
+            sums.iter_mut().zip(line).for_each(|(sum, x)| *sum += x);
+        }
+        black_box(sums);
+    };
     let once = || {
         let began = Instant::now();
-        let sum: f32 = memory
-            .par_chunks(1 << 20)
-            .map(|part| {
-                let mut sums = [0.0_f32; 64];
-                for line in part.chunks_exact(64) {
-                    sums.iter_mut().zip(line).for_each(|(sum, x)| *sum += x);
-                }
-                sums.iter().sum::<f32>()
-            })
-            .sum();
-        black_box(sum);
+        std::thread::scope(|scope| {
+            for part in memory.chunks(memory.len() / ops::threads()) {
+                scope.spawn(move || sum(part));
+            }
+        });
         size_of_val(memory.as_slice()) as f64 / began.elapsed().as_secs_f64()
     };
     (0..10).map(|_| once()).fold(0.0, f64::max)
@@ -95,8 +101,8 @@ fn read_bandwidth() -> f64 {
 
 // === steps ===
 
-fn steps(args: &Args, dtype: &str, bandwidth: f64) -> Fallible<()> {
-    let loaded = espalier_engine::model::load(&args.model)?;
+fn steps(args: &Args, dtype: Dtype, bandwidth: f64) -> Fallible<()> {
+    let loaded = load_as(&args.model, dtype)?;
     let model = Model::new(loaded.config, loaded.weights)?;
     let most = args.rows.iter().copied().max().unwrap_or(0);
     let weights: Vec<_> = (0..most as u64)
@@ -212,7 +218,7 @@ impl<'a> Step<'a> {
                 spans: &spans,
                 segments: &[],
             };
-            rayon::scope(|_| model.forward(&batch, &mut step.kv, &mut step.workspace));
+            model.forward(&batch, &mut step.kv, &mut step.workspace);
         }
         step
     }
@@ -236,9 +242,8 @@ impl<'a> Step<'a> {
                 segments: &segments,
             };
             let (model, kv, workspace) = (self.model, &mut self.kv, &mut self.workspace);
-            let hidden = rayon::scope(|_| model.forward(&batch, kv, workspace));
-            let logits = &mut self.logits;
-            rayon::scope(|_| model.logits(hidden, logits));
+            let hidden = model.forward(&batch, kv, workspace);
+            model.logits(hidden, &mut self.logits);
             black_box(&self.logits);
         }
         began.elapsed().as_secs_f64() / steps as f64
@@ -247,7 +252,7 @@ impl<'a> Step<'a> {
 
 /// Random numbers of a trained adapter's size, stored in bf16.
 fn adapter(config: &ModelConfig, seed: u64) -> AdapterWeights {
-    let base = shape(config);
+    let base = config.base_shape();
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut numbers = |len: usize| -> Numbers {
         let numbers = (0..len).map(|_| bf16::from_f32(random.random_range(-0.02..0.02)));
@@ -268,18 +273,6 @@ fn adapter(config: &ModelConfig, seed: u64) -> AdapterWeights {
     AdapterWeights {
         sites: sites.collect(),
         head: None,
-    }
-}
-
-fn shape(config: &ModelConfig) -> BaseShape {
-    BaseShape {
-        layers: config.layers,
-        hidden: config.hidden,
-        intermediate: config.intermediate,
-        heads: config.heads,
-        kv_heads: config.kv_heads,
-        head_dim: config.head_dim,
-        vocab: config.vocab,
     }
 }
 
@@ -308,7 +301,7 @@ const IN_MEMORY: usize = 32;
 
 #[tokio::main(flavor = "current_thread")]
 async fn registered(args: &Args) -> Fallible<()> {
-    let load = || espalier_engine::model::load(&args.model);
+    let load = || load_as(&args.model, Dtype::F32);
     let config = || EngineConfig {
         // Nobody takes the second row's events before the first row's are all there.
         event_buffer: 4 * BASE_TOKENS,
@@ -363,7 +356,7 @@ const TOP: usize = 5;
 
 /// An artifact of rank 4 on q and v, no two alike.
 fn small(config: &ModelConfig, lora: &LoraConfig, seed: u64) -> Fallible<AdapterArtifact> {
-    let base = shape(config);
+    let base = config.base_shape();
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut numbers = |len: usize| -> Numbers {
         (0..len)

@@ -219,7 +219,7 @@ impl Side {
         }];
         let segments = [Segment {
             rows: 0..tokens.len(),
-            adapter: adapter.cloned(),
+            adapters: adapter.cloned().into(),
         }];
         let batch = Batch {
             tokens,

@@ -36,7 +36,7 @@ fn rows_do_not_know_each_other_in_any_format() {
         ));
         let asked = |len: usize, seed: u64, adapter: &Option<Arc<ResidentAdapter>>| Asked {
             ids: random_ids(&config, len, seed),
-            adapter: adapter.clone(),
+            adapters: adapter.clone().into(),
         };
         let whole = states(&model, &[asked(33, 3, &adapter)], 33).remove(0);
         for chunk in [1, 2, 7] {
