@@ -76,7 +76,7 @@ fn upload(client: &Client, adapter: &str, dir: &Path) -> AdapterUpload {
 }
 
 /// Uploads the adapter of a seed.
-async fn push(client: &Client, adapter: &str, seed: u64) -> v1::AdapterVersion {
+pub(crate) async fn push(client: &Client, adapter: &str, seed: u64) -> v1::AdapterVersion {
     let dir = directory(&artifact(seed));
     let reply = client
         .upload_adapter(upload(client, adapter, dir.path()))
@@ -109,7 +109,7 @@ fn refused<T>(result: Result<T, Error>) -> Error {
 }
 
 /// What a refusal is to a program.
-fn reason<T>(result: Result<T, Error>) -> (Code, String) {
+pub(crate) fn reason<T>(result: Result<T, Error>) -> (Code, String) {
     let error = refused(result);
     (error.code, error.reason.clone())
 }

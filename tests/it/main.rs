@@ -10,6 +10,7 @@ mod inference_api;
 mod kill_resume;
 mod python_client;
 mod real_model;
+mod residency;
 mod server_life;
 mod server_limits;
 mod state_api;
