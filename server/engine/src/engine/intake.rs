@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::Engine;
-use crate::adapter_pool::Lookup;
+use crate::adapter_pool::{AdapterLease, Lookup};
 use crate::cache_key::CacheKey;
 use crate::command::Submission;
 use crate::detokenizer::StopFilter;
@@ -35,6 +35,7 @@ impl Engine {
             events,
             ticket,
             submitted,
+            adapter_missing,
         } = submission;
         let key = RequestKey(self.next_request);
         self.next_request += 1;
@@ -63,6 +64,7 @@ impl Engine {
             last_output: None,
             usage: Usage {
                 input_tokens: request.kind.input_tokens(),
+                adapter_loads: usize::from(adapter_missing),
                 ..Usage::default()
             },
             open: Vec::new(),
@@ -125,7 +127,9 @@ impl Engine {
             weight: 1.0,
         });
         let tenant = Arc::clone(&request.tenant);
-        let cache_key = Arc::new(CacheKey::new(tenant, target.as_slice(), false));
+        let merged = request.lease.as_ref().and_then(AdapterLease::merged);
+        let key_of = CacheKey::new(tenant, target.as_slice(), merged.is_some());
+        let cache_key = Arc::new(key_of);
         let mut first_of_group: Option<(usize, SequenceId)> = None;
         for Planned {
             tokens,

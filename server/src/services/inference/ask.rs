@@ -130,6 +130,10 @@ impl Asker {
                     .with("found", &version.base_digest),
             );
         }
+        if let Some(version) = &version {
+            let engine = &self.shell.engine;
+            engine.set_merge_policy(version.digest, version.merge_policy);
+        }
         let tenant = tenant.map_or_else(|| Arc::from("-"), |tenant| Arc::from(tenant.as_str()));
         Ok(Held {
             version,
