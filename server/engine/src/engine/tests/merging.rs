@@ -17,7 +17,7 @@ const TOLERANCE: f32 = 2e-3;
 fn merging() -> EngineConfig {
     EngineConfig {
         merged_bytes: 1 << 20,
-        merge_window: Duration::from_millis(200),
+        merge_window: Duration::from_secs(1),
         ..small()
     }
 }
