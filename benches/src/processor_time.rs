@@ -9,13 +9,7 @@ use crate::Fallible;
 const TICKS: f64 = 100.0;
 
 /// Threads whose work is the model's: its loop, the pool of operations, loading of adapters, training.
-const ENGINE: [&str; 5] = [
-    "engine",
-    "espalier-ops-",
-    "espalier-ops",
-    "adapter-loader",
-    "trainer-",
-];
+const ENGINE: [&str; 4] = ["engine", "espalier-ops-", "adapter-loader", "trainer-"];
 
 /// Seconds by thread name; threads of one name are added up.
 #[derive(Clone, Debug, Default)]
