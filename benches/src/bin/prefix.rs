@@ -12,6 +12,7 @@ use espalier_adapters::version::VersionDigest;
 use espalier_benches::random_adapters::RandomAdapters;
 use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
+use espalier_engine::model::{Dtype, load_as};
 use espalier_engine::request::{
     Event, Generate, Request, RequestKind, StopConditions, TargetVersion,
 };
@@ -29,6 +30,9 @@ struct Args {
     /// The model: a GGUF or a Hugging Face directory.
     #[arg(long)]
     model: String,
+    /// What the base's weights are kept in.
+    #[arg(long, default_value_t = Dtype::F32)]
+    dtype: Dtype,
     /// Tokens of the shared prefix.
     #[arg(long, default_value_t = 512)]
     prefix: usize,
@@ -51,7 +55,7 @@ const SIDES: [&str; 4] = [
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Fallible<()> {
     let args = Args::parse();
-    let loaded = espalier_engine::model::load(&args.model)?;
+    let loaded = load_as(&args.model, args.dtype)?;
     let mut source = RandomAdapters::default();
     let mut version = |seed| source.add(seed, RANK, &loaded.config);
     let versions = [version(1)?, version(2)?];
@@ -95,8 +99,8 @@ async fn main() -> Fallible<()> {
         }
     }
     println!(
-        "{} shared and {} own tokens, rank {RANK} adapters, f32, {} rounds",
-        args.prefix, args.own, args.rounds
+        "{} shared and {} own tokens, rank {RANK} adapters, {}, {} rounds",
+        args.prefix, args.own, args.dtype, args.rounds
     );
     println!("| who asks after the first | time to first token, ms | cold : this |");
     println!("|---|---|---|");

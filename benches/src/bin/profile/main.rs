@@ -17,6 +17,7 @@ use espalier_benches::random_adapters::RandomAdapters;
 use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
 use espalier_engine::metrics::{EngineStats, StepTimes};
+use espalier_engine::model::{Dtype, load_as};
 use espalier_engine::request::{
     Event, Generate, Request, RequestKind, SamplingParams, StopConditions, TargetVersion,
 };
@@ -57,6 +58,9 @@ struct Drive {
     /// The model: a GGUF or a Hugging Face directory.
     #[arg(long)]
     model: String,
+    /// What the base's weights are kept in.
+    #[arg(long, default_value_t = Dtype::F32)]
+    dtype: Dtype,
     /// Rows of a decode step, each with an adapter of its own; 0 prefills prompts of 512 tokens, one a step.
     #[arg(long, default_value_t = 8)]
     rows: usize,
@@ -80,7 +84,7 @@ fn main() -> Fallible<()> {
 
 #[tokio::main(flavor = "current_thread")]
 async fn drive(options: &Drive) -> Fallible<()> {
-    let loaded = espalier_engine::model::load(&options.model)?;
+    let loaded = load_as(&options.model, options.dtype)?;
     let count = options.rows.max(1);
     let mut source = RandomAdapters::default();
     let versions = (0..count as u64)

@@ -1,4 +1,4 @@
-//! From `perf script`'s stacks to shares of a step. Only stacks of the thread that walks through the step count.
+//! From `perf script`'s stacks to shares of a step. Only stacks of the engine's thread count: it leads every operation.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -87,81 +87,73 @@ fn frames(stack: &str) -> Vec<Frame<'_>> {
     frames
 }
 
-/// Where in a step the thread is; `None` when it is in none, or helps another thread.
+/// Where in a step the engine's thread is; `None` on all other threads.
 fn part(frames: &[Frame<'_>], lines: &mut Lines<'_>) -> Option<&'static str> {
     let has = |words: &[&str]| {
-        frames
-            .iter()
-            .any(|frame| words.iter().any(|word| frame.function.contains(word)))
+        let names = |frame: &Frame<'_>| words.iter().any(|word| frame.function.contains(word));
+        frames.iter().any(names)
     };
-    let in_model =
-        has(&["Decoder<O>::forward", "decoder::{impl"]) || has(&["model_runner::ModelRunner::run"]);
-    let in_logits = has(&[
-        "Decoder<O>::logits",
-        "ModelRunner::logits",
-        "model_runner::{impl#0}::logits",
-    ]);
-    let on_engine = has(&["run_until_drained"]);
-    let in_sampling = has(&["postprocess::draw_rows"]);
-    if !(in_model || in_logits || on_engine || in_sampling) {
+    if !has(&["run_until_drained"]) {
         return None;
     }
-    let innermost = &frames[..frames.len().min(14)];
-    let waits = [
-        "wait_until",
-        "Sleep::",
-        "futex",
-        "sched_yield",
-        "::wait",
-        "spin_loop",
-        "find_work",
-        "LockLatch",
-    ];
-    if innermost
+    // The team's own code with no task in it: the leader has done its share, or hands out a job.
+    let team = frames
         .iter()
-        .any(|frame| waits.iter().any(|word| frame.function.contains(word)))
-    {
-        // The engine thread waits for the pool; the pool's own waiting is inside an operation.
-        return (in_model || in_logits).then_some("waiting for the other thread inside operations");
+        .position(|frame| frame.function.contains("cpu_team"));
+    let works = |inner: &[Frame<'_>]| {
+        inner
+            .iter()
+            .any(|frame| frame.function.contains("espalier"))
+    };
+    if team.is_some_and(|at| !works(&frames[..at])) {
+        return Some("waiting for the other thread inside operations");
     }
-    if in_logits {
+    if has(&["draw_rows"]) {
+        let text = [
+            "StreamDecoder",
+            "tokenizers::",
+            "StopFilter",
+            "Generation::append",
+        ];
+        let text = has(&text);
+        return Some(if text {
+            "text (detokenizer, stop strings)"
+        } else {
+            "sampler"
+        });
+    }
+    if has(&["Decoder<O>::logits", "ModelRunner::logits"]) {
         return Some("head (logits)");
     }
-    if in_model {
+    if has(&["Decoder<O>::forward"]) {
         return Some(in_decoder(frames, &has, lines));
     }
-    if has(&[
-        "StreamDecoder",
-        "tokenizers::",
-        "StopFilter",
-        "Generation::append",
-    ]) {
-        return Some("text (detokenizer, stop strings)");
-    }
-    if in_sampling {
-        return Some("sampler");
-    }
-    if has(&[
-        "Scheduler::",
-        "BlockManager::",
-        "PrefixCache::",
-        "Engine::schedule",
-    ]) {
-        return Some("scheduler, prefix cache");
-    }
-    if has(&["Engine::postprocess"]) {
-        return Some("results and events");
-    }
-    if has(&[
-        "drain_commands",
-        "publish_stats",
-        "Engine::watch",
-        "Engine::train",
-        "TrainingWorker",
-    ]) {
-        return Some("commands, readers, statistics");
-    }
-    Some("other")
+    let rest: [(&[&str], &str); 3] = [
+        (
+            &[
+                "Scheduler::",
+                "BlockManager::",
+                "PrefixCache::",
+                "Engine::schedule",
+            ],
+            "scheduler, prefix cache",
+        ),
+        (
+            &["Engine::postprocess", "Engine::advance"],
+            "results and events",
+        ),
+        (
+            &[
+                "drain_commands",
+                "publish_stats",
+                "Engine::watch",
+                "TrainingWorker",
+            ],
+            "commands, readers, statistics",
+        ),
+    ];
+    let found = rest.iter().find(|(words, _)| has(words));
+    Some(found.map_or("other", |(_, part)| part))
 }
 
 fn in_decoder(
