@@ -128,27 +128,15 @@ fn part(frames: &[Frame<'_>], lines: &mut Lines<'_>) -> Option<&'static str> {
     if has(&["Decoder<O>::forward"]) {
         return Some(in_decoder(frames, &has, lines));
     }
+    // Functions that were inlined stand without their paths.
     let rest: [(&[&str], &str); 3] = [
         (
-            &[
-                "Scheduler::",
-                "BlockManager::",
-                "PrefixCache::",
-                "Engine::schedule",
-            ],
+            &["schedule", "BlockManager", "PrefixCache"],
             "scheduler, prefix cache",
         ),
+        (&["postprocess", "advance"], "results and events"),
         (
-            &["Engine::postprocess", "Engine::advance"],
-            "results and events",
-        ),
-        (
-            &[
-                "drain_commands",
-                "publish_stats",
-                "Engine::watch",
-                "TrainingWorker",
-            ],
+            &["drain_commands", "publish_stats", "TrainingWorker"],
             "commands, readers, statistics",
         ),
     ];
