@@ -5,6 +5,7 @@
 pub mod daemon;
 pub mod in_process;
 pub mod processor_time;
+pub mod random_adapters;
 pub mod turns;
 
 /// What a benchmark fails with: whoever reads it is a person at a terminal.
