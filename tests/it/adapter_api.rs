@@ -76,7 +76,7 @@ fn upload(client: &Client, adapter: &str, dir: &Path) -> AdapterUpload {
 }
 
 /// Uploads the adapter of a seed.
-async fn push(client: &Client, adapter: &str, seed: u64) -> v1::AdapterVersion {
+pub(crate) async fn push(client: &Client, adapter: &str, seed: u64) -> v1::AdapterVersion {
     let dir = directory(&artifact(seed));
     let reply = client
         .upload_adapter(upload(client, adapter, dir.path()))
