@@ -146,7 +146,9 @@ impl BlockPanels {
         let (k, blocks) = (self.inputs, self.blocks());
         let first = outputs.start / PANEL;
         let panels = outputs.end.div_ceil(PANEL) - first;
-        let tall = (ROWS_IN_CACHE / (blocks * BLOCK).max(1)).clamp(48, 240) / 6 * 6;
+        // Stretches of rows that stay in L2, of about the same height.
+        let tallest = (ROWS_IN_CACHE / (blocks * BLOCK).max(1)).clamp(48, 240);
+        let tall = rows.div_ceil(rows.div_ceil(tallest)).next_multiple_of(6);
         let wide = if rows <= FEW_ROWS {
             panels.div_ceil(16)
         } else {

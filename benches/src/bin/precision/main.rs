@@ -3,20 +3,19 @@
 //! `precision --model M.gguf` prints decode at one row and prefill of 512 tokens for every `--dtype`, beside ceilings that are measured in the same
 //! rounds; with `--python` also torch's f32 prefill, taking turns. `--quality` compares logits with f32 over a text. Sides alternate, medians count.
 
+mod quality;
+mod rivals;
+
 use std::hint::black_box;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
-use candle_core::{Device, Module, Tensor};
 use clap::Parser;
 use espalier_adapters::batch::Segment;
 use espalier_adapters::config::Site;
-use espalier_adapters::ops::{self, Cpu, Ops, Weight, WeightKind};
-use espalier_adapters::peft;
-use espalier_adapters::text::Tokenizer;
+use espalier_adapters::ops::{self, Cpu, Ops};
 use espalier_engine::model::{
     BaseSites, Batch, Dtype, KvCache, Model, ResidentAdapter, SeqSpan, Workspace, load_as,
 };
@@ -34,8 +33,6 @@ const CONTEXT: usize = 64;
 const STEPS: usize = 15;
 /// Tokens of one KV block.
 const BLOCK: usize = 16;
-/// Tokens of one piece of text in the quality table.
-const PIECE: usize = 256;
 
 #[derive(Parser)]
 #[command(
@@ -83,9 +80,9 @@ fn main() -> Fallible<()> {
         args.dtypes = Dtype::ALL.to_vec();
     }
     if args.quality {
-        quality(&args)
+        quality::table(&args)
     } else if args.rivals {
-        rivals(args.rounds)
+        rivals::table(args.rounds)
     } else {
         speed(&args)
     }
@@ -399,227 +396,4 @@ fn torch_prefill(args: &Args) -> Fallible<Option<f64>> {
             .as_f64()
             .ok_or("the peer named no prefill_tok_s")?,
     ))
-}
-
-// === rivals ===
-
-/// Weights in turn, so that they come from memory as they do in a model and not from a cache.
-const COLD_BYTES: usize = 128 << 20;
-
-/// A product by weight number `turn`.
-type Product<'a> = Box<dyn FnMut(usize) + 'a>;
-
-/// Products of 1 and 512 rows with the model's largest projections, ours and candle's in turn.
-fn rivals(rounds: usize) -> Fallible<()> {
-    println!("| weight, rows | path | ms | GB/s | GOP/s |");
-    println!("|---|---|---|---|---|");
-    for (outputs, inputs) in [(1536, 576), (576, 1536)] {
-        for rows in [1, PROMPT] {
-            rivals_at(rounds, outputs, inputs, rows)?;
-        }
-    }
-    Ok(())
-}
-
-fn rivals_at(rounds: usize, outputs: usize, inputs: usize, rows: usize) -> Fallible<()> {
-    let mut rng = ChaCha8Rng::seed_from_u64(3);
-    let mut random =
-        |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
-    let (weight, x) = (random(outputs * inputs), random(rows * inputs));
-    let theirs_x = Tensor::from_slice(&x, (rows, inputs), &Device::Cpu)?;
-    let theirs_weight = Tensor::from_slice(&weight, (outputs, inputs), &Device::Cpu)?;
-    let ops = Cpu::default();
-    let mut paths: Vec<(String, usize, Product<'_>)> = Vec::new();
-    for kind in [
-        WeightKind::F32,
-        WeightKind::Bf16,
-        WeightKind::F16,
-        WeightKind::Q8_0,
-    ] {
-        let kept = Weight::F32(weight.clone()).rounded(kind, inputs);
-        let one = ops.pack_weight(&kept, outputs, inputs);
-        let bytes = ops.bytes(&one);
-        let copies: Vec<_> = (0..(COLD_BYTES / bytes).max(1))
-            .map(|_| one.clone())
-            .collect();
-        let (x, mut y) = (&x, vec![0.0; rows * outputs]);
-        let run = move |turn: usize| ops.matmul(x, &copies[turn % copies.len()], &mut y);
-        paths.push((format!("ours, {kind}"), bytes, Box::new(run)));
-    }
-    let bytes = 4 * outputs * inputs;
-    let copies = (0..(COLD_BYTES / bytes).max(1))
-        .map(|_| theirs_weight.copy())
-        .collect::<Result<Vec<_>, _>>()?;
-    let input = &theirs_x;
-    let run = move |turn: usize| {
-        let product = copies[turn % copies.len()]
-            .t()
-            .and_then(|weight| input.matmul(&weight));
-        black_box(product.is_ok());
-    };
-    paths.push(("candle, f32".to_owned(), bytes, Box::new(run)));
-    for kind in [GgmlDType::Q8_0, GgmlDType::Q4_1] {
-        let one = QTensor::quantize(&theirs_weight, kind)?;
-        let bytes = one.storage_size_in_bytes();
-        let copies = (0..(COLD_BYTES / bytes).max(1))
-            .map(|_| QMatMul::from_qtensor(QTensor::quantize(&theirs_weight, kind)?))
-            .collect::<Result<Vec<_>, _>>()?;
-        let run = move |turn: usize| {
-            black_box(copies[turn % copies.len()].forward(input).is_ok());
-        };
-        paths.push((format!("candle, {kind:?}"), bytes, Box::new(run)));
-    }
-    let mut times: Vec<Vec<f64>> = paths.iter().map(|_| Vec::new()).collect();
-    let repeats = if rows == 1 { 200 } else { 8 };
-    for round in 0..rounds {
-        for ((_, _, run), times) in paths.iter_mut().zip(&mut times) {
-            let all = seconds(|| (0..repeats).for_each(|i| run(round * repeats + i)));
-            times.push(all / repeats as f64);
-        }
-    }
-    for ((name, bytes, _), times) in paths.iter().zip(&times) {
-        let time = median(times);
-        println!(
-            "| [{outputs}, {inputs}] x {rows} | {name} | {:.3} | {:.1} | {:.0} |",
-            time * 1e3,
-            *bytes as f64 / time * 1e-9,
-            2.0 * (rows * inputs * outputs) as f64 / time * 1e-9
-        );
-    }
-    Ok(())
-}
-
-// === quality ===
-
-/// Sums over positions of one format beside f32.
-#[derive(Clone, Default)]
-struct Quality {
-    positions: usize,
-    divergence: f64,
-    agreed: usize,
-    loss: f64,
-}
-
-fn quality(args: &Args) -> Fallible<()> {
-    let tokenizer = load_as(&args.model, Dtype::Stored)?.tokenizer;
-    let pieces = pieces(&tokenizer, args)?;
-    println!(
-        "{} pieces of {PIECE} tokens of {}",
-        pieces.len(),
-        args.text.display()
-    );
-    println!(
-        "| dtype | adapter | matrices, MiB | KL to f32, nats | same top token | loss | loss beside f32 |"
-    );
-    println!("|---|---|---|---|---|---|---|");
-    let mut exact = Side::load(&args.model, Dtype::F32)?;
-    for dtype in &args.dtypes {
-        let mut side = Side::load(&args.model, *dtype)?;
-        let bytes = side.model.bytes() as f64 / f64::from(1 << 20);
-        for adapter in std::iter::once(None).chain(args.adapter.iter().map(Some)) {
-            let (resident, of_exact) = match adapter {
-                None => (None, None),
-                Some(dir) => (
-                    Some(resident(dir, &side.model)?),
-                    Some(resident(dir, &exact.model)?),
-                ),
-            };
-            let (mut own, mut base) = (Quality::default(), Quality::default());
-            for ids in &pieces {
-                let wanted = exact.states(ids, 0, of_exact.as_ref()).to_vec();
-                let found = side.states(ids, 0, resident.as_ref()).to_vec();
-                compare(&exact, &side, ids, (&wanted, &found), (&mut base, &mut own));
-            }
-            let n = own.positions as f64;
-            println!(
-                "| {dtype} | {} | {bytes:.1} | {:.5} | {:.2} % | {:.4} | {:+.4} |",
-                adapter
-                    .and_then(|dir| dir.file_name())
-                    .map_or("none".into(), |name| name.to_string_lossy()),
-                own.divergence / n,
-                100.0 * own.agreed as f64 / n,
-                own.loss / n,
-                (own.loss - base.loss) / n,
-            );
-        }
-    }
-    Ok(())
-}
-
-fn resident(dir: &Path, model: &Model) -> Fallible<Arc<ResidentAdapter>> {
-    let limits = peft::Limits::default();
-    let artifact = peft::from_dir(dir, &limits)?;
-    let (_, weights, _) = peft::read(&artifact, &model.config().base_shape(), &limits)
-        .map_err(|report| format!("{}: {report:?}", dir.display()))?;
-    Ok(Arc::new(ResidentAdapter::build(&weights, model)?))
-}
-
-/// Adds one piece's positions: `f32` beside the format, position by position.
-fn compare(
-    exact: &Side,
-    side: &Side,
-    ids: &[u32],
-    (wanted, found): (&[f32], &[f32]),
-    (base, own): (&mut Quality, &mut Quality),
-) {
-    const ROWS: usize = 32;
-    let config = exact.model.config();
-    let (mut p, mut q) = (Vec::new(), Vec::new());
-    let rows = ids.len() - 1;
-    for first in (0..rows).step_by(ROWS) {
-        let count = ROWS.min(rows - first);
-        let part = first * config.hidden..(first + count) * config.hidden;
-        p.resize(count * config.vocab, 0.0);
-        q.resize(count * config.vocab, 0.0);
-        exact.model.logits(&wanted[part.clone()], &mut p);
-        side.model.logits(&found[part], &mut q);
-        let both = p
-            .chunks_exact(config.vocab)
-            .zip(q.chunks_exact(config.vocab));
-        for (i, (p, q)) in both.enumerate() {
-            let label = ids[first + i + 1] as usize;
-            let (p_total, q_total) = (log_total(p), log_total(q));
-            for (p, q) in p.iter().zip(q) {
-                let (p, q) = (f64::from(*p) - p_total, f64::from(*q) - q_total);
-                own.divergence += p.exp() * (p - q);
-            }
-            own.positions += 1;
-            own.agreed += usize::from(best(p) == best(q));
-            own.loss += q_total - f64::from(q[label]);
-            base.loss += p_total - f64::from(p[label]);
-        }
-    }
-}
-
-/// The logarithm of the sum of exponentials.
-fn log_total(logits: &[f32]) -> f64 {
-    let highest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let total: f64 = logits.iter().map(|x| (f64::from(*x) - highest).exp()).sum();
-    highest + total.ln()
-}
-
-/// Instructions with their outputs, one after the other, cut in pieces.
-fn pieces(tokenizer: &Tokenizer, args: &Args) -> Fallible<Vec<Vec<u32>>> {
-    let text = std::fs::read_to_string(&args.text)
-        .map_err(|error| format!("{}: {error}", args.text.display()))?;
-    let mut all = String::new();
-    for line in text.lines() {
-        let row: Value = serde_json::from_str(line)?;
-        let fields = [
-            &row["instruction"],
-            &row["instances"][0]["input"],
-            &row["instances"][0]["output"],
-        ];
-        for field in fields.into_iter().filter_map(Value::as_str) {
-            all.push_str(field);
-            all.push('\n');
-        }
-        all.push('\n');
-    }
-    let ids = tokenizer.encode(&all)?;
-    Ok(ids
-        .chunks_exact(PIECE)
-        .take(args.pieces)
-        .map(<[u32]>::to_vec)
-        .collect())
 }
