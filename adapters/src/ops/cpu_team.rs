@@ -93,8 +93,12 @@ fn with_team<R>(f: impl FnOnce(&Team) -> R) -> R {
     }
 }
 
-/// Runs tasks `0..tasks` on all threads that are free; returns when all are done.
-pub(super) fn run(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+/// Runs tasks `0..tasks` on all threads that are free; returns when all are done. For work beside the operations too, so that
+/// no second pool of threads fights with them.
+///
+/// # Panics
+/// When a task panics.
+pub fn run(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     with_team(|team| team.run(tasks, task));
 }
 

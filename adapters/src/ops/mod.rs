@@ -46,7 +46,7 @@ mod weight;
 
 pub use cpu::Cpu;
 pub use cpu_matrix::Matrix;
-pub use cpu_team::{set_threads, threads};
+pub use cpu_team::{run as on_all_threads, set_threads, threads};
 pub use low_rank::{Factor, LowRank};
 pub use reference::Reference;
 pub use weight::{BLOCK, Blocks, Weight, WeightKind};

@@ -3,10 +3,10 @@
 //! Every event has its place in the channel before the step begins, so nothing here waits for a reader.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use rayon::prelude::*;
+use espalier_adapters::ops::on_all_threads;
 
 use super::{Engine, StepOutput};
 use crate::classify;
@@ -352,7 +352,7 @@ impl Engine {
 /// Chooses a token for each draw from its row of logits `[draws, vocab]`, rows beside each other. A panic costs its own
 /// request.
 fn draw_rows(logits: &mut [f32], vocab: usize, draws: &mut [Draw]) {
-    let draw = |(row, draw): (&mut [f32], &mut Draw)| {
+    let draw = |row: &mut [f32], draw: &mut Draw| {
         let next = AssertUnwindSafe(|| match &mut draw.sequence.task {
             Task::Generate(generation) => Some(generation.next(row, draw.position, draw.last)),
             _ => None,
@@ -364,9 +364,17 @@ fn draw_rows(logits: &mut [f32], vocab: usize, draws: &mut [Draw]) {
         }
     };
     if let [only] = draws {
-        return draw((logits, only));
+        return draw(logits, only);
     }
-    logits.par_chunks_exact_mut(vocab).zip(draws).for_each(draw);
+    // Each is locked once, by the thread that draws it.
+    let rows = logits.chunks_exact_mut(vocab).zip(draws);
+    let rows: Vec<Mutex<(&mut [f32], &mut Draw)>> = rows.map(Mutex::new).collect();
+    on_all_threads(rows.len(), &|index| {
+        if let Ok(mut row) = rows[index].lock() {
+            let (logits, generation) = &mut *row;
+            draw(logits, generation);
+        }
+    });
 }
 
 // === impl Generation ===
