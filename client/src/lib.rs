@@ -30,6 +30,7 @@ pub mod names;
 pub mod retry;
 
 mod adapters;
+mod bench;
 mod inference;
 mod models;
 mod tenants;

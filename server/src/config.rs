@@ -465,6 +465,19 @@ impl Config {
         out
     }
 
+    /// The settings that shape how requests are served, for whoever may ask: everything but the section that names
+    /// addresses, paths and keys.
+    pub fn of_serving(&self) -> BTreeMap<String, String> {
+        let open = SETTINGS
+            .iter()
+            .filter(|setting| setting.section != "server" && !setting.secret);
+        open.map(|setting| {
+            let value = self.shown(setting.key);
+            (setting.key.to_owned(), value.trim_matches('"').to_owned())
+        })
+        .collect()
+    }
+
     /// The service key, from the setting or from its file.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //! back; it touches no tensor.
 
 // How the process is set up, watched and taken down.
+mod build;
 pub mod config;
 mod health;
 mod server;

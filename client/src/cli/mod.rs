@@ -2,6 +2,7 @@
 //! and those below it print; the environment is read by clap alone.
 
 mod adapters;
+mod bench;
 mod chart;
 mod chat;
 mod check;
@@ -9,7 +10,7 @@ mod data;
 mod generate;
 mod infer;
 mod jobs;
-mod json;
+pub(crate) mod json;
 mod output;
 mod progress;
 mod sampling;
@@ -30,7 +31,8 @@ use output::{Failure, Out};
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 server not reached or busy,
-4 no or wrong key, 5 not there, 6 the job failed or was cancelled, 130 interrupted.";
+4 no or wrong key, 5 not there, 6 the job failed or was cancelled, 7 a load test missed an
+objective or got worse, 130 interrupted.";
 
 /// Talk to an Espalier server: ask models and adapters, train adapters, look after them.
 #[derive(Debug, Parser)]
@@ -103,6 +105,8 @@ enum Command {
     Jobs(jobs::Jobs),
     /// What the server is, has and does.
     Status(status::Status),
+    /// Put load on a server and measure: latencies, throughput, goodput.
+    Bench(Box<bench::Bench>),
 }
 
 /// What every command gets.
@@ -139,6 +143,10 @@ pub fn main() -> ExitCode {
 
 async fn run(cli: Cli, out: Out) -> Result<(), Failure> {
     let global = cli.global;
+    // It opens its own connections, and some of its forms need none.
+    if let Command::Bench(bench) = cli.command {
+        return bench.run(&global, out).await;
+    }
     // The one command that can do without a server.
     if let Command::Adapters(adapters::Adapters::Check(check)) = cli.command {
         let shape = match connect(&global).await {
@@ -166,6 +174,8 @@ async fn run(cli: Cli, out: Out) -> Result<(), Failure> {
         Command::Train(command) => command.run(&session).await,
         Command::Jobs(command) => command.run(&session).await,
         Command::Status(command) => command.run(&session).await,
+        // Taken out above.
+        Command::Bench(_) => Ok(()),
     }
 }
 
@@ -175,7 +185,7 @@ impl Command {
     /// Whether short names may occur, so that it is worth asking whose they are.
     fn needs_tenant(&self) -> bool {
         match self {
-            Self::Tenants(_) | Self::Status(_) | Self::Detokenize(_) => false,
+            Self::Tenants(_) | Self::Status(_) | Self::Detokenize(_) | Self::Bench(_) => false,
             Self::Generate(command) => command.adapter.needs_tenant(),
             Self::Chat(command) => command.adapter.needs_tenant(),
             Self::Classify(command) => command.adapter.needs_tenant(),

@@ -26,6 +26,8 @@ pub(crate) enum Failure {
     Refused,
     /// The job did not succeed; what happened is printed already.
     Job,
+    /// A load test missed an objective, or a figure got worse; which one is printed already.
+    Missed,
     /// The person interrupted it; what to know is printed already.
     Interrupted,
     /// Nobody reads stdout any more.
@@ -53,6 +55,7 @@ impl Failure {
             Self::Usage(_) => 2,
             Self::Local(_) | Self::Refused => 1,
             Self::Job => 6,
+            Self::Missed => 7,
             Self::Interrupted => 130,
             Self::ClosedPipe => 0,
             Self::Call(error) => match error.code {
@@ -208,7 +211,7 @@ fn code_name(code: Code) -> String {
     name
 }
 
-fn aligned(head: &[&str], rows: &[Vec<String>]) -> Vec<String> {
+pub(crate) fn aligned(head: &[&str], rows: &[Vec<String>]) -> Vec<String> {
     let head: Vec<String> = head.iter().map(|cell| (*cell).to_owned()).collect();
     let all: Vec<&Vec<String>> = std::iter::once(&head).chain(rows).collect();
     let width = |column: usize| {

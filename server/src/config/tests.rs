@@ -135,3 +135,19 @@ fn secrets_are_never_printed() {
 fn the_command_line_is_well_formed() {
     command().debug_assert();
 }
+
+#[test]
+fn what_is_told_to_callers_names_no_place_and_no_key() {
+    let config = Config::from_pairs(&[
+        ("service_key", "0123456789abcdef0123456789abcdef"),
+        ("max_sequences", "17"),
+    ])
+    .unwrap();
+    let told = config.of_serving();
+    assert_eq!(told["max_sequences"], "17");
+    assert_eq!(told["kv_cache_bytes"], "512MiB");
+    for key in ["service_key", "service_key_file", "data_dir", "listen", "model"] {
+        assert!(!told.contains_key(key), "{key}");
+    }
+    assert!(told.values().all(|value| !value.contains("0123456789abcdef")));
+}

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use tonic::{Request, Response, Status};
 
 use super::{Call, Shell};
+use crate::build;
 use crate::convert::count;
 use crate::shutdown::Phase;
 use crate::status::Refusal;
@@ -170,6 +171,8 @@ impl v1::model_service_server::ModelService for ModelService {
             Phase::Serving => v1::ServerState::Serving,
             Phase::LameDuck | Phase::Draining | Phase::Cut => v1::ServerState::Draining,
         };
+        // The first call reads the program's file.
+        let build = tokio::task::spawn_blocking(build::describe).await;
         let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(Response::new(v1::ServerInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -190,6 +193,8 @@ impl v1::model_service_server::ModelService for ModelService {
             adapter_bytes_budget: stats.adapter_bytes as u64,
             jobs_running: count(stats.training_jobs),
             jobs_queued: 0,
+            build: build.unwrap_or_default().to_owned(),
+            configuration: self.shell.config.of_serving(),
         }))
     }
 }
