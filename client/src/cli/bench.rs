@@ -83,16 +83,20 @@ async fn load_test(args: &RunArgs, global: &Global, out: Out) -> Result<(), Fail
     if let (false, Some(last)) = (beside.is_empty(), ended.documents.last_mut()) {
         last["beside"] = Value::Object(beside);
     }
-    let result = ended.result();
+    let mut result = ended.result();
+    let allowed = args.output.fail_if_worse;
+    if let Some(old) = &old {
+        result["compare"] = compare::document(old, &result, allowed);
+    }
     files::write_all(&args.output, &ended, &result, &plan)?;
     if out.is_json() {
         out.json_document(&result)?;
     } else {
         table::beside(out, ended.documents.last())?;
     }
-    let got_worse = match (&old, ended.documents.last()) {
-        (Some(old), Some(new)) => compare::print(out, old, new, args.output.fail_if_worse)?,
-        _ => false,
+    let got_worse = match &old {
+        Some(old) if !out.is_json() => compare::print(out, old, &result, allowed)?,
+        _ => compare::is_any_worse(&result["compare"]),
     };
     run::outcome(&ended, got_worse)
 }

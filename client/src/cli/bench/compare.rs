@@ -31,11 +31,41 @@ pub(crate) struct Compare {
 impl Compare {
     pub(crate) fn run(self, out: Out) -> Result<(), Failure> {
         let (old, new) = (read_json(&self.old)?, read_json(&self.new)?);
-        if print(out, &old, &new, self.fail_if_worse)? {
+        let document = document(&old, &new, self.fail_if_worse);
+        let got_worse = if out.is_json() {
+            out.json_document(&document)?;
+            is_any_worse(&document)
+        } else {
+            print(out, &old, &new, self.fail_if_worse)?
+        };
+        if got_worse {
             return Err(Failure::Missed);
         }
         Ok(())
     }
+}
+
+/// Whether a figure of the document is worse than allowed.
+pub(crate) fn is_any_worse(document: &Value) -> bool {
+    let figures = document["figures"].as_array();
+    figures.into_iter().flatten().any(|figure| figure["worse"] == true)
+}
+
+/// The ratios as JSON; `worse` names the figures that are worse by more than the share.
+pub(crate) fn document(old: &Value, new: &Value, allowed: Option<f64>) -> Value {
+    let figures = compare::ratios(old, new).into_iter().map(|ratio| {
+        json!({
+            "key": ratio.key,
+            "old": ratio.old,
+            "new": ratio.new,
+            "ratio": ratio.ratio(),
+            "worse": allowed.is_some_and(|share| ratio.worse() > 1.0 + share),
+        })
+    });
+    json!({
+        "figures": figures.collect::<Vec<_>>(),
+        "differences": compare::differences(old, new),
+    })
 }
 
 /// Prints the ratios; true when one is worse by more than the share.
@@ -52,18 +82,6 @@ pub(crate) fn print(
     }
     let is_worse = |ratio: &compare::Ratio| allowed.is_some_and(|share| ratio.worse() > 1.0 + share);
     let worse: Vec<&str> = ratios.iter().filter(|r| is_worse(r)).map(|r| r.key).collect();
-    if out.is_json() {
-        let figures = ratios.iter().map(|ratio| {
-            json!({"key": ratio.key, "old": ratio.old, "new": ratio.new, "ratio": ratio.ratio(), "worse": is_worse(ratio)})
-        });
-        let differences = compare::differences(old, new);
-        out.json_document(&json!({
-            "figures": figures.collect::<Vec<_>>(),
-            "differences": differences,
-            "worse": worse,
-        }))?;
-        return Ok(!worse.is_empty());
-    }
     out.line("")?;
     let row = |ratio: &compare::Ratio| {
         let word = match ratio.worse() {

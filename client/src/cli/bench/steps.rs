@@ -89,7 +89,7 @@ impl Steps {
             search: None,
             is_judged: true,
         };
-        let mut runner = Runner {
+        let runner = Runner {
             args,
             plan,
             server,
@@ -142,7 +142,7 @@ struct Runner<'a> {
 impl Runner<'_> {
     /// False when the test was stopped.
     async fn step(
-        &mut self,
+        &self,
         axis: Axis,
         load: f64,
         title: String,
