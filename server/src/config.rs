@@ -180,12 +180,37 @@ settings! {
         max_label_bytes: usize = "256" in "1" .. "4096";
         /// Messages of one chat.
         max_messages: usize = "256" in "1" .. "100000";
+        /// Tools that one chat may offer.
+        max_tools: usize = "64" in "0" .. "4096";
         /// Bytes of a request id, and of other free identifiers that a client sends.
         max_request_id_bytes: usize = "128" in "16" .. "1024";
         /// Events that wait in a response stream before its sequence pauses for the reader.
         stream_buffer: usize = "64" in "8" .. "65536";
         /// How long a stream's reader may take no event before the stream is cut.
         slow_reader_timeout: Duration = "30s" in "10ms" .. "1h";
+    }
+    /// Constrained output: what a JSON schema, regex, list of choices or grammar may cost.
+    constraints: Constraints {
+        /// Bytes of one constraint.
+        max_constraint_bytes: ByteSize = "64KiB" in "16" .. "4MiB";
+        /// How long a request may wait for its constraint to be compiled.
+        constraint_compile_timeout: Duration = "5s" in "1ms" .. "5min";
+        /// Constraints that may wait for the compiler.
+        max_constraint_queue: usize = "64" in "1" .. "100000";
+        /// Work of compiling one constraint; about 50000 steps take a millisecond.
+        constraint_compile_fuel: u64 = "1000000" in "1000" .. "1000000000";
+        /// Symbols of one compiled grammar.
+        max_grammar_symbols: usize = "200000" in "100" .. "100000000";
+        /// Work of finding one token's choices in the text; about 14000 steps take a millisecond.
+        constraint_token_fuel: u64 = "100000" in "1000" .. "1000000000";
+        /// Items that the parser may make for one token; about 20000 take a millisecond.
+        constraint_token_items: usize = "50000" in "100" .. "100000000";
+        /// States that one request's lexer may grow to, about 2 KB each.
+        max_lexer_states: usize = "20000" in "100" .. "10000000";
+        /// Compiled constraints kept for the next request that brings the same; 0 keeps none.
+        constraint_cache_entries: usize = "256" in "0" .. "100000";
+        /// Bytes of compiled constraints kept.
+        constraint_cache_bytes: ByteSize = "64MiB" in "0" .. "16GiB";
     }
     /// Names, lists and what a tenant may keep.
     catalog: Catalog {

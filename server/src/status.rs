@@ -97,6 +97,26 @@ impl Refusal {
         refusal
     }
 
+    /// The same refusal under another reason of the table.
+    #[must_use]
+    pub fn because(mut self, reason: &'static str) -> Self {
+        self.0.reason = reason;
+        self
+    }
+
+    /// The same refusal of another field; one that is about no field stays as it is.
+    #[must_use]
+    pub fn blaming(mut self, field: &str) -> Self {
+        if let Detail::Fields(fields) = &mut self.0.detail {
+            for (name, _) in fields {
+                self.0.message = self.0.message.replace(name.as_str(), field);
+                field.clone_into(name);
+            }
+            self.0.metadata.insert("field".to_owned(), field.to_owned());
+        }
+        self
+    }
+
     /// A number above (or below) what the configuration allows.
     pub fn over_limit(
         field: impl Into<String>,

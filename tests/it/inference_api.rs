@@ -50,10 +50,11 @@ pub(crate) fn refused<T: std::fmt::Debug>(result: Result<T, Status>) -> (Code, S
     )
 }
 
-fn user(content: &str) -> v1::ChatMessage {
+pub(crate) fn user(content: &str) -> v1::ChatMessage {
     v1::ChatMessage {
         role: v1::Role::User.into(),
         content: content.to_owned(),
+        ..Default::default()
     }
 }
 
@@ -569,6 +570,7 @@ async fn missing_unknown_and_out_of_range_fields_are_named() {
         messages: vec![v1::ChatMessage {
             role: 77,
             content: "x".to_owned(),
+            ..Default::default()
         }],
         ..Default::default()
     };

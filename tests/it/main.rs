@@ -4,6 +4,7 @@
 
 mod adapter_api;
 mod client_side;
+mod constrained;
 mod golden_inference;
 mod golden_training;
 mod inference_api;

@@ -3,19 +3,30 @@
 //! cannot differ, and so that the text of a message can never become a control token.
 
 mod added;
+mod calls;
 mod stream;
 mod template;
 mod tokenizer;
+pub mod tools;
 mod vocabulary;
 
 #[cfg(test)]
 mod tests;
 
+pub use calls::{CallReader, Read, WrittenCall};
 pub use stream::StreamDecoder;
 pub use template::{ChatTemplate, Message, TemplateSource};
 pub use tokenizer::{Tokenizer, byte_spelling};
+pub use tools::{Tool, ToolCall, ToolFormat};
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 
 use added::Protected;
+
+/// Private-use characters that no known text uses.
+const MARKS: RangeInclusive<char> = '\u{F0000}'..='\u{FFFFD}';
 
 /// Why a tokenizer or template cannot be built or used.
 #[derive(Debug, thiserror::Error)]
@@ -61,8 +72,8 @@ pub enum TextError {
     },
 }
 
-/// Renders a conversation and encodes it. Control tokens come from the template alone: where a message's content spells one, it stays
-/// text. No BOS is added, since the template writes its own where the model wants one, as in transformers.
+/// Renders a conversation and encodes it. Control tokens come from the template alone: where a message's content, a tool's
+/// definition or a call's argument spells one, it stays text. No BOS is added, since the template writes its own where the model wants one, as in transformers.
 ///
 /// # Errors
 /// [`TextError`] when the template refuses the conversation or exceeds its limits, or a role is no plain word.
@@ -70,29 +81,38 @@ pub fn encode_chat(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
     messages: &[Message],
+    tools: &[Tool],
     add_generation_prompt: bool,
 ) -> Result<Vec<u32>, TextError> {
-    let mark = free_mark(template, messages);
-    let marked: Vec<Message> = messages
-        .iter()
-        .map(|message| Message {
-            role: message.role.clone(),
-            content: tokenizer.mark_controls(&message.content, mark),
-        })
-        .collect();
-    let rendered = template.render(&marked, add_generation_prompt)?;
+    let mark = free_mark(template, messages, tools);
+    let marks = |text: &str| tokenizer.mark_controls(text, mark);
+    let messages: Vec<Message> = messages.iter().map(|m| m.map_texts(&marks)).collect();
+    let tools: Vec<Tool> = tools.iter().map(|tool| tool.map_texts(&marks)).collect();
+    let rendered = template.render(&messages, &tools, add_generation_prompt)?;
     let (text, protected) = Protected::take_marks(&rendered, mark);
     tokenizer.encode_protected(&text, &protected)
 }
 
 /// A private-use character that neither the conversation nor the template contains: it travels through the template in front of
 /// every control token that a message spells, and says where the template's own text ends.
-fn free_mark(template: &ChatTemplate, messages: &[Message]) -> char {
-    let taken = |mark: char| {
-        template.source().contains(mark) || messages.iter().any(|m| m.content.contains(mark))
+fn free_mark(template: &ChatTemplate, messages: &[Message], tools: &[Tool]) -> char {
+    let taken = RefCell::new(BTreeSet::new());
+    let note = |text: &str| {
+        let private = text.chars().filter(|mark| MARKS.contains(mark));
+        taken.borrow_mut().extend(private);
+        String::new()
     };
+    note(template.source());
+    for message in messages {
+        message.map_texts(&note);
+    }
+    for tool in tools {
+        tool.map_texts(&note);
+    }
+    let taken = taken.into_inner();
     // A text that uses all of the 65,534 characters of plane 15 is longer than any context, so the fallback is unreachable in use.
-    ('\u{F0000}'..='\u{FFFFD}')
-        .find(|mark| !taken(*mark))
+    MARKS
+        .into_iter()
+        .find(|mark| !taken.contains(mark))
         .unwrap_or('\u{10FFFD}')
 }

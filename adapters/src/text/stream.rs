@@ -27,6 +27,13 @@ impl StreamDecoder {
         }
     }
 
+    /// Keeps a first space that the tokenizer may have put there: for a text of which every character was chosen.
+    #[must_use]
+    pub fn with_first_space(mut self) -> Self {
+        self.drop_space = false;
+        self
+    }
+
     /// Adds a token and returns the text that it completes, which may be empty.
     ///
     /// # Errors

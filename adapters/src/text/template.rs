@@ -8,6 +8,7 @@ use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
 
 use super::TextError;
+use super::tools::{Tool, ToolCall};
 
 /// A template longer than this is refused; the longest known (tool use in every form) are about 25 KB.
 const MAX_SOURCE_BYTES: usize = 128 << 10;
@@ -20,12 +21,21 @@ const MAX_ROLE_BYTES: usize = 64;
 const NAME: &str = "chat";
 
 /// One turn of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, or what else the template knows.
+    /// Who speaks: `system`, `user`, `assistant`, `tool`, or what else the template knows.
     pub role: String,
     /// What is said.
     pub content: String,
+    /// The calls that an assistant asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty", skip_deserializing)]
+    pub tool_calls: Vec<ToolCall>,
+    /// Which call a tool's answer belongs to.
+    #[serde(skip_serializing_if = "Option::is_none", skip_deserializing)]
+    pub tool_call_id: Option<String>,
+    /// Which tool that was.
+    #[serde(skip_serializing_if = "Option::is_none", skip_deserializing)]
+    pub name: Option<String>,
 }
 
 impl Message {
@@ -34,6 +44,22 @@ impl Message {
         Self {
             role: role.into(),
             content: content.into(),
+            ..Self::default()
+        }
+    }
+}
+
+impl Message {
+    /// The same with `change` applied to every text that the request wrote freely.
+    pub(super) fn map_texts(&self, change: &impl Fn(&str) -> String) -> Self {
+        Self {
+            content: change(&self.content),
+            tool_calls: self
+                .tool_calls
+                .iter()
+                .map(|call| call.map_texts(change))
+                .collect(),
+            ..self.clone()
         }
     }
 }
@@ -113,7 +139,7 @@ impl ChatTemplate {
         &self.source.jinja
     }
 
-    /// Renders a conversation; `add_generation_prompt` opens the assistant's turn at the end.
+    /// Renders a conversation and the tools that it offers; `add_generation_prompt` opens the assistant's turn at the end.
     ///
     /// # Errors
     /// [`TextError::Role`] for a role that is no plain word; [`TextError::Render`] when the template refuses the conversation
@@ -121,6 +147,7 @@ impl ChatTemplate {
     pub fn render(
         &self,
         messages: &[Message],
+        tools: &[Tool],
         add_generation_prompt: bool,
     ) -> Result<String, TextError> {
         let plain = |role: &str| {
@@ -140,6 +167,8 @@ impl ChatTemplate {
         let template = self.environment.get_template(NAME).map_err(fails)?;
         let values = context! {
             messages => messages,
+            // None and not absent, as transformers has it.
+            tools => (!tools.is_empty()).then_some(tools),
             add_generation_prompt => add_generation_prompt,
             bos_token => self.source.bos_token.as_deref().unwrap_or_default(),
             eos_token => self.source.eos_token.as_deref().unwrap_or_default(),
@@ -377,7 +406,7 @@ mod tests {
             bos_token: Some("<s>".to_owned()),
             eos_token: Some("</s>".to_owned()),
         };
-        ChatTemplate::new(source)?.render(messages, true)
+        ChatTemplate::new(source)?.render(messages, &[], true)
     }
 
     fn turns() -> Vec<Message> {

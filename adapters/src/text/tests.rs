@@ -193,26 +193,26 @@ proptest! {
     fn a_message_cannot_write_control_tokens(contents in prop::collection::vec(texts(), 1..4)) {
         let template = chatml();
         let messages: Vec<_> = contents.iter().map(|content| Message::new("user", content)).collect();
-        let ids = encode_chat(byte_level(), &template, &messages, true).unwrap();
+        let ids = encode_chat(byte_level(), &template, &messages, &[], true).unwrap();
         let controls: Vec<u32> = ids.iter().copied().filter(|id| byte_level().is_control(*id)).collect();
         let mut expected = [1, 2].repeat(messages.len());
         expected.push(1);
         prop_assert_eq!(controls, expected);
-        prop_assert_eq!(byte_level().decode(&ids, false).unwrap(), template.render(&messages, true).unwrap());
+        prop_assert_eq!(byte_level().decode(&ids, false).unwrap(), template.render(&messages, &[], true).unwrap());
     }
 
     #[test]
     fn a_harmless_conversation_is_encoded_as_rendered(content in "[a-z12 \\n']{0,40}") {
         let template = chatml();
         let messages = [Message::new("system", &content), Message::new("user", content.trim())];
-        let rendered = template.render(&messages, true).unwrap();
-        prop_assert_eq!(encode_chat(byte_level(), &template, &messages, true).unwrap(), byte_level().encode(&rendered).unwrap());
+        let rendered = template.render(&messages, &[], true).unwrap();
+        prop_assert_eq!(encode_chat(byte_level(), &template, &messages, &[], true).unwrap(), byte_level().encode(&rendered).unwrap());
     }
 
     #[test]
     fn any_template_text_is_an_error_or_a_template(jinja in "(\\{%|%\\}|\\{\\{|\\}\\}|for|in|if|endif| |messages|\\[|\\]|'|x|\\+|~|generation|-|\\||trim|\\(|\\)|\\n|\\PC){0,30}") {
         if let Ok(template) = ChatTemplate::new(TemplateSource { jinja, ..TemplateSource::default() }) {
-            let _ = template.render(&[Message::new("user", "x")], true);
+            let _ = template.render(&[Message::new("user", "x")], &[], true);
         }
     }
 
@@ -363,9 +363,9 @@ fn golden_texts_and_chats() {
     for case in chats {
         let messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
         let rendered = case["rendered"].as_str().unwrap();
-        assert_eq!(template.render(&messages, true).unwrap(), rendered);
+        assert_eq!(template.render(&messages, &[], true).unwrap(), rendered);
         assert_eq!(
-            encode_chat(&tokenizer, &template, &messages, true).unwrap(),
+            encode_chat(&tokenizer, &template, &messages, &[], true).unwrap(),
             tokenizer.encode(rendered).unwrap()
         );
     }

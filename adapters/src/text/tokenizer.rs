@@ -382,7 +382,8 @@ impl Tokenizer {
             .map_err(|error| TextError::Tokenizer(error.to_string()))
     }
 
-    pub(super) fn drops_leading_space(&self) -> bool {
+    /// SentencePiece: what is encoded gets a space in front, and what is decoded loses it.
+    pub fn drops_leading_space(&self) -> bool {
         self.drops_leading_space
     }
 }

@@ -70,6 +70,8 @@ impl Chat {
             stop: Some(self.sampling.stop()),
             logprobs: self.sampling.logprobs(),
             request_id: String::new(),
+            constraint: self.sampling.constraint()?,
+            ..Default::default()
         };
         if !self.no_stream && (out.is_json() || !self.sampling.has_many()) {
             let chunks = client.stream_chat(request).await?;
@@ -150,6 +152,7 @@ pub(crate) fn message(role: Role, content: String) -> v1::ChatMessage {
     v1::ChatMessage {
         role: role.into(),
         content,
+        ..Default::default()
     }
 }
 

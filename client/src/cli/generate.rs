@@ -76,6 +76,7 @@ impl Generate {
             stop: Some(self.sampling.stop()),
             logprobs: self.sampling.logprobs(),
             request_id: String::new(),
+            constraint: self.sampling.constraint()?,
         };
         if self.no_stream || (self.sampling.has_many() && !out.is_json()) {
             let reply = client.generate(request).await?;

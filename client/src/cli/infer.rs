@@ -214,6 +214,7 @@ impl Tokenize {
             Input::Chat(v1::ChatInput {
                 messages: vec![message(v1::Role::User, text)],
                 add_generation_prompt: None,
+                ..Default::default()
             })
         } else {
             Input::Text(text)

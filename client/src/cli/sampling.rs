@@ -1,6 +1,7 @@
 //! Arguments that several inference commands share, and the remarks under their results.
 
 use std::io::{self, IsTerminal, Read};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -8,7 +9,7 @@ use crate::{
     cli::output::{Failure, Out, seconds_of, span},
     client::Client,
     error::Error,
-    v1,
+    v1::{self, constraint::Kind},
 };
 
 /// Which weights answer.
@@ -118,6 +119,18 @@ pub(crate) struct SamplingArgs {
     /// Go on after the model's own end.
     #[arg(long)]
     ignore_eos: bool,
+    /// The answer is JSON that the JSON schema in FILE accepts.
+    #[arg(long, value_name = "FILE", group = "constraint")]
+    json_schema: Option<PathBuf>,
+    /// The answer matches this regular expression as a whole.
+    #[arg(long, value_name = "REGEX", group = "constraint")]
+    regex: Option<String>,
+    /// The answer is one of these texts; may be given several times.
+    #[arg(long, value_name = "TEXT", group = "constraint")]
+    choice: Vec<String>,
+    /// The answer is a text of the grammar (Lark) in FILE.
+    #[arg(long, value_name = "FILE", group = "constraint")]
+    grammar: Option<PathBuf>,
     /// Ask for log-probabilities, with so many alternatives. Shown with --json.
     #[arg(long, value_name = "COUNT", num_args = 0..=1, default_missing_value = "0")]
     logprobs: Option<u32>,
@@ -150,6 +163,23 @@ impl SamplingArgs {
         }
     }
 
+    /// What the answer must match, files read.
+    pub(crate) fn constraint(&self) -> Result<Option<v1::Constraint>, Failure> {
+        let kind = if let Some(path) = &self.json_schema {
+            Some(Kind::JsonSchema(text_of(path)?))
+        } else if let Some(path) = &self.grammar {
+            Some(Kind::Grammar(text_of(path)?))
+        } else if let Some(regex) = &self.regex {
+            Some(Kind::Regex(regex.clone()))
+        } else if !self.choice.is_empty() {
+            let texts = self.choice.clone();
+            Some(Kind::Choices(v1::Choices { texts }))
+        } else {
+            None
+        };
+        Ok(kind.map(|kind| v1::Constraint { kind: Some(kind) }))
+    }
+
     pub(crate) fn logprobs(&self) -> Option<v1::LogprobOptions> {
         self.logprobs.map(|top| v1::LogprobOptions { top })
     }
@@ -158,6 +188,11 @@ impl SamplingArgs {
     pub(crate) fn has_many(&self) -> bool {
         self.n.is_some_and(|n| n > 1)
     }
+}
+
+fn text_of(path: &Path) -> Result<String, Failure> {
+    std::fs::read_to_string(path)
+        .map_err(|error| Failure::Local(format!("cannot read {}: {error}", path.display())))
 }
 
 fn bias(text: &str) -> Result<(u32, f32), String> {

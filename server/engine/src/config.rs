@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use espalier_adapters::peft::Limits;
 
+use crate::constraint::ConstraintLimits;
 use crate::error::EngineError;
 
 /// Events that a request needs room for, whatever it is: see `sequence`.
@@ -45,6 +46,8 @@ pub struct EngineConfig {
     pub adapter_self_check: bool,
     /// Limits of one request.
     pub limits: RequestLimits,
+    /// Bounds of constrained output.
+    pub constraints: ConstraintLimits,
     /// Longest stretch of training between two looks at the serving queue.
     pub training_quantum: Duration,
     /// What training may add to the mean time per output token while requests run: 0.25 is 25 %.
@@ -98,6 +101,7 @@ impl Default for EngineConfig {
             adapter_limits: Limits::default(),
             adapter_self_check: true,
             limits: RequestLimits::default(),
+            constraints: ConstraintLimits::default(),
             training_quantum: Duration::from_millis(10),
             training_max_tpot_impact: 0.25,
             max_training_jobs: 8,
@@ -142,6 +146,7 @@ impl EngineConfig {
         }
         positive("max_adapter_loads", self.max_adapter_loads)?;
         positive("max_training_jobs", self.max_training_jobs)?;
+        positive("constraints.max_waiting", self.constraints.max_waiting)?;
         if self.max_num_batched_tokens < self.max_num_seqs {
             return Err(invalid(
                 "max_num_batched_tokens",

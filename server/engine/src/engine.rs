@@ -24,6 +24,7 @@ use crate::adapter_loader::{self, AdapterSource, LoadOutcome};
 use crate::adapter_pool::{AdapterPool, AdapterResidency, Lookup};
 use crate::command::{CommandSender, EngineCommand};
 use crate::config::{BLOCK_SIZE, EngineConfig};
+use crate::constraint::{Compiler, Masker};
 use crate::error::EngineError;
 use crate::handle::{Gauges, ModelInfo, Shared};
 use crate::metrics::{self, EngineStats};
@@ -65,6 +66,8 @@ struct Engine {
     next_request: u64,
     next_sequence: u64,
     totals: EngineStats,
+    /// Where constrained sequences' next tokens are worked out.
+    masker: Masker,
     clock: StepClock,
     /// Reused: the wanted states of a step, and those of them from which tokens are drawn.
     states: Vec<f32>,
@@ -141,6 +144,13 @@ pub(crate) fn start(
         prefill_chunk_tokens: config.prefill_chunk_tokens,
         prefix_cache: config.prefix_cache,
     };
+    let compiler = Compiler::start(
+        Arc::clone(&model.tokenizer),
+        model.config.vocab,
+        model.stop_ids.clone(),
+        config.constraints.clone(),
+    )
+    .map_err(|error| cannot(error.to_string()))?;
     let engine = Engine {
         model: model.clone(),
         commands,
@@ -159,6 +169,7 @@ pub(crate) fn start(
         next_sequence: 0,
         totals: EngineStats::default(),
         clock: StepClock::new(),
+        masker: Masker::start(config.max_num_seqs).map_err(|error| cannot(error.to_string()))?,
         states: Vec::new(),
         drawing: Vec::new(),
         config: config.clone(),
@@ -169,6 +180,7 @@ pub(crate) fn start(
         .spawn(move || engine.run_until_drained())
         .map_err(|error| cannot(error.to_string()))?;
     Ok(Shared {
+        compiler,
         config,
         model,
         commands: sender,

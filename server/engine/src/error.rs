@@ -139,6 +139,30 @@ pub enum EngineError {
         /// Tokens of the sequence at that point.
         position: usize,
     },
+    /// A constraint is malformed, or no text of this model's tokens can satisfy it (reason `CONSTRAINT_INVALID`).
+    #[error("{kind}: {reason}")]
+    ConstraintInvalid {
+        /// `json_schema`, `regex`, `choices` or `grammar`.
+        kind: &'static str,
+        /// The parser's words.
+        reason: String,
+    },
+    /// A constraint is beyond a limit of size, work or time (reason `CONSTRAINT_TOO_COMPLEX`).
+    #[error("{kind}: {reason}")]
+    ConstraintTooComplex {
+        /// As above; `constraint` once the text is under way.
+        kind: &'static str,
+        /// What was reached.
+        reason: String,
+    },
+    /// No token of this model continues the text under its constraint (reason `CONSTRAINT_DEAD_END`).
+    #[error(
+        "constraint: after {output_tokens} output tokens no token of this model continues the text, and it is not complete"
+    )]
+    ConstraintDeadEnd {
+        /// Tokens generated until then.
+        output_tokens: usize,
+    },
     /// The model or adapter cannot do this (reason `UNSUPPORTED_BY_MODEL`).
     #[error("{what}")]
     Unsupported {

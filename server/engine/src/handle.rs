@@ -13,6 +13,7 @@ use crate::adapter_loader::AdapterSource;
 use crate::adapter_pool::AdapterResidency;
 use crate::command::{CommandSender, EngineCommand, SendRefused, Submission};
 use crate::config::EngineConfig;
+use crate::constraint::{Compiler, Constraint, ConstraintSource};
 use crate::error::EngineError;
 use crate::metrics::{self, EngineStats};
 use crate::model::{Dtype, LoadedModel, ModelConfig, WeightFormats};
@@ -57,6 +58,7 @@ pub(crate) struct Shared {
     pub(crate) model: ModelInfo,
     pub(crate) commands: CommandSender,
     pub(crate) gauges: Arc<Gauges>,
+    pub(crate) compiler: Compiler,
 }
 
 /// Counters that both sides touch.
@@ -160,6 +162,21 @@ impl EngineHandle {
             submitted: Instant::now(),
         })))?;
         Ok(receiver)
+    }
+
+    /// Compiles a constraint for [`Generate`](crate::request::Generate), or takes it from the cache. Waits for the
+    /// compiler's threads, never for a step.
+    ///
+    /// # Errors
+    /// [`EngineError::ConstraintInvalid`] with the parser's words; [`EngineError::ConstraintTooComplex`] beyond the limits
+    /// of bytes, fuel or time; [`EngineError::Overloaded`] when too many wait for the compiler.
+    pub async fn compile_constraint(
+        &self,
+        tenant: &str,
+        source: ConstraintSource,
+    ) -> Result<Constraint, EngineError> {
+        self.refuse_if_draining()?;
+        self.shared.compiler.compile(tenant, source).await
     }
 
     /// Hands over a training job. It begins when its turn comes; its first events tell.

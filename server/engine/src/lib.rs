@@ -33,6 +33,7 @@ pub mod model;
 mod model_runner;
 
 mod classify;
+pub mod constraint;
 mod detokenizer;
 mod exponential;
 mod sampler;

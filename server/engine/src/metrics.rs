@@ -90,6 +90,13 @@ const TRAINING_TOKENS: &str = "espalier_training_tokens_total";
 const TRAINING_QUANTUM: &str = "espalier_training_quantum_duration_seconds";
 const TRAINING_IMPACT: &str = "espalier_training_tpot_impact_ratio";
 
+const CONSTRAINT_COMPILE: &str = "espalier_constraint_compile_duration_seconds";
+const CONSTRAINT_CACHE: &str = "espalier_constraint_cache_requests_total";
+const CONSTRAINT_ENTRIES: &str = "espalier_constraint_cache_entries";
+const CONSTRAINT_BYTES: &str = "espalier_constraint_cache_bytes";
+const CONSTRAINT_MASK: &str = "espalier_constraint_mask_duration_seconds";
+const CONSTRAINT_WAIT: &str = "espalier_constraint_mask_wait_seconds";
+
 /// States units and meanings once, and the numbers that never change.
 pub(crate) fn describe(config: &EngineConfig) {
     describe_gauge!(REQUESTS_RUNNING, "sequences in the batch");
@@ -162,6 +169,18 @@ pub(crate) fn describe(config: &EngineConfig) {
         TRAINING_IMPACT,
         "time of training between steps of running requests, as a share of theirs"
     );
+    describe_histogram!(CONSTRAINT_COMPILE, "time to compile a constraint");
+    describe_counter!(
+        CONSTRAINT_CACHE,
+        "constraints that were found compiled, or not"
+    );
+    describe_gauge!(CONSTRAINT_ENTRIES, "compiled constraints kept");
+    describe_gauge!(CONSTRAINT_BYTES, "their bytes, estimated");
+    describe_histogram!(
+        CONSTRAINT_MASK,
+        "time to work out which tokens may come next"
+    );
+    describe_histogram!(CONSTRAINT_WAIT, "time that the engine waited for that");
     let labels = [
         ("block_size", BLOCK_SIZE.to_string()),
         ("num_device_blocks", config.kv_blocks.to_string()),
@@ -263,6 +282,32 @@ pub(crate) fn adapter_evicted() {
 
 pub(crate) fn adapter_lookup(missed: bool) {
     counter!(ADAPTER_CACHE, "result" => if missed { "miss" } else { "device_hit" }).increment(1);
+}
+
+pub(crate) fn constraint_lookup(hit: bool) {
+    counter!(CONSTRAINT_CACHE, "result" => if hit { "hit" } else { "miss" }).increment(1);
+}
+
+pub(crate) fn constraint_compiled(failed: Option<&EngineError>, duration: Duration) {
+    let result = match failed {
+        None => "ok",
+        Some(EngineError::ConstraintTooComplex { .. }) => "too_complex",
+        Some(_) => "invalid",
+    };
+    histogram!(CONSTRAINT_COMPILE, "result" => result).record(duration.as_secs_f64());
+}
+
+pub(crate) fn constraint_cache(entries: usize, bytes: usize) {
+    gauge!(CONSTRAINT_ENTRIES).set(entries as f64);
+    gauge!(CONSTRAINT_BYTES).set(bytes as f64);
+}
+
+pub(crate) fn mask_computed(duration: Duration) {
+    histogram!(CONSTRAINT_MASK).record(duration.as_secs_f64());
+}
+
+pub(crate) fn mask_waited(duration: Duration) {
+    histogram!(CONSTRAINT_WAIT).record(duration.as_secs_f64());
 }
 
 pub(crate) fn panic_caught(site: &'static str) {

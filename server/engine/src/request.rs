@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use espalier_adapters::version::VersionDigest;
 
+use crate::constraint::Constraint;
 use crate::error::EngineError;
 
 /// Versions that one request may name.
@@ -95,6 +96,8 @@ pub struct Generate {
     /// `Some(k)`: the chosen token's log-probability and the k most likely ones, of the model's own distribution
     /// (before temperature, penalties and bias).
     pub logprobs: Option<usize>,
+    /// What every candidate's text must match.
+    pub constraint: Option<Constraint>,
 }
 
 /// How tokens are chosen. Defaults: greedy, one candidate, no penalties.
@@ -227,6 +230,8 @@ pub enum FinishReason {
     StopString,
     /// `max_tokens` or the end of the context.
     Length,
+    /// The constraint is satisfied and nothing may follow.
+    Complete,
 }
 
 /// A token's log-probability under the model's own distribution, and the most likely alternatives.

@@ -15,6 +15,7 @@ use rand::Rng;
 use rand::SeedableRng;
 use rand_chacha::ChaCha12Rng;
 
+use crate::constraint::TokenSet;
 use crate::exponential::exp_below_zero;
 use crate::request::{SamplingParams, TokenLogprob};
 
@@ -73,15 +74,24 @@ impl Sampler {
         }
     }
 
-    /// Chooses a token from one row of logits, which is changed. `banned` cannot be chosen, unless nothing else is left.
+    /// Chooses a token from one row of logits, which is changed. `banned` cannot be chosen, unless nothing else is left;
+    /// what is not `allowed` cannot be chosen at all: the caller sees to it that an allowed token is left.
     ///
     /// # Errors
     /// [`NonFinite`] when a logit is NaN or infinite.
-    pub(crate) fn sample(&mut self, logits: &mut [f32], banned: &[u32]) -> Result<u32, NonFinite> {
+    pub(crate) fn sample(
+        &mut self,
+        logits: &mut [f32],
+        banned: &[u32],
+        allowed: Option<&TokenSet>,
+    ) -> Result<u32, NonFinite> {
         if !all_finite(logits) {
             return Err(NonFinite);
         }
         self.adjust(logits, banned);
+        if let Some(allowed) = allowed {
+            allowed.restrict(logits);
+        }
         let token = if self.params.temperature <= 0.0 {
             greedy(logits)
         } else {
@@ -415,7 +425,7 @@ mod tests {
     fn draws(params: &SamplingParams, logits: &[f32], count: usize) -> Vec<u32> {
         let mut sampler = Sampler::new(params.clone(), 7, 0, &[]);
         (0..count)
-            .map(|_| sampler.sample(&mut logits.to_vec(), &[]).unwrap())
+            .map(|_| sampler.sample(&mut logits.to_vec(), &[], None).unwrap())
             .collect()
     }
 
@@ -543,7 +553,7 @@ mod tests {
         let tokens = |seed, candidate| -> Vec<u32> {
             let mut sampler = Sampler::new(params.clone(), seed, candidate, &[]);
             (0..20)
-                .map(|_| sampler.sample(&mut logits.clone(), &[]).unwrap())
+                .map(|_| sampler.sample(&mut logits.clone(), &[], None).unwrap())
                 .collect()
         };
         assert_eq!(tokens(5, 0), tokens(5, 0));
@@ -571,8 +581,11 @@ mod tests {
         };
         assert_eq!(draws(&params, &logits, 1), [3]);
         let mut sampler = Sampler::new(SamplingParams::default(), 0, 0, &[]);
-        assert_eq!(sampler.sample(&mut logits.to_vec(), &[0, 1]), Ok(2));
-        assert_eq!(sampler.sample(&mut [1.0, f32::NAN], &[]), Err(NonFinite));
+        assert_eq!(sampler.sample(&mut logits.to_vec(), &[0, 1], None), Ok(2));
+        assert_eq!(
+            sampler.sample(&mut [1.0, f32::NAN], &[], None),
+            Err(NonFinite)
+        );
     }
 
     #[test]

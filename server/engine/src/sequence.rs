@@ -9,6 +9,7 @@ use espalier_adapters::text::StreamDecoder;
 use tokio::sync::mpsc;
 
 use crate::adapter_pool::AdapterLease;
+use crate::constraint;
 use crate::detokenizer::StopFilter;
 use crate::error::EngineError;
 use crate::handle::Ticket;
@@ -95,6 +96,8 @@ pub(crate) struct Generation {
     pub(crate) decoder: StreamDecoder,
     pub(crate) filter: StopFilter,
     pub(crate) rules: Arc<StopRules>,
+    /// Where its text stands in the request's constraint.
+    pub(crate) constraint: Option<constraint::Candidate>,
     pub(crate) outputs: usize,
 }
 
@@ -105,6 +108,8 @@ pub(crate) struct StopRules {
     pub(crate) eos: Vec<u32>,
     /// All ids that stop.
     pub(crate) banned_early: Vec<u32>,
+    /// The model's stop ids where they must not end a constrained text as long as it can go on (`ignore_eos`).
+    pub(crate) banned_always: Vec<u32>,
     /// Output tokens, the context's end included.
     pub(crate) max_tokens: usize,
     pub(crate) logprobs: Option<usize>,

@@ -109,13 +109,19 @@ pub(crate) fn finish_reason(reason: engine::FinishReason) -> v1::FinishReason {
         engine::FinishReason::StopToken => v1::FinishReason::StopToken,
         engine::FinishReason::StopString => v1::FinishReason::StopString,
         engine::FinishReason::Length => v1::FinishReason::Length,
+        engine::FinishReason::Complete => v1::FinishReason::Constraint,
     }
 }
 
-pub(crate) fn delta(delta: engine::Delta, tokenizer: &Tokenizer) -> v1::TokenDelta {
+pub(crate) fn delta(
+    delta: engine::Delta,
+    tool_calls: Vec<v1::ToolCall>,
+    tokenizer: &Tokenizer,
+) -> v1::TokenDelta {
     v1::TokenDelta {
         index: count(delta.candidate),
         text: delta.text,
+        tool_calls,
         token_ids: delta.tokens,
         logprobs: delta
             .logprobs

@@ -3,7 +3,7 @@
 //! alternatives are errors; a default never hides a mistake.
 
 use espalier_adapters::profile::ServingProfile;
-use espalier_adapters::text::Message;
+use espalier_engine::constraint::ConstraintSource;
 use espalier_engine::request::{MAX_TARGETS, MAX_WEIGHT, Pooling, SamplingParams, StopConditions};
 use espalier_proto::v1;
 
@@ -355,48 +355,27 @@ fn check_text(faults: &mut Faults, field: impl Into<String>, text: &str, limits:
     );
 }
 
-/// A conversation. Roles become the words that chat templates know.
-pub(crate) fn messages(
-    messages: Vec<v1::ChatMessage>,
-    limits: &Limits,
-) -> Result<Vec<Message>, Refusal> {
-    let mut faults = Faults::default();
-    if messages.is_empty() {
-        faults.add("messages", "is empty; at least one message is needed");
+/// What the output must match. How large it may be is the engine's to say.
+pub(crate) fn constraint(
+    constraint: Option<v1::Constraint>,
+) -> Result<Option<ConstraintSource>, Refusal> {
+    use v1::constraint::Kind;
+    let Some(constraint) = constraint else {
+        return Ok(None);
+    };
+    match constraint.kind {
+        Some(Kind::JsonSchema(text)) => Ok(Some(ConstraintSource::JsonSchema(text))),
+        Some(Kind::Regex(text)) => Ok(Some(ConstraintSource::Regex(text))),
+        Some(Kind::Choices(choices)) => Ok(Some(ConstraintSource::Choices(choices.texts))),
+        Some(Kind::Grammar(text)) => Ok(Some(ConstraintSource::Grammar(text))),
+        None => Err(Refusal::invalid_field(
+            "constraint",
+            "has no kind; set json_schema, regex, choices or grammar, or leave it out",
+        )),
     }
-    faults.limit("messages", messages.len(), limits.max_messages, "messages");
-    let bytes = messages.iter().map(|message| message.content.len()).sum();
-    faults.limit(
-        "messages",
-        bytes,
-        limits.max_prompt_bytes.as_usize(),
-        "bytes",
-    );
-    let mut known = Vec::with_capacity(messages.len().min(limits.max_messages));
-    for (index, message) in messages.into_iter().enumerate().take(limits.max_messages) {
-        let role = match v1::Role::try_from(message.role) {
-            Ok(v1::Role::System) => "system",
-            Ok(v1::Role::User) => "user",
-            Ok(v1::Role::Assistant) => "assistant",
-            Ok(v1::Role::Tool) => "tool",
-            Ok(v1::Role::Unspecified) | Err(_) => {
-                faults.add(
-                    format!("messages[{index}].role"),
-                    unknown_enum(message.role, "ROLE_SYSTEM, _USER, _ASSISTANT or _TOOL"),
-                );
-                continue;
-            }
-        };
-        known.push(Message {
-            role: role.to_owned(),
-            content: message.content,
-        });
-    }
-    faults.finish()?;
-    Ok(known)
 }
 
-fn unknown_enum(number: i32, expected: &str) -> String {
+pub(super) fn unknown_enum(number: i32, expected: &str) -> String {
     match number {
         0 => format!("is not set; say {expected}"),
         number => format!("{number} is not one of {expected}"),

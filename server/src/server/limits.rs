@@ -3,6 +3,7 @@
 
 use espalier_adapters::train::dataset::DataLimits;
 use espalier_engine::config::{BLOCK_SIZE, EngineConfig, RequestLimits};
+use espalier_engine::constraint::ConstraintLimits;
 use espalier_engine::model::config::ModelConfig;
 
 use crate::config::Config;
@@ -41,6 +42,18 @@ pub(super) fn engine_config(config: &Config, model: &ModelConfig) -> EngineConfi
             max_continuations: limits.max_labels.max(limits.max_inputs),
             max_sequences: limits.max_inputs * limits.max_labels.max(limits.max_inputs),
             max_id_bytes: limits.max_request_id_bytes.max(128),
+        },
+        constraints: ConstraintLimits {
+            max_bytes: config.constraints.max_constraint_bytes.as_usize(),
+            compile_timeout: config.constraints.constraint_compile_timeout,
+            max_waiting: config.constraints.max_constraint_queue,
+            compile_fuel: config.constraints.constraint_compile_fuel,
+            max_grammar_symbols: config.constraints.max_grammar_symbols,
+            token_fuel: config.constraints.constraint_token_fuel,
+            token_items: config.constraints.constraint_token_items,
+            max_lexer_states: config.constraints.max_lexer_states,
+            cache_entries: config.constraints.constraint_cache_entries,
+            cache_bytes: config.constraints.constraint_cache_bytes.as_usize(),
         },
         adapter_limits: artifact_limits(config),
         training_quantum: training.training_quantum,

@@ -4,10 +4,12 @@
 
 mod answer;
 mod ask;
+mod tools;
 
 use std::pin::Pin;
 
 use espalier_adapters::text::Message;
+use espalier_engine::constraint::ConstraintSource;
 use espalier_engine::request::{Generate, RequestKind};
 use espalier_proto::v1;
 use futures::{Stream, StreamExt};
@@ -16,7 +18,7 @@ use tonic::{Request, Response, Status};
 use self::answer::{Collected, Operation};
 use self::ask::{Asker, Plan};
 use super::{Call, Shell};
-use crate::convert::{count, reply, request};
+use crate::convert::{chat, count, reply, request};
 use crate::status::Refusal;
 
 /// The service.
@@ -44,25 +46,22 @@ impl InferenceService {
         request::request_id(&message.request_id, limits)?;
         let held = self.asker.resolve(call, message.target).await?;
         let profile = held.profile();
-        let mut settings = request::settings(
+        let settings = request::settings(
             message.sampling,
             message.stop,
             message.logprobs,
             &profile,
             limits,
         )?;
+        let constraint = request::constraint(message.constraint)?;
         let prompt = match request::prompt(message.input, limits)? {
             request::Prompt::Text(text) => request::Prompt::Text(profile.raw_prompt(&text)),
             ids => ids,
         };
         let prompt = self.asker.encode("text", prompt).await?;
-        settings.fit(prompt.len(), self.asker.context(), limits)?;
-        Ok(Plan {
-            held,
-            prompt,
-            settings,
-            id: call.named(&message.request_id),
-        })
+        let mut plan = Plan::new(held, prompt, settings, call.named(&message.request_id));
+        self.settle(call, &mut plan, constraint).await?;
+        Ok(plan)
     }
 
     /// Everything of Chat up to the engine.
@@ -78,17 +77,49 @@ impl InferenceService {
             &profile,
             limits,
         )?;
-        let messages = request::messages(message.messages, limits)?;
+        let mut constraint = request::constraint(message.constraint)?;
+        let messages = chat::messages(message.messages, limits)?;
+        let offer = chat::offer(message.tools, message.tool_choice, limits)?;
+        let tools = match &offer {
+            None => None,
+            Some(_) if constraint.is_some() => {
+                let why = "cannot stand beside tools; leave one out, or set tool_choice to TOOL_CHOICE_MODE_NONE";
+                return Err(Refusal::invalid_field("constraint", why));
+            }
+            Some(offer) => {
+                let tools = self.asker.tool_use(offer)?;
+                constraint = tools.required(offer);
+                Some(tools)
+            }
+        };
         let (messages, system) = with_system(messages, &profile);
         settings.system_prompt = system;
-        let prompt = self.asker.encode_chat(&held, messages, true).await?;
-        settings.fit(prompt.len(), self.asker.context(), limits)?;
-        Ok(Plan {
-            held,
-            prompt,
-            settings,
-            id: call.named(&message.request_id),
-        })
+        let offered = offer.map(|offer| offer.tools).unwrap_or_default();
+        let prompt = self.asker.encode_chat(messages, offered, true).await?;
+        let mut plan = Plan::new(held, prompt, settings, call.named(&message.request_id));
+        plan.tools = tools;
+        self.settle(call, &mut plan, constraint).await?;
+        Ok(plan)
+    }
+
+    /// What waits until the prompt is known: how many tokens are left for the answer, and what it must match.
+    async fn settle(
+        &self,
+        call: &Call,
+        plan: &mut Plan,
+        constraint: Option<ConstraintSource>,
+    ) -> Result<(), Refusal> {
+        let limits = &self.asker.shell.config.limits;
+        plan.settings
+            .fit(plan.prompt.len(), self.asker.context(), limits)?;
+        let field = plan.tools.is_some().then_some("tools");
+        let compiled = self.asker.compile(call, &plan.held, constraint).await;
+        // A call's grammar is ours; what cannot be compiled in it are the tools' schemas.
+        plan.constraint = compiled.map_err(|refusal| match field {
+            Some(field) => refusal.blaming(field),
+            None => refusal,
+        })?;
+        Ok(())
     }
 
     fn submit(
@@ -102,9 +133,12 @@ impl InferenceService {
             sampling: plan.settings.sampling.clone(),
             stop: plan.settings.stop.clone(),
             logprobs: plan.settings.logprobs,
+            constraint: plan.constraint.clone(),
         });
-        self.asker
-            .submit(call, &plan.held, &plan.id, kind, operation)
+        let events = self
+            .asker
+            .submit(call, &plan.held, &plan.id, kind, operation)?;
+        Ok(events.with_tools(plan.tools.clone()))
     }
 
     async fn generated(
@@ -135,13 +169,15 @@ impl InferenceService {
         })
     }
 
-    /// The events of a stream, in the contract's order: started, deltas, one finished a candidate, ended.
-    fn streamed(
+    /// The events of a stream, in the contract's order: started, deltas, one finished a candidate, ended; each in the
+    /// message that `chunk` makes of it.
+    fn streamed<T: 'static>(
         &self,
         call: &Call,
         plan: Plan,
         operation: Operation,
-    ) -> Result<Chunks<v1::generate_chunk::Event>, Refusal> {
+        chunk: fn(v1::generate_chunk::Event) -> T,
+    ) -> Result<Response<Chunks<T>>, Refusal> {
         let started = v1::StreamStarted {
             effective: Some(self.asker.effective(&plan.held)),
             settings: Some(reply::settings(&plan.settings)),
@@ -152,12 +188,12 @@ impl InferenceService {
         let first =
             futures::stream::once(async move { Ok(v1::generate_chunk::Event::Started(started)) });
         let held = plan.held;
-        let rest = events.into_stream(tokenizer).map(move |item| {
+        let all = first.chain(events.into_stream(tokenizer)).map(move |item| {
             // The tenant's place is given back when the stream ends.
             let _ = &held;
-            item.map_err(Status::from)
+            item.map(chunk).map_err(Status::from)
         });
-        Ok(Box::pin(first.chain(rest)))
+        Ok(Response::new(Box::pin(all)))
     }
 }
 
@@ -171,23 +207,27 @@ fn with_system(
         None => (messages, String::new()),
         Some(system) => {
             let system = system.to_owned();
-            let front = Message {
-                role: "system".to_owned(),
-                content: system.clone(),
-            };
+            let front = Message::new("system", system.clone());
             (std::iter::once(front).chain(messages).collect(), system)
         }
     }
 }
 
+fn generate_chunk(event: v1::generate_chunk::Event) -> v1::GenerateChunk {
+    v1::GenerateChunk { event: Some(event) }
+}
+
 /// A chat's chunk is a generation's chunk under another name.
-fn chat_event(event: v1::generate_chunk::Event) -> v1::chat_chunk::Event {
-    match event {
-        v1::generate_chunk::Event::Started(started) => v1::chat_chunk::Event::Started(started),
-        v1::generate_chunk::Event::Delta(delta) => v1::chat_chunk::Event::Delta(delta),
-        v1::generate_chunk::Event::Finished(finished) => v1::chat_chunk::Event::Finished(finished),
-        v1::generate_chunk::Event::Ended(ended) => v1::chat_chunk::Event::Ended(ended),
-    }
+fn chat_chunk(event: v1::generate_chunk::Event) -> v1::ChatChunk {
+    use v1::chat_chunk::Event as Chat;
+    use v1::generate_chunk::Event as Generate;
+    let event = match event {
+        Generate::Started(started) => Chat::Started(started),
+        Generate::Delta(delta) => Chat::Delta(delta),
+        Generate::Finished(finished) => Chat::Finished(finished),
+        Generate::Ended(ended) => Chat::Ended(ended),
+    };
+    v1::ChatChunk { event: Some(event) }
 }
 
 #[tonic::async_trait]
@@ -211,10 +251,7 @@ impl v1::inference_service_server::InferenceService for InferenceService {
     ) -> Result<Response<Self::StreamGenerateStream>, Status> {
         let (call, message) = Call::of(request)?;
         let plan = self.plan_generate(&call, message).await?;
-        let events = self.streamed(&call, plan, Operation::Generate)?;
-        Ok(Response::new(Box::pin(events.map(|event| {
-            event.map(|event| v1::GenerateChunk { event: Some(event) })
-        }))))
+        Ok(self.streamed(&call, plan, Operation::Generate, generate_chunk)?)
     }
 
     async fn chat(
@@ -242,12 +279,7 @@ impl v1::inference_service_server::InferenceService for InferenceService {
     ) -> Result<Response<Self::StreamChatStream>, Status> {
         let (call, message) = Call::of(request)?;
         let plan = self.plan_chat(&call, message).await?;
-        let events = self.streamed(&call, plan, Operation::Chat)?;
-        Ok(Response::new(Box::pin(events.map(|event| {
-            event.map(|event| v1::ChatChunk {
-                event: Some(chat_event(event)),
-            })
-        }))))
+        Ok(self.streamed(&call, plan, Operation::Chat, chat_chunk)?)
     }
 
     async fn classify(
@@ -374,11 +406,16 @@ impl v1::inference_service_server::InferenceService for InferenceService {
                     .encode_raw(text, message.parse_control_tokens.unwrap_or(true))
                     .await?
             }
-            Some(Input::Chat(chat)) => {
-                let messages = request::messages(chat.messages, limits)?;
+            Some(Input::Chat(given)) => {
+                let messages = chat::messages(given.messages, limits)?;
                 let (messages, _) = with_system(messages, &held.profile());
+                let offer = chat::offer(given.tools, None, limits)?;
+                if let Some(offer) = &offer {
+                    self.asker.tool_use(offer)?;
+                }
+                let tools = offer.map(|offer| offer.tools).unwrap_or_default();
                 self.asker
-                    .encode_chat(&held, messages, chat.add_generation_prompt.unwrap_or(true))
+                    .encode_chat(messages, tools, given.add_generation_prompt.unwrap_or(true))
                     .await?
             }
         };

@@ -109,6 +109,18 @@ impl From<EngineError> for Refusal {
             EngineError::NonFiniteLogits { position } => {
                 Refusal::new(Code::Internal, "NON_FINITE_LOGITS", text).with("position", position)
             }
+            EngineError::ConstraintInvalid { kind, reason } => {
+                Refusal::invalid_field(constraint_field(kind), reason).because("CONSTRAINT_INVALID")
+            }
+            EngineError::ConstraintTooComplex { kind, reason } => {
+                Refusal::invalid_field(constraint_field(kind), reason)
+                    .because("CONSTRAINT_TOO_COMPLEX")
+            }
+            EngineError::ConstraintDeadEnd { output_tokens } => {
+                Refusal::invalid_field("constraint", text)
+                    .because("CONSTRAINT_DEAD_END")
+                    .with("output_tokens", output_tokens)
+            }
             EngineError::Unsupported { .. } => {
                 Refusal::new(Code::Unimplemented, "UNSUPPORTED_BY_MODEL", text)
             }
@@ -130,6 +142,14 @@ impl From<EngineError> for Refusal {
             // The enum is open to other crates: a variant that has no place here yet is ours to fix, not the client's.
             other => Refusal::internal(other),
         }
+    }
+}
+
+/// The field of a request as the contract spells it; the engine knows a constraint by its kind.
+fn constraint_field(kind: &str) -> String {
+    match kind {
+        "constraint" => kind.to_owned(),
+        kind => format!("constraint.{kind}"),
     }
 }
 

@@ -258,7 +258,7 @@ impl Encoding<'_> {
                 "this base has no chat template".to_owned(),
             ));
         };
-        encode_chat(self.tokenizer, template, messages, open).map_err(unencodable("messages"))
+        encode_chat(self.tokenizer, template, messages, &[], open).map_err(unencodable("messages"))
     }
 
     /// Puts a stop id at the end unless one is there: the model must learn where to stop.

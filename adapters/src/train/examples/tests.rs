@@ -265,6 +265,7 @@ fn the_ids_before_an_answer_are_those_it_is_generated_from() {
         &setup.tokenizer,
         setup.template.as_ref().unwrap(),
         &spoken,
+        &[],
         true,
     )
     .unwrap();

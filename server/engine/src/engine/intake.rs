@@ -9,6 +9,7 @@ use super::Engine;
 use crate::adapter_pool::Lookup;
 use crate::cache_key::CacheKey;
 use crate::command::Submission;
+use crate::constraint::Constraint;
 use crate::detokenizer::StopFilter;
 use crate::error::EngineError;
 use crate::metrics;
@@ -272,6 +273,7 @@ impl Engine {
             sampling,
             stop,
             logprobs,
+            constraint,
         } = generate;
         let room = self.model.max_sequence_tokens.saturating_sub(prompt.len());
         let eos = if stop.ignore_eos {
@@ -279,9 +281,21 @@ impl Engine {
         } else {
             self.model.stop_ids.clone()
         };
-        let banned_early = eos.iter().chain(&stop.stop_token_ids).copied().collect();
+        // A grammar's end is one of the model's stop ids, so what does not stop at them must not choose them.
+        let banned_always = if stop.ignore_eos && constraint.is_some() {
+            self.model.stop_ids.clone()
+        } else {
+            Vec::new()
+        };
+        let banned_early = eos
+            .iter()
+            .chain(&stop.stop_token_ids)
+            .chain(&banned_always)
+            .copied()
+            .collect();
         let rules = Arc::new(StopRules {
             max_tokens: stop.max_tokens.unwrap_or(room).min(room),
+            banned_always,
             eos,
             banned_early,
             logprobs,
@@ -292,9 +306,14 @@ impl Engine {
             let generation = Generation {
                 candidate,
                 sampler: Sampler::new(sampling.clone(), seed, candidate as u64, &prompt),
-                decoder: self.model.tokenizer.decode_stream(true),
+                decoder: match constraint {
+                    // A constraint counts every character, a first space too.
+                    Some(_) => self.model.tokenizer.decode_stream(true).with_first_space(),
+                    None => self.model.tokenizer.decode_stream(true),
+                },
                 filter: StopFilter::new(conditions.stop.clone(), conditions.include_stop_str),
                 rules: Arc::clone(&rules),
+                constraint: constraint.as_ref().map(Constraint::candidate),
                 outputs: 0,
             };
             Planned {

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use super::{Engine, StepOutput};
 use crate::classify;
+use crate::constraint::{self, Masker, Progress};
 use crate::error::EngineError;
 use crate::metrics;
 use crate::request::{Candidate, Delta, Event, FinishReason, Output, Pooling, TokenLogprob};
@@ -107,7 +108,7 @@ impl Engine {
         if !draws.is_empty() {
             let logits = self.runner.logits(&drawing);
             self.clock.lap(|times| &mut times.logits);
-            draw_rows(logits, self.model.config.vocab, &mut draws);
+            draw_rows(logits, self.model.config.vocab, &mut draws, &self.masker);
             self.clock.lap(|times| &mut times.sampling);
         }
         self.drawing = drawing;
@@ -351,10 +352,12 @@ impl Engine {
 
 /// Chooses a token for each draw from its row of logits `[draws, vocab]`, rows beside each other. A panic costs its own
 /// request.
-fn draw_rows(logits: &mut [f32], vocab: usize, draws: &mut [Draw]) {
+fn draw_rows(logits: &mut [f32], vocab: usize, draws: &mut [Draw], masker: &Masker) {
     let draw = |(row, draw): (&mut [f32], &mut Draw)| {
         let next = AssertUnwindSafe(|| match &mut draw.sequence.task {
-            Task::Generate(generation) => Some(generation.next(row, draw.position, draw.last)),
+            Task::Generate(generation) => {
+                Some(generation.next(row, draw.position, draw.last, masker))
+            }
             _ => None,
         });
         match catch_unwind(next) {
@@ -379,10 +382,11 @@ impl Generation {
         logits: &mut [f32],
         position: usize,
         last: bool,
+        masker: &Masker,
     ) -> Result<Next, EngineError> {
-        let sampled = self.sample(logits);
-        let (token, logprob) = sampled.map_err(|_| EngineError::NonFiniteLogits { position })?;
-        let (text, end) = self.append(token, last);
+        let (token, logprob) = self.sample(logits, position)?;
+        let progress = self.commit(token, masker)?;
+        let (text, end) = self.append(token, progress, last);
         Ok(Next {
             token,
             logprob,
@@ -391,22 +395,49 @@ impl Generation {
         })
     }
 
+    /// The next token of a sequence of `position` tokens.
     fn sample(
         &mut self,
         logits: &mut [f32],
-    ) -> Result<(u32, Option<TokenLogprob>), crate::sampler::NonFinite> {
+        position: usize,
+    ) -> Result<(u32, Option<TokenLogprob>), EngineError> {
         let own = self.rules.logprobs.map(|_| logits.to_vec());
         let early = self.outputs < self.rules.conditions.min_tokens;
-        let banned: &[u32] = if early { &self.rules.banned_early } else { &[] };
-        let token = self.sampler.sample(logits, banned)?;
+        let mut banned: &[u32] = if early {
+            &self.rules.banned_early
+        } else {
+            &self.rules.banned_always
+        };
+        let outputs = self.outputs;
+        let allowed = self.constraint.as_mut().map(constraint::Candidate::allowed);
+        let allowed = allowed.transpose().map_err(|fault| fault.at(outputs))?;
+        // Where a constrained text can only end, it ends, whatever was asked for.
+        if allowed.as_ref().is_some_and(|set| set.is_within(banned)) {
+            banned = &[];
+        }
+        let sampled = self.sampler.sample(logits, banned, allowed.as_deref());
+        let token = sampled.map_err(|_| EngineError::NonFiniteLogits { position })?;
         let logprob = own
             .zip(self.rules.logprobs)
             .map(|(own, top)| token_logprob(&own, token, top));
         Ok((token, logprob))
     }
 
+    /// Takes a token into the constraint, unless it ends the text.
+    fn commit(&mut self, token: u32, masker: &Masker) -> Result<Progress, EngineError> {
+        let outputs = self.outputs + 1;
+        let rules = &self.rules;
+        let ends = rules.eos.contains(&token) || rules.conditions.stop_token_ids.contains(&token);
+        match &mut self.constraint {
+            Some(constraint) if !ends => constraint
+                .commit(token, masker)
+                .map_err(|fault| fault.at(outputs)),
+            _ => Ok(Progress::Open),
+        }
+    }
+
     /// Text that may be shown after `token`, and whether this was the end. `last`: the context is full.
-    fn append(&mut self, token: u32, last: bool) -> (String, Option<End>) {
+    fn append(&mut self, token: u32, progress: Progress, last: bool) -> (String, Option<End>) {
         self.outputs += 1;
         let rules = Arc::clone(&self.rules);
         let is_eos = rules.eos.contains(&token);
@@ -425,9 +456,13 @@ impl Generation {
         }
         // Only an id beyond the tokenizer's vocabulary has no text; models may have such rows.
         let piece = self.decoder.step(token).unwrap_or_default();
-        if self.outputs >= rules.max_tokens || last {
+        let full = self.outputs >= rules.max_tokens || last;
+        if full || progress == Progress::Complete {
             let end = End {
-                reason: FinishReason::Length,
+                reason: match progress {
+                    Progress::Complete => FinishReason::Complete,
+                    Progress::Open => FinishReason::Length,
+                },
                 stop_string: None,
                 stop_token: None,
             };

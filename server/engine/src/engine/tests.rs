@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod constraint;
 mod fixture;
 mod mixtures;
 mod training;
@@ -32,6 +33,7 @@ fn sampled(prompt: Vec<u32>, seed: u64, max_tokens: usize) -> RequestKind {
             ..StopConditions::default()
         },
         logprobs: Some(2),
+        constraint: None,
     })
 }
 
@@ -81,6 +83,7 @@ fn mixed_work() -> Vec<(Option<usize>, RequestKind)> {
             continuations: continuations.clone(),
         },
     ));
+    work.extend(constraint::work());
     let labels = vec!["x".to_owned(), "y".to_owned()];
     work.push((
         None,

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use super::*;
+use crate::convert::chat::messages;
 use crate::config::Config;
 use crate::names::ApiKeyId;
 
@@ -312,6 +313,7 @@ fn texts_labels_and_messages_have_limits() {
                 .map(|role| v1::ChatMessage {
                     role: *role,
                     content: content.to_owned(),
+                    ..Default::default()
                 })
                 .collect(),
             &limits,

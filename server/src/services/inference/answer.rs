@@ -16,6 +16,7 @@ use espalier_proto::v1::generate_chunk::Event as Chunk;
 use futures::Stream;
 use tokio::sync::mpsc;
 
+use super::tools::{Readers, ToolUse};
 use crate::convert::{count, reply};
 use crate::services::Call;
 use crate::status::Refusal;
@@ -39,6 +40,7 @@ pub(super) struct Events {
     patience: Instant,
     started: bool,
     output_tokens: usize,
+    readers: Readers,
     record: Record,
 }
 
@@ -66,6 +68,7 @@ pub(super) struct Gathered {
     text: String,
     pub(super) tokens: Vec<u32>,
     logprobs: Vec<TokenLogprob>,
+    tool_calls: Vec<v1::ToolCall>,
     end: Option<Candidate>,
 }
 
@@ -92,8 +95,15 @@ impl Events {
             patience: call.received + max_wait,
             started: false,
             output_tokens: 0,
+            readers: Readers::new(None),
             record,
         }
+    }
+
+    /// The same, with tool calls read out of the texts.
+    pub(super) fn with_tools(mut self, tools: Option<ToolUse>) -> Self {
+        self.readers = Readers::new(tools);
+        self
     }
 
     /// The next event; an error is the last thing that comes.
@@ -168,14 +178,19 @@ impl Events {
         loop {
             match self.next().await? {
                 Event::Started(_) | Event::Failed(_) => {}
-                Event::Delta(delta) => {
+                Event::Delta(mut delta) => {
+                    let calls = self.readers.read(&mut delta);
                     let candidate = all.candidates.entry(delta.candidate).or_default();
                     candidate.text.push_str(&delta.text);
                     candidate.tokens.extend(delta.tokens);
                     candidate.logprobs.extend(delta.logprobs);
+                    candidate.tool_calls.extend(calls);
                 }
                 Event::Finished(end) => {
                     let candidate = all.candidates.entry(end.candidate).or_default();
+                    let (text, calls) = self.readers.finish(end.candidate);
+                    candidate.text.push_str(&text);
+                    candidate.tool_calls.extend(calls);
                     candidate.end = Some(end);
                 }
                 Event::Output { index, output } => {
@@ -195,17 +210,39 @@ impl Events {
         self,
         tokenizer: Arc<Tokenizer>,
     ) -> impl Stream<Item = Result<Chunk, Refusal>> + Send {
-        futures::stream::unfold(Some((self, 0usize)), move |state| {
+        let start = Some((self, 0usize, None::<Chunk>));
+        futures::stream::unfold(start, move |state| {
             let tokenizer = Arc::clone(&tokenizer);
             async move {
-                let (mut events, mut longest) = state?;
+                let (mut events, mut longest, ready) = state?;
+                if let Some(chunk) = ready {
+                    return Some((Ok(chunk), Some((events, longest, None))));
+                }
                 loop {
                     let chunk = match events.next().await {
                         Err(refusal) => return Some((Err(refusal), None)),
-                        Ok(Event::Delta(delta)) => Chunk::Delta(reply::delta(delta, &tokenizer)),
+                        Ok(Event::Delta(mut delta)) => {
+                            let calls = events.readers.read(&mut delta);
+                            Chunk::Delta(reply::delta(delta, calls, &tokenizer))
+                        }
                         Ok(Event::Finished(end)) => {
                             longest = longest.max(end.output_tokens);
-                            Chunk::Finished(reply::finished(end))
+                            let (text, tool_calls) = events.readers.finish(end.candidate);
+                            let index = count(end.candidate);
+                            let finished = Chunk::Finished(reply::finished(end));
+                            if text.is_empty() && tool_calls.is_empty() {
+                                finished
+                            } else {
+                                // What was held back comes before the end.
+                                let last = v1::TokenDelta {
+                                    index,
+                                    text,
+                                    tool_calls,
+                                    ..Default::default()
+                                };
+                                let next = Some((events, longest, Some(finished)));
+                                return Some((Ok(Chunk::Delta(last)), next));
+                            }
                         }
                         Ok(Event::Done { usage, timings }) => {
                             let ended = v1::StreamEnded {
@@ -217,7 +254,7 @@ impl Events {
                         // The stream's own first message has said that it began.
                         Ok(Event::Started(_) | Event::Output { .. } | Event::Failed(_)) => continue,
                     };
-                    return Some((Ok(chunk), Some((events, longest))));
+                    return Some((Ok(chunk), Some((events, longest, None))));
                 }
             }
         })
@@ -305,6 +342,7 @@ impl Gathered {
                 .iter()
                 .map(|entry| reply::logprob(entry, tokenizer))
                 .collect(),
+            tool_calls: self.tool_calls.clone(),
         }
     }
 }

@@ -1,19 +1,19 @@
 //! The way to the engine: from a message's target to a resolved version, from texts to ids, from both to a running
 //! request. Long texts are tokenised on the blocking threads, so that one caller's novel does not stop the others.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use espalier_adapters::profile::ServingProfile;
-use espalier_adapters::text::{
-    ChatTemplate, Message, TemplateSource, TextError, Tokenizer, encode_chat,
-};
-use espalier_adapters::version::VersionDigest;
+use espalier_adapters::text::{Message, TextError, Tokenizer, Tool, ToolFormat, encode_chat};
+use espalier_engine::constraint::{Constraint, ConstraintSource};
+use espalier_engine::error::EngineError;
 use espalier_engine::request::{Request, RequestKind, TargetVersion};
 use espalier_proto::v1;
 use tonic::Code;
 
 use super::answer::{Events, Operation};
+use super::tools::ToolUse;
+use crate::convert::chat::Offer;
 use crate::convert::request::{Prompt, Settings, Target, fits, target};
 use crate::convert::{Faults, reply};
 use crate::middleware::TenantPermit;
@@ -23,14 +23,11 @@ use crate::status::Refusal;
 
 /// Texts of more bytes than this are tokenised elsewhere: about a millisecond of work.
 const LONG_TEXT_BYTES: usize = 16 * 1024;
-/// Compiled templates of profiles; beyond that all are forgotten at once.
-const MAX_TEMPLATES: usize = 256;
 
 /// Shared by all calls.
 #[derive(Clone)]
 pub(super) struct Asker {
     pub(super) shell: Shell,
-    templates: Arc<Mutex<HashMap<VersionDigest, Arc<ChatTemplate>>>>,
 }
 
 /// What a call resolved, held until its end.
@@ -46,7 +43,23 @@ pub(super) struct Plan {
     pub(super) held: Held,
     pub(super) prompt: Vec<u32>,
     pub(super) settings: Settings,
+    pub(super) constraint: Option<Constraint>,
+    pub(super) tools: Option<ToolUse>,
     pub(super) id: Arc<str>,
+}
+
+impl Plan {
+    /// A plan without tools and constraint, which come when they are known.
+    pub(super) fn new(held: Held, prompt: Vec<u32>, settings: Settings, id: Arc<str>) -> Self {
+        Plan {
+            held,
+            prompt,
+            settings,
+            constraint: None,
+            tools: None,
+            id,
+        }
+    }
 }
 
 impl Held {
@@ -98,10 +111,7 @@ impl Call {
 
 impl Asker {
     pub(super) fn new(shell: Shell) -> Self {
-        Asker {
-            shell,
-            templates: Arc::default(),
-        }
+        Asker { shell }
     }
 
     /// Tokens that one sequence may have, prompt and output.
@@ -213,6 +223,30 @@ impl Asker {
         }
     }
 
+    /// What the output must match, compiled; waits for it no longer than the call's deadline.
+    pub(super) async fn compile(
+        &self,
+        call: &Call,
+        held: &Held,
+        source: Option<ConstraintSource>,
+    ) -> Result<Option<Constraint>, Refusal> {
+        let Some(source) = source else {
+            return Ok(None);
+        };
+        let compiled = self.shell.engine.compile_constraint(&held.tenant, source);
+        let result = match call.deadline {
+            None => compiled.await,
+            Some(deadline) => match tokio::time::timeout_at(deadline.into(), compiled).await {
+                Ok(result) => result,
+                Err(_) => Err(EngineError::DeadlineInQueue {
+                    waited_ms: u64::try_from(call.received.elapsed().as_millis())
+                        .unwrap_or(u64::MAX),
+                }),
+            },
+        };
+        Ok(Some(result?))
+    }
+
     /// A prompt's ids, with BOS only if the tokenizer adds it.
     pub(super) async fn encode(
         &self,
@@ -280,27 +314,29 @@ impl Asker {
         Ok(all)
     }
 
-    /// A conversation's ids, by the profile's template or else the model's.
+    /// A conversation's ids, with the tools that it offers, by the model's template.
     ///
     /// # Errors
-    /// UNIMPLEMENTED when there is neither.
+    /// UNIMPLEMENTED when there is none.
     pub(super) async fn encode_chat(
         &self,
-        held: &Held,
         messages: Vec<Message>,
+        tools: Vec<Tool>,
         open: bool,
     ) -> Result<Vec<u32>, Refusal> {
-        let Some(template) = self.template(held)? else {
-            let message = "the base model has no chat template and the adapter's profile names none; use Generate, or give the profile a template";
-            return Err(
-                Refusal::new(Code::Unimplemented, "UNSUPPORTED_BY_MODEL", message)
-                    .with("feature", "chat"),
-            );
-        };
+        let template = self.shell.engine.model().template.clone();
+        let template = template.ok_or_else(no_template)?;
         let tokenizer = self.tokenizer();
-        let bytes = messages.iter().map(|message| message.content.len()).sum();
-        let ids = off_thread(bytes, move || {
-            encode_chat(&tokenizer, &template, &messages, open)
+        let described = tools
+            .iter()
+            .map(|tool| tool.description.len())
+            .sum::<usize>();
+        let said = messages
+            .iter()
+            .map(|message| message.content.len())
+            .sum::<usize>();
+        let ids = off_thread(described + said, move || {
+            encode_chat(&tokenizer, &template, &messages, &tools, open)
         })
         .await?
         .map_err(|error| text_refusal("messages", &error))?;
@@ -308,40 +344,19 @@ impl Asker {
         Ok(ids)
     }
 
-    fn template(&self, held: &Held) -> Result<Option<Arc<ChatTemplate>>, Refusal> {
-        let own = held
-            .first()
-            .and_then(|version| Some((version.digest, version.profile.chat_template.as_ref()?)));
-        let Some((digest, source)) = own else {
-            return Ok(self.shell.engine.model().template.clone());
-        };
-        let mut templates = self
-            .templates
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(template) = templates.get(&digest) {
-            return Ok(Some(Arc::clone(template)));
-        }
-        let tokenizer = &self.shell.engine.model().tokenizer;
-        let source = TemplateSource {
-            jinja: source.clone(),
-            bos_token: tokenizer.bos_token(),
-            eos_token: tokenizer.eos_token(),
-        };
-        let template = ChatTemplate::new(source).map_err(|error| {
-            Refusal::precondition(
-                "PROFILE_INVALID",
-                "TEMPLATE",
-                "chat_template",
-                error.to_string(),
-            )
+    /// How the model's template has tools used.
+    ///
+    /// # Errors
+    /// UNIMPLEMENTED, naming what the template lacks: what it does not render, the model would never see.
+    pub(super) fn tool_use(&self, offer: &Offer) -> Result<ToolUse, Refusal> {
+        let model = self.shell.engine.model();
+        let template = model.template.as_ref().ok_or_else(no_template)?;
+        let format = ToolFormat::of(template.source()).map_err(|lacks| {
+            let message = format!("tools: this model cannot be given any: {lacks}");
+            Refusal::new(Code::Unimplemented, "UNSUPPORTED_BY_MODEL", message)
+                .with("feature", "tools")
         })?;
-        if templates.len() >= MAX_TEMPLATES {
-            templates.clear();
-        }
-        let template = Arc::new(template);
-        templates.insert(digest, Arc::clone(&template));
-        Ok(Some(template))
+        Ok(ToolUse::new(format, offer, &model.tokenizer))
     }
 
     /// How Classify answers: the one head among the versions, else the likelihood of the request's labels, else of the profile's.
@@ -485,8 +500,13 @@ fn text_refusal(field: &str, error: &TextError) -> Refusal {
     Refusal::invalid_field(field, error.to_string())
 }
 
+fn no_template() -> Refusal {
+    let message = "the base model has no chat template; use Generate";
+    Refusal::new(Code::Unimplemented, "UNSUPPORTED_BY_MODEL", message).with("feature", "chat")
+}
+
 /// The engine knows a version by its digest; a reply names it as the client knows it.
-fn refused(error: espalier_engine::error::EngineError, held: &Held) -> Refusal {
+fn refused(error: EngineError, held: &Held) -> Refusal {
     let refusal = Refusal::from(error);
     let names = held
         .versions

@@ -39,6 +39,7 @@ fn every_family_is_the_same_model_in_either_format() {
                     &model.tokenizer,
                     model.template.as_ref().unwrap(),
                     &turns,
+                    &[],
                     true,
                 )
                 .unwrap()
