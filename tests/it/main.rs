@@ -16,4 +16,5 @@ mod server_life;
 mod server_limits;
 mod state_api;
 mod tidy;
+mod tools;
 mod training_api;

@@ -12,6 +12,8 @@ mod vocabulary;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tool_tests;
 
 pub use calls::{CallReader, Read, WrittenCall};
 pub use stream::StreamDecoder;

@@ -68,7 +68,7 @@ fn byte_level_metadata(pre: &str) -> Metadata {
     Metadata::new("byte_level.gguf", values)
 }
 
-fn byte_level() -> &'static Arc<Tokenizer> {
+pub(super) fn byte_level() -> &'static Arc<Tokenizer> {
     static BUILT: OnceLock<Arc<Tokenizer>> = OnceLock::new();
     BUILT.get_or_init(|| Arc::new(Tokenizer::from_gguf(&byte_level_metadata("smollm")).unwrap()))
 }
