@@ -1,8 +1,10 @@
 //! `espalier chat`: one message and its answer, or a conversation in the terminal.
 
 use std::io::{self, BufRead, IsTerminal, Write};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde_json::Value;
 
 use crate::{
     cli::{
@@ -12,7 +14,7 @@ use crate::{
         sampling::{AdapterArg, SamplingArgs, remark_result, text_or_stdin},
     },
     error::Error,
-    v1::{self, Role},
+    v1::{self, Role, tool_choice::Choice},
 };
 
 const HELP: &str = "\
@@ -28,6 +30,13 @@ pub(crate) struct Chat {
     /// Instructions that stand above the conversation, in place of the adapter's own.
     #[arg(long, short)]
     system: Option<String>,
+    /// Tools that the model may call: a JSON array of {"name", "description", "parameters"} in FILE. Calls are printed
+    /// as NAME and arguments, one a line; nothing is run.
+    #[arg(long, value_name = "FILE", conflicts_with = "constraint")]
+    tools: Option<PathBuf>,
+    /// Whether it calls: auto, none, required, or the name of the tool that it must call.
+    #[arg(long, value_name = "CHOICE", requires = "tools")]
+    tool_choice: Option<String>,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Wait for the whole answer, and ask for it in one message.
@@ -71,7 +80,13 @@ impl Chat {
             logprobs: self.sampling.logprobs(),
             request_id: String::new(),
             constraint: self.sampling.constraint()?,
-            ..Default::default()
+            tools: self
+                .tools
+                .as_deref()
+                .map(tools)
+                .transpose()?
+                .unwrap_or_default(),
+            tool_choice: self.tool_choice.as_deref().map(choice),
         };
         if !self.no_stream && (out.is_json() || !self.sampling.has_many()) {
             let chunks = client.stream_chat(request).await?;
@@ -145,6 +160,43 @@ impl Chat {
             Err(other) => return Err(other),
         }
         Ok(())
+    }
+}
+
+/// Tools from a file, as they are or in the envelope that OpenAI's clients put around them.
+fn tools(path: &Path) -> Result<Vec<v1::Tool>, Failure> {
+    let wrong = |what: String| Failure::Local(format!("{}: {what}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
+    let listed: Vec<Value> =
+        serde_json::from_str(&text).map_err(|error| wrong(format!("no JSON array: {error}")))?;
+    let tool = |listed: &Value| {
+        let tool = listed.get("function").unwrap_or(listed);
+        let word = |key: &str| tool[key].as_str().unwrap_or_default().to_owned();
+        v1::Tool {
+            name: word("name"),
+            description: word("description"),
+            parameters: tool
+                .get("parameters")
+                .map(Value::to_string)
+                .unwrap_or_default(),
+        }
+    };
+    Ok(listed.iter().map(tool).collect())
+}
+
+fn choice(word: &str) -> v1::ToolChoice {
+    let mode = match word {
+        "auto" => Some(v1::ToolChoiceMode::Auto),
+        "none" => Some(v1::ToolChoiceMode::None),
+        "required" => Some(v1::ToolChoiceMode::Required),
+        _ => None,
+    };
+    let choice = match mode {
+        Some(mode) => Choice::Mode(mode.into()),
+        None => Choice::Tool(word.to_owned()),
+    };
+    v1::ToolChoice {
+        choice: Some(choice),
     }
 }
 

@@ -98,10 +98,19 @@ pub(crate) fn print_candidates(out: Out, candidates: &[v1::Candidate]) -> Result
         if candidates.len() > 1 {
             out.line(format_args!("--- {}", candidate.index))?;
         }
-        out.line(&candidate.text)?;
+        if !candidate.text.is_empty() || candidate.tool_calls.is_empty() {
+            out.line(&candidate.text)?;
+        }
+        for call in &candidate.tool_calls {
+            out.line(shown(call))?;
+        }
         remark_end(out, candidate.finish_reason());
     }
     Ok(())
+}
+
+fn shown(call: &v1::ToolCall) -> String {
+    format!("{} {}", call.name, call.arguments)
 }
 
 /// Only an end that one would not expect is worth a word.
@@ -120,6 +129,7 @@ where
     T: Into<Told> + prost::Message + prost::Name,
 {
     let mut text = String::new();
+    let mut calls = Vec::new();
     let mut effective = None;
     let mut reason = v1::FinishReason::Unspecified;
     let mut ended = None;
@@ -144,6 +154,7 @@ where
                     out.piece(&delta.text)?;
                 }
                 text.push_str(&delta.text);
+                calls.extend(delta.tool_calls);
             }
             Told::Finished(finished) => reason = finished.finish_reason(),
             Told::Ended(found) => ended = Some(found),
@@ -155,7 +166,12 @@ where
         return Err(Error::local(tonic::Code::DataLoss, "STREAM", why).into());
     };
     if !out.is_json() {
-        out.line("")?;
+        if !text.is_empty() || calls.is_empty() {
+            out.line("")?;
+        }
+        for call in &calls {
+            out.line(shown(call))?;
+        }
         remark_end(out, reason);
         let (usage, timings) = (ended.usage.as_ref(), ended.timings.as_ref());
         remark_result(out, effective.as_ref(), usage, timings);
