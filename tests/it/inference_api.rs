@@ -202,6 +202,7 @@ async fn chat_is_its_template_and_nothing_in_a_message_is_control() {
     let chat = v1::ChatInput {
         messages: vec![user("hi")],
         add_generation_prompt: None,
+        ..Default::default()
     };
     let tokenized = client
         .tokenize(v1::TokenizeRequest {
