@@ -3,6 +3,7 @@
 //! Knows tensors, ids, rows and bytes. It must not know a runtime, a request, a tenant or how a whole model is put
 //! together: those live above it, in the engine and the server.
 
+pub mod checksum;
 pub mod config;
 pub mod error;
 pub mod peft;

@@ -5,6 +5,19 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Whether a version may be served from merged weights, a copy of the base with the update added in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MergePolicy {
+    /// While it dominates traffic and fewer bytes are read that way.
+    #[default]
+    Auto,
+    /// As soon as it is asked for, as far as the budget of merged copies goes.
+    Merged,
+    /// Never.
+    Unmerged,
+}
+
 /// Settings of a version, all optional; a request overrides each one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

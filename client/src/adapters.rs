@@ -126,16 +126,6 @@ impl Client {
         .await
     }
 
-    /// One page of what is in memory.
-    pub async fn list_residency(
-        &self,
-        request: v1::ListResidencyRequest,
-    ) -> Result<v1::ListResidencyResponse, Error> {
-        let call = |channel, request| async move { stub(channel).list_residency(request).await };
-        self.unary(self.timeouts().control, Repeat::Safe, request, call)
-            .await
-    }
-
     /// Uploads a PEFT directory in chunks, checksums first.
     pub async fn upload_adapter(
         &self,

@@ -32,6 +32,7 @@ pub mod retry;
 mod adapters;
 mod inference;
 mod models;
+mod residency;
 mod tenants;
 pub mod training;
 pub mod transfer;

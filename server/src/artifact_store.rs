@@ -1,23 +1,30 @@
 //! Where bytes are kept: a directory in which a file's name is the SHA-256 of its content.
 //!
 //! A file appears whole or not at all (temporary file, fsync, rename, fsync of the directory) and never changes, so a crash
-//! leaves nothing but temporary files, which the next start removes. Every read hashes what it read. Adapter versions are
-//! kept as the very bytes that their digest is taken over, so that version digest and file name are one. This file must not
-//! know names, tenants or why something is kept: whoever removes a blob has asked the database first.
+//! leaves nothing but temporary files, which the next start removes. Every read is checked: by SHA-256, and an adapter
+//! version that this process has hashed before by a checksum of the same bytes, so that loading it again costs no second
+//! hash. Adapter versions are kept as the very bytes that their digest is taken over, so that version digest and file name
+//! are one. This file must not know names, tenants or why something is kept: whoever removes a blob has asked the
+//! database first.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use espalier_adapters::checksum::Checksum;
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
 use sha2::{Digest, Sha256};
 
 /// What the bytes of an adapter version begin with; see `AdapterArtifact::digest`.
 const ARTIFACT_MAGIC: &[u8] = b"espalier-adapter-v1\0";
+
+/// Checksums of hashed artifacts that are remembered; about 60 bytes each.
+const MAX_PROVEN: usize = 1 << 16;
 
 /// SHA-256 of a blob's bytes: its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -87,6 +94,8 @@ struct Inner {
     next: AtomicU64,
     /// Blobs that somebody is about to name in the database; they are not removed.
     pins: Mutex<HashMap<BlobDigest, usize>>,
+    /// Checksums of artifacts whose SHA-256 this process has seen to be right.
+    proven: Mutex<HashMap<BlobDigest, u64>>,
 }
 
 /// Keeps a blob from being removed until its row is written. Hold it over the transaction.
@@ -136,6 +145,7 @@ impl ArtifactStore {
                 temporary,
                 next: AtomicU64::new(0),
                 pins: Mutex::default(),
+                proven: Mutex::default(),
             }),
         })
     }
@@ -163,13 +173,7 @@ impl ArtifactStore {
 
     /// The bytes of a blob, checked against its name.
     pub fn get(&self, digest: BlobDigest) -> Result<Vec<u8>, StoreError> {
-        let mut file = match File::open(self.path(digest)) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(StoreError::NotFound { digest });
-            }
-            Err(source) => return Err(StoreError::io("open a blob")(source)),
-        };
+        let (mut file, _) = self.open_blob(digest)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)
             .map_err(StoreError::io("read a blob"))?;
@@ -179,6 +183,18 @@ impl ArtifactStore {
             let size = bytes.len();
             Err(StoreError::Corrupt { digest, size })
         }
+    }
+
+    fn open_blob(&self, digest: BlobDigest) -> Result<(File, u64), StoreError> {
+        let file = match File::open(self.path(digest)) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(StoreError::NotFound { digest });
+            }
+            Err(source) => return Err(StoreError::io("open a blob")(source)),
+        };
+        let size = file.metadata().map_err(StoreError::io("read a blob"))?.len();
+        Ok((file, size))
     }
 
     /// Keeps an adapter version; the blob's digest is the version's.
@@ -195,17 +211,57 @@ impl ArtifactStore {
                 pieces.extend([length.as_slice(), part.as_slice()]);
             }
         }
-        self.put_parts(artifact.digest().into(), &pieces)
+        let pin = self.put_parts(artifact.digest().into(), &pieces)?;
+        let mut sum = Checksum::default();
+        pieces.iter().for_each(|piece| sum.update(piece));
+        self.remember(pin.digest, sum.finish());
+        Ok(pin)
     }
 
-    /// The artifact of a version, bytes exactly as uploaded.
+    /// The artifact of a version, bytes exactly as uploaded. Hashed at the first read of a process, and again whenever the
+    /// checksum is not that of the first.
     pub fn get_artifact(&self, digest: &VersionDigest) -> Result<AdapterArtifact, StoreError> {
-        let bytes = self.get((*digest).into())?;
-        let size = bytes.len();
-        read_artifact(&bytes).ok_or(StoreError::Corrupt {
-            digest: (*digest).into(),
-            size,
-        })
+        let digest = BlobDigest::from(*digest);
+        let expected = self.proven().get(&digest).copied();
+        let (file, size) = self.open_blob(digest)?;
+        let (mut sum, mut hash) = (Checksum::default(), Sha256::new());
+        let read = read_artifact(file, size, &mut |bytes| {
+            sum.update(bytes);
+            if expected.is_none() {
+                hash.update(bytes);
+            }
+        });
+        let artifact = read.map_err(StoreError::io("read a blob"))?;
+        let sum = sum.finish();
+        let right = match expected {
+            Some(expected) => sum == expected,
+            None => BlobDigest(hash.finalize().into()) == digest,
+        };
+        match artifact {
+            Some(artifact) if right => {
+                self.remember(digest, sum);
+                Ok(artifact)
+            }
+            _ => {
+                self.proven().remove(&digest);
+                let size = usize::try_from(size).unwrap_or(usize::MAX);
+                Err(StoreError::Corrupt { digest, size })
+            }
+        }
+    }
+
+    fn proven(&self) -> MutexGuard<'_, HashMap<BlobDigest, u64>> {
+        let proven = self.inner.proven.lock();
+        proven.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remember(&self, digest: BlobDigest, sum: u64) {
+        let mut proven = self.proven();
+        if proven.len() >= MAX_PROVEN {
+            // They are hashed once more; nothing else is lost.
+            proven.clear();
+        }
+        proven.insert(digest, sum);
     }
 
     /// Removes a blob unless it is pinned or absent. The caller holds the database's writer, so that nobody names the blob
@@ -219,6 +275,7 @@ impl ArtifactStore {
         if pins.contains_key(&digest) {
             return Ok(());
         }
+        self.proven().remove(&digest);
         match fs::remove_file(self.path(digest)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(StoreError::io("remove a blob")(error))
@@ -309,27 +366,50 @@ fn sync_directory(path: &Path) -> Result<(), StoreError> {
         .map_err(StoreError::io("flush a directory"))
 }
 
-/// Takes the hashed form of an artifact apart again: magic, then two or three parts behind their lengths.
-fn read_artifact(bytes: &[u8]) -> Option<AdapterArtifact> {
-    let mut rest = bytes.strip_prefix(ARTIFACT_MAGIC)?;
-    let mut part = || {
-        if rest.is_empty() {
-            return None;
+/// Takes the hashed form of an artifact apart again: magic, then two or three parts behind their lengths. Each part is read
+/// once, into its own place; `seen` gets every byte in order. `None` when `size` bytes are not of that form.
+fn read_artifact(
+    mut from: impl Read,
+    size: u64,
+    seen: &mut impl FnMut(&[u8]),
+) -> io::Result<Option<AdapterArtifact>> {
+    let left = Cell::new(size);
+    let mut take = |length: u64| -> io::Result<Option<Vec<u8>>> {
+        match left.get().checked_sub(length) {
+            Some(rest) => left.set(rest),
+            None => return Ok(None),
         }
-        let (length, tail) = rest.split_first_chunk::<8>()?;
-        let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
-        let (part, tail) = tail.split_at_checked(length)?;
-        rest = tail;
-        Some(part.to_vec())
+        let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
+        from.by_ref().take(length).read_to_end(&mut bytes)?;
+        seen(&bytes);
+        Ok((bytes.len() as u64 == length).then_some(bytes))
     };
-    let config_json = part()?;
-    let safetensors = part()?;
-    let labels_json = part();
-    rest.is_empty().then_some(AdapterArtifact {
+    if take(ARTIFACT_MAGIC.len() as u64)?.as_deref() != Some(ARTIFACT_MAGIC) {
+        return Ok(None);
+    }
+    let mut part = || -> io::Result<Option<Vec<u8>>> {
+        let length = take(8)?.and_then(|bytes| bytes.try_into().ok());
+        match length {
+            Some(length) => take(u64::from_le_bytes(length)),
+            None => Ok(None),
+        }
+    };
+    let (Some(config_json), Some(safetensors)) = (part()?, part()?) else {
+        return Ok(None);
+    };
+    let labels_json = if left.get() == 0 {
+        None
+    } else {
+        match part()? {
+            Some(labels) => Some(labels),
+            None => return Ok(None),
+        }
+    };
+    Ok((left.get() == 0).then_some(AdapterArtifact {
         config_json,
         safetensors,
         labels_json,
-    })
+    }))
 }
 
 #[cfg(test)]
@@ -370,13 +450,19 @@ mod tests {
         let artifact = artifact(None);
         store.put_artifact(&artifact).unwrap();
         let path = store.path(artifact.digest().into());
-        let mut bytes = fs::read(&path).unwrap();
-        bytes[5000] ^= 1;
-        fs::write(&path, bytes).unwrap();
-        assert!(matches!(
-            store.get_artifact(&artifact.digest()),
-            Err(StoreError::Corrupt { .. })
-        ));
+        for known in [true, false] {
+            let mut bytes = fs::read(&path).unwrap();
+            bytes[5000] ^= 1;
+            fs::write(&path, &bytes).unwrap();
+            // The first look compares with the checksum of the bytes that were put, the second with the digest.
+            assert_eq!(store.proven().contains_key(&artifact.digest().into()), known);
+            assert!(matches!(
+                store.get_artifact(&artifact.digest()),
+                Err(StoreError::Corrupt { .. })
+            ));
+            bytes[5000] ^= 1;
+            fs::write(&path, bytes).unwrap();
+        }
         store.put_artifact(&artifact).unwrap();
         assert_eq!(store.get_artifact(&artifact.digest()).unwrap(), artifact);
     }
@@ -413,20 +499,21 @@ mod tests {
 
     #[test]
     fn hostile_bytes_are_no_artifact() {
+        let read = |bytes: &[u8]| read_artifact(bytes, bytes.len() as u64, &mut |_| ()).unwrap();
         let mut whole = ARTIFACT_MAGIC.to_vec();
         whole.extend(2u64.to_le_bytes());
         whole.extend(b"{}");
         whole.extend(1u64.to_le_bytes());
         whole.extend(b"t");
-        assert!(read_artifact(&whole).is_some());
+        assert!(read(&whole).is_some());
         for cut in 0..whole.len() {
-            assert!(read_artifact(&whole[..cut]).is_none(), "cut at {cut}");
+            assert!(read(&whole[..cut]).is_none(), "cut at {cut}");
         }
         let mut huge = whole.clone();
         huge[ARTIFACT_MAGIC.len()..][..8].copy_from_slice(&u64::MAX.to_le_bytes());
-        assert!(read_artifact(&huge).is_none());
+        assert!(read(&huge).is_none());
         let mut longer = whole;
         longer.push(0);
-        assert!(read_artifact(&longer).is_none());
+        assert!(read(&longer).is_none());
     }
 }

@@ -235,6 +235,14 @@ settings! {
         kv_cache_bytes: ByteSize = "512MiB" in "1MiB" .. "16TiB";
         /// Bytes of adapters held in memory; the least recently used leave.
         adapter_cache_bytes: ByteSize = "1GiB" in "1MiB" .. "16TiB";
+        /// Share of adapter_cache_bytes that pinned adapters may take; the rest always goes round.
+        max_pinned_share: f64 = "0.5" in "0" .. "1";
+        /// Bytes of merged copies of the base, one for an adapter that dominates traffic, beside adapter_cache_bytes; 0 makes none.
+        merged_bytes: ByteSize = "0" in "0" .. "16TiB";
+        /// Share of all computed tokens from which an adapter may be merged; below half of it the copy is given up.
+        merge_share: f64 = "0.5" in "0.01" .. "1";
+        /// Time over which traffic is judged: what is older counts half, then a quarter, and so on.
+        merge_window: Duration = "30s" in "10ms" .. "1h";
         /// Sequences that run at once.
         max_sequences: usize = "64" in "1" .. "65536";
         /// Rows of one engine step.

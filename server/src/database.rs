@@ -15,7 +15,10 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, Transactio
 use tokio::sync::oneshot;
 
 /// The migrations in order: `PRAGMA user_version` counts how many are applied.
-const MIGRATIONS: &[&str] = &[include_str!("schema.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("schema.sql"),
+    include_str!("schema_serving.sql"),
+];
 
 /// Request ids are remembered this long.
 const REQUEST_ID_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);

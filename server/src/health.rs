@@ -38,8 +38,8 @@ pub(crate) async fn watch(reporter: HealthReporter, engine: EngineHandle, lifecy
     loop {
         let probe = async {
             let alive = matches!(
-                tokio::time::timeout(PATIENCE, engine.residency()).await,
-                Ok(Ok(_))
+                tokio::time::timeout(PATIENCE, engine.probe()).await,
+                Ok(Ok(()))
             );
             let warm = lifecycle.phase() >= Phase::Serving;
             (alive, alive && warm)

@@ -26,6 +26,7 @@ use crate::datasets::DatasetStore;
 use crate::jobs::{self, JobError, JobService};
 use crate::registry::Registry;
 use crate::services::Shell;
+use crate::services::adapter::residency::restore_pins;
 use crate::services::adapter::{AdapterService, artifact_limits};
 use crate::services::inference::InferenceService;
 use crate::services::model::ModelService;
@@ -202,6 +203,8 @@ impl Server {
         health::report(&health, ServingStatus::NotServing).await;
         let about = About::of(&shell, listen, keys.is_open(), began.elapsed());
         crate::telemetry::build_info(&about.model);
+        // Beside the first requests: a start does not wait for what was pinned.
+        tokio::spawn(restore_pins(shell.engine.clone(), shell.registry.clone()));
         let state = State {
             keys: keys.clone(),
             store,

@@ -37,6 +37,11 @@ impl StoredAdapters {
 }
 
 impl AdapterSource for StoredAdapters {
+    /// The store checks every read.
+    fn verifies(&self) -> bool {
+        true
+    }
+
     fn fetch(&self, digest: &VersionDigest) -> Result<AdapterArtifact, SourceError> {
         match self.store.get_artifact(digest) {
             Ok(artifact) => Ok(artifact),

@@ -11,6 +11,7 @@ mod kill_resume;
 mod mixture_api;
 mod python_client;
 mod real_model;
+mod residency;
 mod server_life;
 mod server_limits;
 mod state_api;

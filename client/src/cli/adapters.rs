@@ -14,6 +14,7 @@ use crate::{
         check::Check,
         json,
         output::{Failure, Out, age, bytes},
+        residency::{Merge, Pin, Residency, Unpin, Warm},
     },
     error::Error,
     names::{adapter_of, short},
@@ -42,6 +43,14 @@ pub(crate) enum Adapters {
     Alias(Alias),
     /// What is in the server's memory right now.
     Residency(Residency),
+    /// Bring a version into memory before anybody asks for it.
+    Warm(Warm),
+    /// Keep a version in memory, also after a restart.
+    Pin(Pin),
+    /// Let a pinned version be evicted again.
+    Unpin(Unpin),
+    /// Say whether a version may be served from merged weights.
+    Merge(Merge),
 }
 
 impl Adapters {
@@ -58,6 +67,10 @@ impl Adapters {
             Self::Delete(command) => command.run(session).await,
             Self::Alias(command) => command.run(session).await,
             Self::Residency(command) => command.run(session).await,
+            Self::Warm(command) => command.run(session).await,
+            Self::Pin(command) => command.run(session).await,
+            Self::Unpin(command) => command.run(session).await,
+            Self::Merge(command) => command.run(session).await,
         }
     }
 }
@@ -411,46 +424,5 @@ fn assignment(text: &str) -> Result<(String, String), String> {
             Ok((alias.to_owned(), version.to_owned()))
         }
         _ => Err(format!("{text:?} is not ALIAS=VERSION")),
-    }
-}
-
-/// What is in the server's memory right now.
-#[derive(Debug, Args)]
-pub(crate) struct Residency {}
-
-impl Residency {
-    async fn run(self, Session { client, out }: &Session) -> Result<(), Failure> {
-        let parent = client.names().parent()?;
-        let residency = all_pages(|page_token| async {
-            let parent = parent.clone();
-            let request = v1::ListResidencyRequest {
-                parent,
-                page_size: PAGE,
-                page_token,
-            };
-            let page = client.list_residency(request).await?;
-            Ok((page.residency, page.next_page_token))
-        })
-        .await?;
-        if out.is_json() {
-            return out.documents(&residency);
-        }
-        let row = |entry: &v1::AdapterResidency| {
-            let level = entry
-                .level()
-                .as_str_name()
-                .trim_start_matches("RESIDENCY_LEVEL_");
-            vec![
-                entry.version.clone(),
-                level.to_lowercase(),
-                bytes(entry.bytes),
-                entry.leases.to_string(),
-                age(entry.last_used_time.as_ref()),
-                entry.error.clone(),
-            ]
-        };
-        let rows: Vec<_> = residency.iter().map(row).collect();
-        let head = ["VERSION", "LEVEL", "SIZE", "IN USE", "LAST USED", "ERROR"];
-        out.table(&head, &rows, "nothing of this tenant is in memory")
     }
 }

@@ -12,6 +12,7 @@ mod jobs;
 mod json;
 mod output;
 mod progress;
+mod residency;
 mod sampling;
 mod status;
 mod tenants;

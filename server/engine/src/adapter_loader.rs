@@ -1,23 +1,36 @@
 //! Brings adapter versions from wherever the server keeps them into memory, on threads of its own, so that others go on
 //! being served. Knows no names, no tenants and no layout of files: a version is its digest.
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use espalier_adapters::config::BaseShape;
+use espalier_adapters::config::{BaseShape, Site};
 use espalier_adapters::peft::{self, Limits};
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
+use espalier_adapters::weights::{AdapterWeights, Numbers, SiteAdapter};
 use tokio::sync::oneshot;
 
-use crate::adapter_pool::{Reservation, ResidentVersion, RoomRequest};
+use crate::adapter_pool::{ResidentVersion, Shelf};
 use crate::command::{CommandSender, EngineCommand};
 use crate::error::EngineError;
+use crate::metrics;
+use crate::config::EngineConfig;
 use crate::model::{Model, ModelConfig, ResidentAdapter};
+use crate::model_runner::SELF_CHECK_TOKENS;
 
 /// Two, so that one source that hangs or one adapter that waits for room does not hold up all others.
 const LOADERS: usize = 2;
+
+/// An update that cannot make a normed state larger than this (by the bound on its factors) cannot overflow f32 anywhere
+/// in a block: the MLP multiplies two projections (1e8), the third one makes 1e12 of them, whose squares the next norm
+/// can still add up.
+const SAFE_GAIN: f32 = 1e4;
+
+/// Versions whose check is remembered; 32 bytes each.
+const MAX_CHECKED: usize = 1 << 16;
 
 /// Where artifacts come from. Called on the loader threads only; may block.
 pub trait AdapterSource: Send + Sync + 'static {
@@ -26,6 +39,11 @@ pub trait AdapterSource: Send + Sync + 'static {
     /// # Errors
     /// [`SourceError`]; the requests that wait for the version get it.
     fn fetch(&self, digest: &VersionDigest) -> Result<AdapterArtifact, SourceError>;
+
+    /// Whether `fetch` itself makes sure that the bytes are those of the digest, so that they need not be hashed again.
+    fn verifies(&self) -> bool {
+        false
+    }
 }
 
 /// Why an artifact could not be had. Texts hold no paths: clients see them.
@@ -48,18 +66,17 @@ pub(crate) struct LoadJob {
     pub(crate) digest: VersionDigest,
 }
 
-/// What became of it.
-pub(crate) struct LoadOutcome {
-    pub(crate) digest: VersionDigest,
-    pub(crate) result: Result<ResidentVersion, EngineError>,
-}
-
 /// What a loader thread works with.
 struct Loader {
     source: Arc<dyn AdapterSource>,
     model: Arc<Model>,
     base: BaseShape,
     limits: Limits,
+    /// Whether a version that could overflow runs a few tokens before it serves.
+    self_check: bool,
+    /// Versions that need no check any more.
+    checked: Mutex<HashSet<VersionDigest>>,
+    shelf: Arc<Shelf>,
     commands: CommandSender,
 }
 
@@ -70,18 +87,21 @@ struct Loader {
 pub(crate) fn start(
     source: Arc<dyn AdapterSource>,
     model: Arc<Model>,
-    limits: Limits,
-    max_loads: usize,
+    config: &EngineConfig,
+    shelf: Arc<Shelf>,
     commands: CommandSender,
 ) -> std::io::Result<SyncSender<LoadJob>> {
-    let (sender, jobs) = sync_channel(max_loads);
+    let (sender, jobs) = sync_channel(config.max_adapter_loads);
     let jobs = Arc::new(Mutex::new(jobs));
     let base = base_shape(model.config());
     let loader = Arc::new(Loader {
         source,
         model,
         base,
-        limits,
+        limits: config.adapter_limits,
+        self_check: config.adapter_self_check,
+        checked: Mutex::default(),
+        shelf,
         commands,
     });
     for number in 0..LOADERS {
@@ -106,10 +126,13 @@ impl Loader {
                     detail: format!("loading adapter version {digest} panicked"),
                 })
             });
-            let outcome = Box::new(LoadOutcome { digest, result });
+            if let Err(error) = &result {
+                tracing::warn!(%digest, %error, "adapter load failed");
+            }
+            self.shelf.loaded(digest, result, Instant::now());
             if self
                 .commands
-                .send_blocking(EngineCommand::Loaded(outcome))
+                .send_blocking(EngineCommand::AdapterReady)
                 .is_err()
             {
                 return;
@@ -118,15 +141,19 @@ impl Loader {
     }
 
     fn load(&self, digest: VersionDigest) -> Result<ResidentVersion, EngineError> {
+        let mut stage = Stage::begin();
         let artifact = self
             .source
             .fetch(&digest)
             .map_err(|error| from_source(digest, error))?;
-        let found = artifact.digest();
-        if found != digest {
-            let detail = format!("its bytes have the digest {found}");
-            return Err(EngineError::ArtifactCorrupt { digest, detail });
+        if !self.source.verifies() {
+            let found = artifact.digest();
+            if found != digest {
+                let detail = format!("its bytes have the digest {found}");
+                return Err(EngineError::ArtifactCorrupt { digest, detail });
+            }
         }
+        stage.end("read");
         let incompatible = |report| EngineError::AdapterIncompatible {
             digest,
             report: Arc::new(report),
@@ -134,37 +161,89 @@ impl Loader {
         let (_, weights, _) =
             peft::read(&artifact, &self.base, &self.limits).map_err(incompatible)?;
         drop(artifact);
-        let reservation = self.reserve(
-            digest,
-            ResidentAdapter::<f32>::bytes_for(&weights, self.base.layers),
-        )?;
+        stage.end("parse");
+        let bytes = ResidentAdapter::<f32>::bytes_for(&weights, self.base.layers);
+        let reservation = self.shelf.reserve(digest, bytes)?;
+        stage.end("room");
         let adapter = ResidentAdapter::build(&weights, &*self.model).map_err(|misfit| {
             EngineError::Internal {
                 detail: misfit.to_string(),
             }
         })?;
+        let adapter = Arc::new(adapter);
+        stage.end("build");
+        self.check(digest, &weights, &adapter)?;
+        stage.end("check");
         let labels = adapter.labels().into();
         Ok(ResidentVersion {
-            adapter: Arc::new(adapter),
+            adapter,
             labels,
             reservation,
         })
     }
 
-    /// Waits until the engine has room. The engine answers every question or drops it.
-    fn reserve(&self, digest: VersionDigest, bytes: usize) -> Result<Reservation, EngineError> {
-        let (reply, answer) = oneshot::channel();
-        let request = RoomRequest {
-            digest,
-            bytes,
-            asked: Instant::now(),
-            reply,
-        };
-        self.commands
-            .send_blocking(EngineCommand::Room(request))
-            .map_err(|_| EngineError::Stopped)?;
-        answer.blocking_recv().unwrap_or(Err(EngineError::Stopped))
+    /// Once a version: either its numbers are too small to overflow anything, or the engine runs a few tokens through it.
+    fn check(
+        &self,
+        digest: VersionDigest,
+        weights: &AdapterWeights,
+        adapter: &Arc<ResidentAdapter>,
+    ) -> Result<(), EngineError> {
+        let checked = || self.checked.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.self_check || checked().contains(&digest) {
+            return Ok(());
+        }
+        if largest_gain(weights, &self.base) > SAFE_GAIN {
+            let (reply, answer) = oneshot::channel();
+            let adapter = Arc::clone(adapter);
+            self.commands
+                .send_blocking(EngineCommand::SelfCheck { adapter, reply })
+                .map_err(|_| EngineError::Stopped)?;
+            if !answer.blocking_recv().map_err(|_| EngineError::Stopped)? {
+                return Err(EngineError::AdapterSelfCheck {
+                    digest,
+                    tokens: SELF_CHECK_TOKENS,
+                });
+            }
+        }
+        let mut checked = checked();
+        if checked.len() >= MAX_CHECKED {
+            checked.clear();
+        }
+        checked.insert(digest);
+        Ok(())
     }
+}
+
+/// Where a load's time goes.
+struct Stage(Instant);
+
+impl Stage {
+    fn begin() -> Self {
+        Stage(Instant::now())
+    }
+
+    fn end(&mut self, stage: &'static str) {
+        let now = Instant::now();
+        metrics::adapter_load_stage(stage, now - std::mem::replace(&mut self.0, now));
+    }
+}
+
+/// How many times larger than a normed state (length sqrt(n)) an entry of the update's output can be:
+/// `s r n max|A| max|B|`. DoRA divides by a norm that may be next to nothing, so it has no bound.
+fn largest_gain(weights: &AdapterWeights, base: &BaseShape) -> f32 {
+    let largest = |values: &Numbers| {
+        let values = values.to_f32();
+        values.iter().fold(0.0_f32, |most, v| most.max(v.abs()))
+    };
+    let gain = |((_, site), adapter): (&(usize, Site), &SiteAdapter)| {
+        if adapter.magnitude.is_some() {
+            return f32::INFINITY;
+        }
+        let products = (adapter.r * base.dims(*site).0) as f32;
+        adapter.scale.abs() * products * largest(&adapter.a) * largest(&adapter.b)
+    };
+    weights.sites.iter().map(gain).fold(0.0, f32::max)
 }
 
 fn base_shape(config: &ModelConfig) -> BaseShape {

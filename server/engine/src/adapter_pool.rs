@@ -1,16 +1,23 @@
 //! Which adapter versions are in memory, who holds them, and which one goes when room is needed.
 //!
-//! A version in use is leased, and a leased version is never evicted. Bytes are reserved before a version is built and
-//! come back when the last holder drops it. The pool must not know requests, files or tensors' layout.
+//! A version in use is leased, and a leased version is never evicted; a pinned one neither. Bytes are reserved before a
+//! version is built and come back when the last holder drops it. The book is open to whoever asks for a version (a load
+//! begins when its request arrives, not when the engine comes round to it), to the loaders (which make room themselves)
+//! and to the engine (which alone gives leases), so it is locked; nothing is done under the lock that takes long. The
+//! pool must not know requests, files or tensors' layout.
+
+mod budget;
+mod residency;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use espalier_adapters::version::VersionDigest;
-use tokio::sync::oneshot;
+use tokio::sync::Notify;
 
 use crate::adapter_loader::LoadJob;
 use crate::error::EngineError;
@@ -18,54 +25,22 @@ use crate::handle::RETRY_AFTER;
 use crate::metrics;
 use crate::model::ResidentAdapter;
 
+pub(crate) use budget::{Budget, Reservation};
+pub(crate) use residency::PoolCounts;
+pub use residency::{AdapterMemory, AdapterResidency, Merging, ResidencyState};
+
 /// After so long without room the least recently used versions take no new requests, so that they end and make room:
 /// steady traffic on the resident ones cannot keep the others out for ever.
 const ROOM_PATIENCE: Duration = Duration::from_millis(500);
 
+/// So long a version that nobody has used yet waits for the request that asked for it; then it goes like any other.
+const FRESH: Duration = ROOM_PATIENCE;
+
+/// How often a loader without room looks again: leases end without telling anybody.
+const ROOM_LOOK: Duration = Duration::from_millis(2);
+
 /// Failures that residency lists; the oldest is forgotten first.
 const MAX_FAILURES: usize = 256;
-
-/// One version as the engine sees it now.
-#[derive(Clone, Debug)]
-pub struct AdapterResidency {
-    /// The version.
-    pub digest: VersionDigest,
-    /// Loading, resident, or failed.
-    pub state: ResidencyState,
-    /// Bytes of the arena and the head.
-    pub bytes: usize,
-    /// Requests that hold it now.
-    pub leases: usize,
-    /// Time since it was last asked for.
-    pub idle: Duration,
-    /// How long its load took.
-    pub load_duration: Duration,
-}
-
-/// How far a version has come.
-#[derive(Clone, Debug)]
-pub enum ResidencyState {
-    /// The loader has it, or it waits for the loader.
-    Loading,
-    /// It answers requests.
-    Resident,
-    /// Its last load failed; the next request tries again.
-    Failed(EngineError),
-}
-
-/// Bytes of adapters, counted where they are held.
-#[derive(Clone, Debug)]
-pub(crate) struct Budget {
-    used: Arc<AtomicUsize>,
-    limit: usize,
-}
-
-/// Bytes of the budget, given back on drop.
-#[derive(Debug)]
-pub(crate) struct Reservation {
-    used: Arc<AtomicUsize>,
-    bytes: usize,
-}
 
 /// A version in memory.
 #[derive(Debug)]
@@ -78,14 +53,6 @@ pub(crate) struct ResidentVersion {
 /// A version that cannot be evicted while this lives.
 #[derive(Clone, Debug)]
 pub(crate) struct AdapterLease(Arc<ResidentVersion>);
-
-/// The loader's question for room, answered when there is some.
-pub(crate) struct RoomRequest {
-    pub(crate) digest: VersionDigest,
-    pub(crate) bytes: usize,
-    pub(crate) asked: Instant,
-    pub(crate) reply: oneshot::Sender<Result<Reservation, EngineError>>,
-}
 
 /// What [`AdapterPool::lease`] found.
 #[derive(Debug)]
@@ -102,65 +69,52 @@ enum Slot {
     Loading {
         since: Instant,
     },
-    Resident {
-        version: Arc<ResidentVersion>,
-        last_used: Instant,
-        load_duration: Duration,
-        /// No new leases: it is to make room.
-        closing: bool,
-    },
+    Resident(Resident),
     Failed {
         error: EngineError,
         at: Instant,
     },
 }
 
-/// The engine's book of adapter versions.
-pub(crate) struct AdapterPool {
+struct Resident {
+    version: Arc<ResidentVersion>,
+    last_used: Instant,
+    load_duration: Duration,
+    requests: u64,
+    pinned: bool,
+    /// No new leases: it is to make room.
+    closing: bool,
+}
+
+/// Which place in the line for room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RoomTicket(u64);
+
+#[derive(Default)]
+struct Book {
     slots: HashMap<VersionDigest, Slot>,
-    budget: Budget,
-    loader: SyncSender<LoadJob>,
-    max_loads: usize,
     loading: usize,
-    room: VecDeque<RoomRequest>,
+    /// Loaders that wait for room, in the order in which they asked: a small adapter does not take a large one's room.
+    line: VecDeque<RoomTicket>,
+    next_ticket: u64,
+    stopped: bool,
 }
 
-// === impl Budget ===
-
-impl Budget {
-    pub(crate) fn new(limit: usize) -> Self {
-        Budget {
-            used: Arc::new(AtomicUsize::new(0)),
-            limit,
-        }
-    }
-
-    pub(crate) fn used(&self) -> usize {
-        self.used.load(Ordering::SeqCst)
-    }
-
-    pub(crate) fn reserve(&self, bytes: usize) -> Option<Reservation> {
-        let fits = |used: usize| used.checked_add(bytes).filter(|&sum| sum <= self.limit);
-        self.used
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, fits)
-            .ok()
-            .map(|_| Reservation {
-                used: Arc::clone(&self.used),
-                bytes,
-            })
-    }
+/// The book of adapter versions as the loaders see it.
+pub(crate) struct Shelf {
+    budget: Budget,
+    pinned_limit: usize,
+    book: Mutex<Book>,
+    room: Condvar,
+    changed: Notify,
 }
 
-impl Reservation {
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        self.used.fetch_sub(self.bytes, Ordering::SeqCst);
-    }
+/// The book with the way to the loaders: for whoever may ask for a version. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct AdapterPool {
+    shelf: Arc<Shelf>,
+    jobs: SyncSender<LoadJob>,
+    max_loads: usize,
 }
 
 // === impl AdapterLease ===
@@ -176,54 +130,56 @@ impl std::ops::Deref for AdapterLease {
 // === impl AdapterPool ===
 
 impl AdapterPool {
-    /// `loader` must hold `max_loads` jobs.
-    pub(crate) fn new(limit: usize, max_loads: usize, loader: SyncSender<LoadJob>) -> Self {
+    /// `jobs` must hold `max_loads` of them.
+    pub(crate) fn new(shelf: Arc<Shelf>, max_loads: usize, jobs: SyncSender<LoadJob>) -> Self {
         AdapterPool {
-            slots: HashMap::new(),
-            budget: Budget::new(limit),
-            loader,
+            shelf,
+            jobs,
             max_loads,
-            loading: 0,
-            room: VecDeque::new(),
         }
     }
 
     /// The version, for a request that has waited since `since`; starts its load when it is not there. A failure from
     /// before `since` is not the request's: it gets an attempt of its own.
-    pub(crate) fn lease(&mut self, digest: VersionDigest, since: Instant, now: Instant) -> Lookup {
-        match self.slots.get_mut(&digest) {
-            Some(Slot::Resident {
-                version,
-                last_used,
-                closing: false,
-                ..
-            }) => {
-                *last_used = now;
-                Lookup::Ready(AdapterLease(Arc::clone(version)))
+    pub(crate) fn lease(&self, digest: VersionDigest, since: Instant, now: Instant) -> Lookup {
+        let mut book = self.shelf.book();
+        match book.slots.get_mut(&digest) {
+            Some(Slot::Resident(resident)) if !resident.closing => {
+                resident.last_used = now;
+                resident.requests += 1;
+                Lookup::Ready(AdapterLease(Arc::clone(&resident.version)))
             }
-            Some(Slot::Resident { .. } | Slot::Loading { .. }) => Lookup::Wait,
+            Some(Slot::Resident(_) | Slot::Loading { .. }) => Lookup::Wait,
             Some(Slot::Failed { error, at }) if *at >= since => Lookup::Failed(error.clone()),
-            Some(Slot::Failed { .. }) | None => self.start_load(digest, now),
+            Some(Slot::Failed { .. }) | None => self.start_load(&mut book, digest, now),
         }
     }
 
-    pub(crate) fn is_resident(&self, digest: &VersionDigest) -> bool {
-        matches!(self.slots.get(digest), Some(Slot::Resident { .. }))
+    /// Starts the load of a version that is not there, so that it comes while its request still waits for the engine.
+    /// What goes wrong is told to the request by [`AdapterPool::lease`].
+    pub(crate) fn prefetch(&self, digest: VersionDigest, now: Instant) {
+        let mut book = self.shelf.book();
+        if !matches!(
+            book.slots.get(&digest),
+            Some(Slot::Resident(_) | Slot::Loading { .. })
+        ) {
+            let _ = self.start_load(&mut book, digest, now);
+        }
     }
 
-    fn start_load(&mut self, digest: VersionDigest, now: Instant) -> Lookup {
+    fn start_load(&self, book: &mut Book, digest: VersionDigest, now: Instant) -> Lookup {
         let overloaded = EngineError::Overloaded {
-            waiting: self.loading,
+            waiting: book.loading,
             limit: self.max_loads,
             retry_after: RETRY_AFTER,
         };
-        if self.loading >= self.max_loads {
+        if book.loading >= self.max_loads {
             return Lookup::Failed(overloaded);
         }
-        match self.loader.try_send(LoadJob { digest }) {
+        match self.jobs.try_send(LoadJob { digest }) {
             Ok(()) => {
-                self.loading += 1;
-                self.slots.insert(digest, Slot::Loading { since: now });
+                book.loading += 1;
+                book.slots.insert(digest, Slot::Loading { since: now });
                 Lookup::Wait
             }
             Err(TrySendError::Full(_)) => Lookup::Failed(overloaded),
@@ -231,30 +187,315 @@ impl AdapterPool {
         }
     }
 
+    /// Loads a version and waits until it is there; it is then as any other, and may be evicted.
+    ///
+    /// # Errors
+    /// What a request for it would get.
+    pub(crate) async fn activate(
+        &self,
+        digest: VersionDigest,
+    ) -> Result<AdapterResidency, EngineError> {
+        let since = Instant::now();
+        loop {
+            let changed = self.shelf.changed.notified();
+            tokio::pin!(changed);
+            // From here on no change is missed.
+            changed.as_mut().enable();
+            match self.lease(digest, since, Instant::now()) {
+                Lookup::Ready(lease) => {
+                    // The asker holds nothing: the list must not count this look as a holder.
+                    drop(lease);
+                    if let Some(found) = self.residency_of(&digest, Instant::now()) {
+                        return Ok(found);
+                    }
+                }
+                Lookup::Wait => changed.await,
+                Lookup::Failed(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Loads a version and keeps it in memory until [`AdapterPool::unpin`].
+    ///
+    /// # Errors
+    /// What a request for it would get, or [`EngineError::PinnedCapacity`].
+    pub(crate) async fn pin(&self, digest: VersionDigest) -> Result<AdapterResidency, EngineError> {
+        loop {
+            self.activate(digest).await?;
+            // It may have left again in between, but not for ever: each look makes it the last to go.
+            if let Some(found) = self.shelf.pin(digest, Instant::now())? {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// Lets a version be evicted again; says whether it was pinned.
+    pub(crate) fn unpin(&self, digest: &VersionDigest) -> bool {
+        match self.shelf.book().slots.get_mut(digest) {
+            Some(Slot::Resident(resident)) => std::mem::take(&mut resident.pinned),
+            _ => false,
+        }
+    }
+
+    pub(crate) fn is_resident(&self, digest: &VersionDigest) -> bool {
+        matches!(
+            self.shelf.book().slots.get(digest),
+            Some(Slot::Resident(_))
+        )
+    }
+
+    /// Evicts a version that nobody holds.
+    pub(crate) fn evict(&self, digest: VersionDigest) -> Result<(), EngineError> {
+        let mut book = self.shelf.book();
+        match book.slots.get(&digest) {
+            Some(Slot::Resident(resident)) => {
+                let leases = leases(&resident.version);
+                if resident.pinned {
+                    return Err(EngineError::AdapterPinned { digest });
+                }
+                if leases > 0 {
+                    return Err(EngineError::AdapterInUse { digest, leases });
+                }
+                book.slots.remove(&digest);
+                drop(book);
+                metrics::adapter_evicted();
+                self.shelf.changed.notify_waiters();
+                Ok(())
+            }
+            _ => Err(EngineError::AdapterNotResident { digest }),
+        }
+    }
+
+    pub(crate) fn residency(&self, now: Instant) -> Vec<AdapterResidency> {
+        let book = self.shelf.book();
+        let mut list: Vec<_> = book
+            .slots
+            .iter()
+            .map(|(digest, slot)| describe(*digest, slot, now))
+            .collect();
+        drop(book);
+        list.sort_by_key(|residency| residency.digest);
+        list
+    }
+
+    pub(crate) fn residency_of(
+        &self,
+        digest: &VersionDigest,
+        now: Instant,
+    ) -> Option<AdapterResidency> {
+        let book = self.shelf.book();
+        let slot = book.slots.get(digest)?;
+        Some(describe(*digest, slot, now))
+    }
+
+    pub(crate) fn counts(&self) -> PoolCounts {
+        let mut counts = PoolCounts {
+            bytes: self.shelf.budget.used(),
+            ..PoolCounts::default()
+        };
+        for slot in self.shelf.book().slots.values() {
+            let Slot::Resident(resident) = slot else {
+                continue;
+            };
+            counts.resident += 1;
+            counts.leases += leases(&resident.version);
+            if resident.pinned {
+                counts.pinned += 1;
+                counts.pinned_bytes += resident.version.reservation.bytes();
+            }
+        }
+        counts
+    }
+
+    /// The engine is gone: nobody waits any more.
+    pub(crate) fn stop(&self) {
+        self.shelf.book().stopped = true;
+        self.shelf.room.notify_all();
+        self.shelf.changed.notify_waiters();
+    }
+}
+
+// === impl Shelf ===
+
+impl Shelf {
+    /// Room for `limit` bytes, of which pinned versions take at most `pinned_limit`.
+    pub(crate) fn new(limit: usize, pinned_limit: usize) -> Self {
+        Shelf {
+            budget: Budget::new(limit),
+            pinned_limit,
+            book: Mutex::default(),
+            room: Condvar::new(),
+            changed: Notify::new(),
+        }
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Books the end of a load.
     pub(crate) fn loaded(
-        &mut self,
+        &self,
         digest: VersionDigest,
         result: Result<ResidentVersion, EngineError>,
         now: Instant,
     ) {
-        let since = match self.slots.remove(&digest) {
+        let mut book = self.book();
+        let since = match book.slots.remove(&digest) {
             Some(Slot::Loading { since }) => since,
             _ => now,
         };
-        self.loading = self.loading.saturating_sub(1);
+        book.loading = book.loading.saturating_sub(1);
         metrics::adapter_load(&result, now - since);
         let slot = match result {
-            Ok(version) => Slot::Resident {
+            Ok(version) => Slot::Resident(Resident {
                 version: Arc::new(version),
                 last_used: now,
                 load_duration: now - since,
+                requests: 0,
+                pinned: false,
                 closing: false,
-            },
+            }),
             Err(error) => Slot::Failed { error, at: now },
         };
-        self.slots.insert(digest, slot);
-        self.forget_old_failures();
+        book.slots.insert(digest, slot);
+        book.forget_old_failures();
+        drop(book);
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until `bytes` are free, evicting what nobody holds. For loader threads.
+    ///
+    /// # Errors
+    /// [`EngineError::AdapterCapacity`] when they never can be, [`EngineError::Stopped`].
+    pub(crate) fn reserve(
+        &self,
+        digest: VersionDigest,
+        bytes: usize,
+    ) -> Result<Reservation, EngineError> {
+        let ticket = self.ask_room();
+        let asked = Instant::now();
+        loop {
+            if let Some(answer) = self.look_for_room(ticket, (digest, bytes), asked, Instant::now())
+            {
+                return answer;
+            }
+            let book = self.book();
+            let waited = self.room.wait_timeout(book, ROOM_LOOK);
+            drop(waited.unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    /// Takes a place in the line.
+    fn ask_room(&self) -> RoomTicket {
+        let mut book = self.book();
+        let ticket = RoomTicket(book.next_ticket);
+        book.next_ticket += 1;
+        book.line.push_back(ticket);
+        ticket
+    }
+
+    /// One look for room: an answer leaves the line, `None` stays in it.
+    fn look_for_room(
+        &self,
+        ticket: RoomTicket,
+        (digest, bytes): (VersionDigest, usize),
+        asked: Instant,
+        now: Instant,
+    ) -> Option<Result<Reservation, EngineError>> {
+        let mut book = self.book();
+        let pinned = book.pinned_bytes();
+        let answer = if book.stopped {
+            Err(EngineError::Stopped)
+        } else if bytes > self.budget.limit().saturating_sub(pinned) {
+            Err(EngineError::AdapterCapacity {
+                digest,
+                requested: bytes,
+                in_use: pinned,
+                budget: self.budget.limit(),
+            })
+        } else if book.line.front() != Some(&ticket) {
+            return None;
+        } else {
+            match book.reserve_evicting(&self.budget, bytes, now) {
+                Some(reservation) => Ok(reservation),
+                None => {
+                    if now.saturating_duration_since(asked) > ROOM_PATIENCE {
+                        book.close_for(&self.budget, bytes);
+                    }
+                    return None;
+                }
+            }
+        };
+        book.line.retain(|waiting| *waiting != ticket);
+        if book.line.is_empty() {
+            book.reopen();
+        }
+        drop(book);
+        self.room.notify_all();
+        self.changed.notify_waiters();
+        Some(answer)
+    }
+
+    fn pin(
+        &self,
+        digest: VersionDigest,
+        now: Instant,
+    ) -> Result<Option<AdapterResidency>, EngineError> {
+        let mut book = self.book();
+        let pinned = book.pinned_bytes();
+        let Some(Slot::Resident(resident)) = book.slots.get_mut(&digest) else {
+            return Ok(None);
+        };
+        let bytes = resident.version.reservation.bytes();
+        if !resident.pinned && pinned + bytes > self.pinned_limit {
+            return Err(EngineError::PinnedCapacity {
+                digest,
+                requested: bytes,
+                pinned,
+                limit: self.pinned_limit,
+            });
+        }
+        resident.pinned = true;
+        resident.closing = false;
+        let slot = book.slots.get(&digest);
+        Ok(slot.map(|slot| describe(digest, slot, now)))
+    }
+}
+
+// === impl Resident ===
+
+impl Resident {
+    /// Nobody holds it, nobody is about to, and it is not to stay.
+    fn is_idle(&self, now: Instant) -> bool {
+        let awaited =
+            self.requests == 0 && now.saturating_duration_since(self.last_used) < FRESH;
+        !self.pinned && !awaited && leases(&self.version) == 0
+    }
+}
+
+// === impl Book ===
+
+impl Book {
+    fn residents(&self) -> impl Iterator<Item = (&VersionDigest, &Resident)> {
+        self.slots.iter().filter_map(|(digest, slot)| match slot {
+            Slot::Resident(resident) => Some((digest, resident)),
+            _ => None,
+        })
+    }
+
+    fn residents_mut(&mut self) -> impl Iterator<Item = &mut Resident> {
+        self.slots.values_mut().filter_map(|slot| match slot {
+            Slot::Resident(resident) => Some(resident),
+            _ => None,
+        })
+    }
+
+    fn pinned_bytes(&self) -> usize {
+        let pinned = self.residents().filter(|(_, resident)| resident.pinned);
+        pinned
+            .map(|(_, resident)| resident.version.reservation.bytes())
+            .sum()
     }
 
     fn forget_old_failures(&mut self) {
@@ -269,327 +510,85 @@ impl AdapterPool {
         }
     }
 
-    /// Takes the loader's question.
-    pub(crate) fn ask_room(&mut self, request: RoomRequest) {
-        self.room.push_back(request);
-    }
-
-    pub(crate) fn waits_for_room(&self) -> bool {
-        !self.room.is_empty()
-    }
-
-    /// Answers the loader's questions in order, as far as there is room or room can be made.
-    pub(crate) fn make_room(&mut self, now: Instant) {
-        while let Some(request) = self.room.front() {
-            let (digest, bytes, asked) = (request.digest, request.bytes, request.asked);
-            let answer = if bytes > self.budget.limit {
-                Err(EngineError::AdapterCapacity {
-                    digest,
-                    requested: bytes,
-                    in_use: 0,
-                    budget: self.budget.limit,
-                })
-            } else {
-                match self.reserve_evicting(bytes) {
-                    Some(reservation) => Ok(reservation),
-                    None => {
-                        if now - asked > ROOM_PATIENCE {
-                            self.close_for(bytes);
-                        }
-                        return;
-                    }
-                }
-            };
-            if let Some(request) = self.room.pop_front() {
-                // A loader that is gone drops its reservation at once.
-                let _ = request.reply.send(answer);
-            }
-        }
-    }
-
-    fn reserve_evicting(&mut self, bytes: usize) -> Option<Reservation> {
+    fn reserve_evicting(
+        &mut self,
+        budget: &Budget,
+        bytes: usize,
+        now: Instant,
+    ) -> Option<Reservation> {
         loop {
-            if let Some(reservation) = self.budget.reserve(bytes) {
+            if let Some(reservation) = budget.reserve(bytes) {
                 return Some(reservation);
             }
-            let idle = |(digest, slot): (&VersionDigest, &Slot)| match slot {
-                Slot::Resident {
-                    version, last_used, ..
-                } if leases(version) == 0 => Some((*last_used, *digest)),
-                _ => None,
+            let idle = |(digest, resident): (&VersionDigest, &Resident)| {
+                resident
+                    .is_idle(now)
+                    .then_some((resident.last_used, *digest))
             };
-            let (_, digest) = self.slots.iter().filter_map(idle).min()?;
+            let (_, digest) = self.residents().filter_map(idle).min()?;
             self.slots.remove(&digest);
             metrics::adapter_evicted();
         }
     }
 
     /// Least recently used first, until their bytes would do.
-    fn close_for(&mut self, bytes: usize) {
-        let free = self.budget.limit.saturating_sub(self.budget.used());
+    fn close_for(&mut self, budget: &Budget, bytes: usize) {
+        let free = budget.limit().saturating_sub(budget.used());
         let mut missing = bytes.saturating_sub(free);
-        let mut residents: Vec<_> = self
-            .slots
-            .values_mut()
-            .filter_map(|slot| match slot {
-                Slot::Resident {
-                    version,
-                    last_used,
-                    closing,
-                    ..
-                } => Some((*last_used, version.reservation.bytes(), closing)),
-                _ => None,
-            })
-            .collect();
-        residents.sort_by_key(|(last_used, ..)| *last_used);
+        let mut residents: Vec<_> = self.residents_mut().filter(|r| !r.pinned).collect();
+        residents.sort_by_key(|resident| resident.last_used);
         // Those that close already count, so that waiting longer closes no more than needed.
-        for (_, held, closing) in residents {
+        for resident in residents {
             if missing == 0 {
                 return;
             }
-            *closing = true;
-            missing = missing.saturating_sub(held);
+            resident.closing = true;
+            missing = missing.saturating_sub(resident.version.reservation.bytes());
         }
     }
 
-    /// Evicts a version that nobody holds.
-    pub(crate) fn evict(&mut self, digest: VersionDigest) -> Result<(), EngineError> {
-        match self.slots.get(&digest) {
-            Some(Slot::Resident { version, .. }) => {
-                let leases = leases(version);
-                if leases > 0 {
-                    return Err(EngineError::AdapterInUse { digest, leases });
-                }
-                self.slots.remove(&digest);
-                metrics::adapter_evicted();
-                Ok(())
-            }
-            _ => Err(EngineError::AdapterNotResident { digest }),
-        }
+    /// Nobody waits for room: what was to make it may take requests again.
+    fn reopen(&mut self) {
+        self.residents_mut().for_each(|r| r.closing = false);
     }
+}
 
-    pub(crate) fn residency(&self, now: Instant) -> Vec<AdapterResidency> {
-        let mut list: Vec<_> = self
-            .slots
-            .keys()
-            .filter_map(|digest| self.residency_of(digest, now))
-            .collect();
-        list.sort_by_key(|residency| residency.digest);
-        list
-    }
-
-    pub(crate) fn residency_of(
-        &self,
-        digest: &VersionDigest,
-        now: Instant,
-    ) -> Option<AdapterResidency> {
-        let digest = *digest;
-        Some(match self.slots.get(&digest)? {
-            Slot::Loading { since } => AdapterResidency {
-                digest,
-                state: ResidencyState::Loading,
-                bytes: 0,
-                leases: 0,
-                idle: Duration::ZERO,
-                load_duration: now - *since,
-            },
-            Slot::Resident {
-                version,
-                last_used,
-                load_duration,
-                ..
-            } => AdapterResidency {
-                digest,
-                state: ResidencyState::Resident,
-                bytes: version.reservation.bytes(),
-                leases: leases(version),
-                idle: now - *last_used,
-                load_duration: *load_duration,
-            },
-            Slot::Failed { error, at } => AdapterResidency {
-                digest,
-                state: ResidencyState::Failed(error.clone()),
-                bytes: 0,
-                leases: 0,
-                idle: now - *at,
-                load_duration: Duration::ZERO,
-            },
-        })
-    }
-
-    pub(crate) fn bytes_used(&self) -> usize {
-        self.budget.used()
-    }
-
-    pub(crate) fn resident(&self) -> usize {
-        self.slots
-            .values()
-            .filter(|slot| matches!(slot, Slot::Resident { .. }))
-            .count()
-    }
-
-    pub(crate) fn leases(&self) -> usize {
-        let of = |slot: &Slot| match slot {
-            Slot::Resident { version, .. } => leases(version),
-            _ => 0,
-        };
-        self.slots.values().map(of).sum()
+fn describe(digest: VersionDigest, slot: &Slot, now: Instant) -> AdapterResidency {
+    let nothing = AdapterResidency {
+        digest,
+        state: ResidencyState::Loading,
+        bytes: 0,
+        leases: 0,
+        requests: 0,
+        pinned: false,
+        merging: Merging::No,
+        idle: Duration::ZERO,
+        load_duration: Duration::ZERO,
+    };
+    match slot {
+        Slot::Loading { since } => AdapterResidency {
+            load_duration: now - *since,
+            ..nothing
+        },
+        Slot::Resident(resident) => AdapterResidency {
+            state: ResidencyState::Resident,
+            bytes: resident.version.reservation.bytes(),
+            leases: leases(&resident.version),
+            requests: resident.requests,
+            pinned: resident.pinned,
+            idle: now.saturating_duration_since(resident.last_used),
+            load_duration: resident.load_duration,
+            ..nothing
+        },
+        Slot::Failed { error, at } => AdapterResidency {
+            state: ResidencyState::Failed(error.clone()),
+            idle: now.saturating_duration_since(*at),
+            ..nothing
+        },
     }
 }
 
 /// The pool itself holds one.
 fn leases(version: &Arc<ResidentVersion>) -> usize {
     Arc::strong_count(version) - 1
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
-
-    use std::sync::mpsc::{Receiver, sync_channel};
-
-    use super::*;
-
-    fn digest(n: u8) -> VersionDigest {
-        VersionDigest::from_bytes([n; 32])
-    }
-
-    struct Fixture {
-        pool: AdapterPool,
-        jobs: Receiver<LoadJob>,
-        start: Instant,
-    }
-
-    fn fixture(limit: usize) -> Fixture {
-        let (sender, jobs) = sync_channel(8);
-        Fixture {
-            pool: AdapterPool::new(limit, 8, sender),
-            jobs,
-            start: Instant::now(),
-        }
-    }
-
-    impl Fixture {
-        fn at(&self, ms: u64) -> Instant {
-            self.start + Duration::from_millis(ms)
-        }
-
-        fn lease(&mut self, n: u8, ms: u64) -> Lookup {
-            self.pool.lease(digest(n), self.at(ms), self.at(ms))
-        }
-
-        /// Plays the loader up to its question.
-        fn ask(
-            &mut self,
-            bytes: usize,
-            ms: u64,
-        ) -> oneshot::Receiver<Result<Reservation, EngineError>> {
-            let job = self.jobs.try_recv().unwrap();
-            let (reply, answer) = oneshot::channel();
-            let asked = self.at(ms);
-            self.pool.ask_room(RoomRequest {
-                digest: job.digest,
-                bytes,
-                asked,
-                reply,
-            });
-            self.pool.make_room(asked);
-            answer
-        }
-
-        fn finish(
-            &mut self,
-            n: u8,
-            mut answer: oneshot::Receiver<Result<Reservation, EngineError>>,
-            ms: u64,
-        ) {
-            let reservation = answer.try_recv().unwrap();
-            let result = reservation.map(|reservation| ResidentVersion {
-                adapter: Arc::new(ResidentAdapter::empty(1)),
-                labels: Arc::from([]),
-                reservation,
-            });
-            let now = self.at(ms);
-            self.pool.loaded(digest(n), result, now);
-        }
-
-        fn load(&mut self, n: u8, bytes: usize, ms: u64) -> AdapterLease {
-            assert!(matches!(self.lease(n, ms), Lookup::Wait));
-            let answer = self.ask(bytes, ms);
-            self.finish(n, answer, ms);
-            match self.lease(n, ms) {
-                Lookup::Ready(lease) => lease,
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-
-    #[test]
-    fn the_least_recently_used_goes_and_the_budget_holds() {
-        let mut fixture = fixture(100);
-        drop(fixture.load(1, 40, 0));
-        drop(fixture.load(2, 40, 1));
-        assert!(matches!(fixture.lease(1, 2), Lookup::Ready(_)));
-        drop(fixture.load(3, 50, 3));
-        assert!(!fixture.pool.is_resident(&digest(2)), "1 was used later");
-        assert!(fixture.pool.is_resident(&digest(1)));
-        assert_eq!(fixture.pool.bytes_used(), 90);
-    }
-
-    #[test]
-    fn a_lease_holds_and_starved_loads_close_the_door() {
-        let mut fixture = fixture(100);
-        let held = fixture.load(1, 80, 0);
-        assert!(matches!(fixture.lease(2, 1), Lookup::Wait));
-        let answer = fixture.ask(50, 1);
-        assert!(matches!(fixture.lease(1, 2), Lookup::Ready(_)));
-        let later = fixture.at(1000);
-        fixture.pool.make_room(later);
-        assert!(
-            matches!(fixture.lease(1, 1001), Lookup::Wait),
-            "closing: no new leases"
-        );
-        assert_eq!(fixture.pool.bytes_used(), 80);
-        drop(held);
-        fixture.pool.make_room(later);
-        fixture.finish(2, answer, 1002);
-        assert!(matches!(fixture.lease(2, 1003), Lookup::Ready(_)));
-        assert_eq!(fixture.pool.bytes_used(), 50);
-        assert!(
-            matches!(fixture.lease(1, 1004), Lookup::Wait),
-            "evicted: loads again"
-        );
-    }
-
-    #[test]
-    fn a_failure_answers_who_waited_and_the_next_one_tries_again() {
-        let mut fixture = fixture(100);
-        assert!(matches!(fixture.lease(1, 0), Lookup::Wait));
-        let answer = fixture.ask(101, 0);
-        fixture.finish(1, answer, 5);
-        let (since, now) = (fixture.at(0), fixture.at(6));
-        let failed = fixture.pool.lease(digest(1), since, now);
-        assert!(matches!(
-            failed,
-            Lookup::Failed(EngineError::AdapterCapacity { requested: 101, .. })
-        ));
-        assert!(
-            matches!(fixture.lease(1, 7), Lookup::Wait),
-            "a later request has its own attempt"
-        );
-        assert_eq!(fixture.pool.bytes_used(), 0);
-    }
-
-    #[test]
-    fn bytes_come_back_with_the_last_holder() {
-        let mut fixture = fixture(100);
-        let held = fixture.load(1, 60, 0);
-        assert!(matches!(
-            fixture.pool.evict(digest(1)),
-            Err(EngineError::AdapterInUse { leases: 1, .. })
-        ));
-        drop(held);
-        fixture.pool.evict(digest(1)).unwrap();
-        assert_eq!(fixture.pool.bytes_used(), 0);
-    }
 }

@@ -5,13 +5,10 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Instant;
 
-use espalier_adapters::version::VersionDigest;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::adapter_loader::LoadOutcome;
-use crate::adapter_pool::{AdapterResidency, RoomRequest};
-use crate::error::EngineError;
 use crate::handle::{Gauges, Ticket};
+use crate::model::ResidentAdapter;
 use crate::request::{Event, Request};
 use crate::train::TrainingStart;
 
@@ -21,26 +18,17 @@ pub(crate) enum EngineCommand {
     Submit(Box<Submission>),
     /// A training job, prepared for its own thread.
     Train(Box<TrainingStart>),
-    /// Load a version now.
-    Activate {
-        /// The version.
-        digest: VersionDigest,
-        /// Answered when it is resident or has failed.
-        reply: oneshot::Sender<Result<AdapterResidency, EngineError>>,
+    /// The loaders have brought a version, or could not: whoever waits for it looks again.
+    AdapterReady,
+    /// A version whose numbers could overflow runs a few tokens before it serves.
+    SelfCheck {
+        /// As it would serve.
+        adapter: Arc<ResidentAdapter>,
+        /// Whether all states were finite.
+        reply: oneshot::Sender<bool>,
     },
-    /// Evict a version now.
-    Deactivate {
-        /// The version.
-        digest: VersionDigest,
-        /// Answered at once.
-        reply: oneshot::Sender<Result<(), EngineError>>,
-    },
-    /// The loader needs room for a version.
-    Room(RoomRequest),
-    /// The loader is done with one version.
-    Loaded(Box<LoadOutcome>),
-    /// What is resident now.
-    Residency(oneshot::Sender<Vec<AdapterResidency>>),
+    /// Does the engine still look at its commands?
+    Probe(oneshot::Sender<()>),
     /// Look at the training jobs: one was cancelled, has ended or wants its turn.
     Wake,
     /// Finish what runs, stop training at a checkpoint, then answer and end the thread.

@@ -37,11 +37,19 @@ pub struct EngineConfig {
     pub slow_reader_limit: Duration,
     /// Bytes of resident adapters.
     pub adapter_bytes: usize,
+    /// Share of `adapter_bytes` that pinned adapters may take, 0 to 1: the rest always goes round.
+    pub max_pinned_share: f64,
+    /// Bytes of merged copies of the base, beside `adapter_bytes`. 0 makes none.
+    pub merged_bytes: usize,
+    /// Share of all computed rows from which an adapter may be merged; below half of it its copy is given up.
+    pub merge_share: f64,
+    /// Half-life of the counters that the share is taken from.
+    pub merge_window: Duration,
     /// Distinct adapters that may be loading or waiting for the loader.
     pub max_adapter_loads: usize,
     /// Bounds of an adapter's files.
     pub adapter_limits: Limits,
-    /// Whether a new adapter runs a few tokens before it serves.
+    /// Whether a new adapter whose numbers are large enough to overflow runs a few tokens before it serves.
     pub adapter_self_check: bool,
     /// Limits of one request.
     pub limits: RequestLimits,
@@ -94,6 +102,10 @@ impl Default for EngineConfig {
             event_buffer: 64,
             slow_reader_limit: Duration::from_secs(30),
             adapter_bytes: 1 << 30,
+            max_pinned_share: 0.5,
+            merged_bytes: 0,
+            merge_share: 0.5,
+            merge_window: Duration::from_secs(30),
             max_adapter_loads: 256,
             adapter_limits: Limits::default(),
             adapter_self_check: true,
@@ -141,6 +153,10 @@ impl EngineConfig {
             return Err(invalid("event_buffer", reason));
         }
         positive("max_adapter_loads", self.max_adapter_loads)?;
+        if !(0.0..=1.0).contains(&self.max_pinned_share) {
+            let reason = format!("{} is not a share from 0 to 1", self.max_pinned_share);
+            return Err(invalid("max_pinned_share", reason));
+        }
         positive("max_training_jobs", self.max_training_jobs)?;
         if self.max_num_batched_tokens < self.max_num_seqs {
             return Err(invalid(
@@ -150,6 +166,13 @@ impl EngineConfig {
                     self.max_num_batched_tokens, self.max_num_seqs
                 ),
             ));
+        }
+        if !(self.merge_share > 0.0 && self.merge_share <= 1.0) {
+            let reason = format!("{} is not above 0 and at most 1", self.merge_share);
+            return Err(invalid("merge_share", reason));
+        }
+        if self.merge_window.is_zero() {
+            return Err(invalid("merge_window", "must be above zero".to_owned()));
         }
         if self.training_quantum.is_zero() {
             return Err(invalid("training_quantum", "must be above zero".to_owned()));
@@ -164,6 +187,11 @@ impl EngineConfig {
             ));
         }
         Ok(())
+    }
+
+    /// Bytes that pinned adapters may take.
+    pub(crate) fn pinned_bytes(&self) -> usize {
+        (self.adapter_bytes as f64 * self.max_pinned_share) as usize
     }
 }
 

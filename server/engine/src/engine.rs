@@ -17,18 +17,17 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use espalier_adapters::version::VersionDigest;
 use tokio::sync::oneshot;
 
-use crate::adapter_loader::{self, AdapterSource, LoadOutcome};
-use crate::adapter_pool::{AdapterPool, AdapterResidency, Lookup};
+use crate::adapter_loader::{self, AdapterSource};
+use crate::adapter_pool::{AdapterPool, Shelf};
 use crate::command::{CommandSender, EngineCommand};
 use crate::config::{BLOCK_SIZE, EngineConfig};
 use crate::error::EngineError;
 use crate::handle::{Gauges, ModelInfo, Shared};
 use crate::metrics::{self, EngineStats};
-use crate::model::{LoadedModel, Model};
-use crate::model_runner::{ModelRunner, RunItem, SELF_CHECK_TOKENS};
+use crate::model::{LoadedModel, Model, ResidentAdapter};
+use crate::model_runner::{ModelRunner, RunItem};
 use crate::request::{Event, RequestKind};
 use crate::scheduler::{Admitted, Plan, ScheduledSequence, Scheduler, SchedulerLimits, SequenceId};
 use crate::sequence::{ActiveRequest, RequestKey, Sequence};
@@ -58,7 +57,6 @@ struct Engine {
     sequences: HashMap<SequenceId, Sequence>,
     /// Requests whose adapter is not there yet, in the order of arrival.
     parked: Vec<(RequestKey, RequestKind)>,
-    activations: Vec<Activation>,
     drain: Option<Drain>,
     /// The last plan was empty: nothing can run until something happens.
     stalled: bool,
@@ -69,13 +67,6 @@ struct Engine {
     /// Reused: the wanted states of a step, and those of them from which tokens are drawn.
     states: Vec<f32>,
     drawing: Vec<f32>,
-}
-
-/// A wish to have a version resident.
-struct Activation {
-    digest: VersionDigest,
-    since: Instant,
-    reply: oneshot::Sender<Result<AdapterResidency, EngineError>>,
 }
 
 struct Drain {
@@ -127,14 +118,16 @@ pub(crate) fn start(
     let gauges = Arc::new(Gauges::new());
     let (sender, commands) = sync_channel(config.max_queue + CONTROL_PLACES);
     let sender = CommandSender::new(sender, Arc::clone(&gauges));
-    let loader = adapter_loader::start(
+    let shelf = Arc::new(Shelf::new(config.adapter_bytes, config.pinned_bytes()));
+    let jobs = adapter_loader::start(
         source,
         Arc::clone(&decoder),
-        config.adapter_limits,
-        config.max_adapter_loads,
+        &config,
+        Arc::clone(&shelf),
         sender.clone(),
     )
     .map_err(|error| cannot(error.to_string()))?;
+    let pool = AdapterPool::new(shelf, config.max_adapter_loads, jobs);
     let limits = SchedulerLimits {
         max_num_seqs: config.max_num_seqs,
         max_num_batched_tokens: config.max_num_batched_tokens,
@@ -147,12 +140,11 @@ pub(crate) fn start(
         gauges: Arc::clone(&gauges),
         runner: ModelRunner::new(decoder, config.kv_blocks),
         scheduler: Scheduler::new(limits, config.kv_blocks),
-        pool: AdapterPool::new(config.adapter_bytes, config.max_adapter_loads, loader),
+        pool: pool.clone(),
         training: TrainingWorker::new(&config, Arc::clone(&gauges), sender.clone()),
         requests: BTreeMap::new(),
         sequences: HashMap::new(),
         parked: Vec::new(),
-        activations: Vec::new(),
         drain: None,
         stalled: true,
         next_request: 0,
@@ -173,6 +165,7 @@ pub(crate) fn start(
         model,
         commands: sender,
         gauges,
+        pool,
     })
 }
 
@@ -195,6 +188,7 @@ impl Engine {
             self.clock.lap(|times| &mut times.publish);
         }
         tracing::info!(steps = self.totals.steps, "the engine has drained");
+        self.pool.stop();
         if let Some(drain) = self.drain.take() {
             let _ = drain.reply.send(());
         }
@@ -221,9 +215,7 @@ impl Engine {
             self.handle(command);
         }
         let now = Instant::now();
-        self.pool.make_room(now);
         self.unpark(now);
-        self.answer_activations(now);
         self.watch(now);
     }
 
@@ -233,9 +225,7 @@ impl Engine {
         if can_run || self.training.ready() {
             return Duration::ZERO;
         }
-        let waits =
-            !self.requests.is_empty() || !self.activations.is_empty() || self.pool.waits_for_room();
-        if waits || self.drain.is_some() {
+        if !self.requests.is_empty() || self.drain.is_some() {
             WATCH
         } else {
             HEARTBEAT
@@ -249,20 +239,13 @@ impl Engine {
             EngineCommand::Train(start) => {
                 self.training.start(*start, Arc::clone(self.runner.model()));
             }
-            EngineCommand::Activate { digest, reply } => {
-                self.activations.push(Activation {
-                    digest,
-                    since: Instant::now(),
-                    reply,
-                });
+            // Whoever waits looks again before the next step.
+            EngineCommand::AdapterReady => {}
+            EngineCommand::SelfCheck { adapter, reply } => {
+                let _ = reply.send(self.self_check(&adapter));
             }
-            EngineCommand::Deactivate { digest, reply } => {
-                let _ = reply.send(self.pool.evict(digest));
-            }
-            EngineCommand::Room(request) => self.pool.ask_room(request),
-            EngineCommand::Loaded(outcome) => self.loaded(*outcome),
-            EngineCommand::Residency(reply) => {
-                let _ = reply.send(self.pool.residency(Instant::now()));
+            EngineCommand::Probe(reply) => {
+                let _ = reply.send(());
             }
             EngineCommand::Wake => self.training.look(),
             EngineCommand::Drain { deadline, reply } => self.begin_drain(deadline, reply),
@@ -291,56 +274,10 @@ impl Engine {
         self.requests.is_empty() && self.training.active() == 0
     }
 
-    /// A new adapter runs a few tokens before it serves.
-    fn loaded(&mut self, outcome: LoadOutcome) {
-        let LoadOutcome { digest, mut result } = outcome;
-        if let Ok(version) = &result
-            && self.config.adapter_self_check
-        {
-            let runner = &mut self.runner;
-            let finite = catch_unwind(AssertUnwindSafe(|| runner.self_check(&version.adapter)))
-                .unwrap_or(false);
-            if !finite {
-                result = Err(EngineError::AdapterSelfCheck {
-                    digest,
-                    tokens: SELF_CHECK_TOKENS,
-                });
-            }
-        }
-        if let Err(error) = &result {
-            tracing::warn!(%digest, %error, "adapter load failed");
-        }
-        self.pool.loaded(digest, result, Instant::now());
-    }
-
-    fn answer_activations(&mut self, now: Instant) {
-        for activation in std::mem::take(&mut self.activations) {
-            let Activation {
-                digest,
-                since,
-                reply,
-            } = activation;
-            let answer = match self.pool.lease(digest, since, now) {
-                Lookup::Wait if reply.is_closed() => continue,
-                Lookup::Wait => {
-                    self.activations.push(Activation {
-                        digest,
-                        since,
-                        reply,
-                    });
-                    continue;
-                }
-                Lookup::Ready(lease) => {
-                    // The asker holds nothing: the list must not count this look as a holder.
-                    drop(lease);
-                    self.pool
-                        .residency_of(&digest, now)
-                        .ok_or(EngineError::Stopped)
-                }
-                Lookup::Failed(error) => Err(error),
-            };
-            let _ = reply.send(answer);
-        }
+    /// Whether a few tokens through a new adapter give finite states.
+    fn self_check(&mut self, adapter: &Arc<ResidentAdapter>) -> bool {
+        let runner = &mut self.runner;
+        catch_unwind(AssertUnwindSafe(|| runner.self_check(adapter))).unwrap_or(false)
     }
 
     /// Requests whose client is gone or whose time is over leave; sequences whose reader is behind pause.
@@ -507,10 +444,13 @@ impl Engine {
             .items
             .iter()
             .filter_map(|item| self.requests.get(&self.sequences.get(&item.id)?.request))
-            .flat_map(|request| request.target.iter().map(|target| target.digest))
+            .flat_map(|request| request.target.iter().zip(&request.leases))
+            .map(|(target, lease)| (target.digest, lease.adapter.bytes()))
             .collect();
         versions.sort_unstable();
         versions.dedup();
+        let bytes: usize = versions.iter().map(|(_, bytes)| bytes).sum();
+        self.totals.adapter_bytes_read += bytes as u64;
         metrics::step(plan.items.len(), rows, decodes, versions.len(), duration);
         self.training.after_step(duration);
     }
@@ -529,10 +469,13 @@ impl Engine {
         totals.kv_blocks_kept = self.scheduler.blocks_idle();
         totals.kv_evictions = self.scheduler.evictions();
         totals.kv_blocks = self.scheduler.blocks_total();
-        totals.adapters_resident = self.pool.resident();
-        totals.adapter_bytes_used = self.pool.bytes_used();
+        let adapters = self.pool.counts();
+        totals.adapters_resident = adapters.resident;
+        totals.adapter_bytes_used = adapters.bytes;
         totals.adapter_bytes = self.config.adapter_bytes;
-        totals.adapter_leases = self.pool.leases();
+        totals.adapter_leases = adapters.leases;
+        totals.adapters_pinned = adapters.pinned;
+        totals.adapter_bytes_pinned = adapters.pinned_bytes;
         totals.training_impact = self.training.impact();
         totals.times.clone_from(self.clock.times());
         metrics::gauges(totals, self.scheduler.service_gap());

@@ -98,6 +98,27 @@ pub enum EngineError {
         /// The configured budget.
         budget: usize,
     },
+    /// Pinned adapters would take more than their share of the budget (reason `PINNED_CAPACITY`).
+    #[error(
+        "adapter version {digest} has {requested} bytes; {pinned} are pinned already and at most {limit} may be \
+         (max_pinned_share of adapter_cache_bytes): unpin another version or raise one of the two"
+    )]
+    PinnedCapacity {
+        /// The version asked for.
+        digest: VersionDigest,
+        /// Bytes it has.
+        requested: usize,
+        /// Bytes of pinned versions.
+        pinned: usize,
+        /// The bound.
+        limit: usize,
+    },
+    /// A pinned adapter is not evicted (reason `RESOURCE_IN_USE`).
+    #[error("adapter version {digest} is pinned; unpin it first")]
+    AdapterPinned {
+        /// The version asked for.
+        digest: VersionDigest,
+    },
     /// The request wanted a resident adapter only (reason `ADAPTER_NOT_RESIDENT`).
     #[error("adapter version {digest} is not resident")]
     AdapterNotResident {

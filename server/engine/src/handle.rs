@@ -10,7 +10,7 @@ use espalier_adapters::version::VersionDigest;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::adapter_loader::AdapterSource;
-use crate::adapter_pool::AdapterResidency;
+use crate::adapter_pool::{AdapterMemory, AdapterPool, AdapterResidency};
 use crate::command::{CommandSender, EngineCommand, SendRefused, Submission};
 use crate::config::EngineConfig;
 use crate::error::EngineError;
@@ -51,12 +51,13 @@ pub struct ModelInfo {
     pub stop_ids: Vec<u32>,
 }
 
-/// State shared between handles and the engine thread. Counters only: no decision of the engine depends on a lock here.
+/// State shared between handles and the engine thread: counters, and the book of adapters, which is locked for moments only.
 pub(crate) struct Shared {
     pub(crate) config: EngineConfig,
     pub(crate) model: ModelInfo,
     pub(crate) commands: CommandSender,
     pub(crate) gauges: Arc<Gauges>,
+    pub(crate) pool: AdapterPool,
 }
 
 /// Counters that both sides touch.
@@ -152,12 +153,19 @@ impl EngineHandle {
             .gauges
             .ticket(self.shared.config.max_queue)
             .inspect_err(|_| metrics::admission("queue_full"))?;
+        let submitted = Instant::now();
+        if !request.require_resident {
+            // The load begins now, not when the engine comes round to the request after its step.
+            for target in &request.target {
+                self.shared.pool.prefetch(target.digest, submitted);
+            }
+        }
         let (events, receiver) = mpsc::channel(self.shared.config.event_buffer);
         self.send(EngineCommand::Submit(Box::new(Submission {
             request,
             events,
             ticket,
-            submitted: Instant::now(),
+            submitted,
         })))?;
         Ok(receiver)
     }
@@ -179,28 +187,69 @@ impl EngineHandle {
     /// What a request for that version would get.
     pub async fn activate(&self, digest: VersionDigest) -> Result<AdapterResidency, EngineError> {
         self.refuse_if_draining()?;
-        let (reply, answer) = oneshot::channel();
-        self.send(EngineCommand::Activate { digest, reply })?;
-        answer.await.unwrap_or(Err(EngineError::Stopped))
+        self.shared.pool.activate(digest).await
+    }
+
+    /// Begins to load a version unless it is there. Never waits; whether it comes is told by [`EngineHandle::residency_of`].
+    pub fn prefetch(&self, digest: VersionDigest) {
+        self.shared.pool.prefetch(digest, Instant::now());
+    }
+
+    /// Loads a version and keeps it in memory until [`EngineHandle::unpin`].
+    ///
+    /// # Errors
+    /// What a request for that version would get, and [`EngineError::PinnedCapacity`].
+    pub async fn pin(&self, digest: VersionDigest) -> Result<AdapterResidency, EngineError> {
+        self.refuse_if_draining()?;
+        self.shared.pool.pin(digest).await
+    }
+
+    /// Lets a version be evicted again. Says whether it was pinned.
+    pub fn unpin(&self, digest: &VersionDigest) -> bool {
+        self.shared.pool.unpin(digest)
     }
 
     /// Evicts a version now.
     ///
     /// # Errors
-    /// [`EngineError::AdapterInUse`], [`EngineError::AdapterNotResident`].
+    /// [`EngineError::AdapterInUse`], [`EngineError::AdapterPinned`], [`EngineError::AdapterNotResident`].
     pub async fn deactivate(&self, digest: VersionDigest) -> Result<(), EngineError> {
-        let (reply, answer) = oneshot::channel();
-        self.send(EngineCommand::Deactivate { digest, reply })?;
-        answer.await.unwrap_or(Err(EngineError::Stopped))
+        self.shared.pool.evict(digest)
     }
 
-    /// What is resident, loading or failed, by the engine's own book. Waits for the current step.
+    /// What is resident, loading or failed, by the engine's own book.
+    ///
+    /// # Errors
+    /// None today; a book elsewhere may have some.
+    pub async fn residency(&self) -> Result<Vec<AdapterResidency>, EngineError> {
+        Ok(self.shared.pool.residency(Instant::now()))
+    }
+
+    /// One version's place; `None` when it is not in memory.
+    pub fn residency_of(&self, digest: &VersionDigest) -> Option<AdapterResidency> {
+        self.shared.pool.residency_of(digest, Instant::now())
+    }
+
+    /// Bytes of adapters by what they are for.
+    pub fn adapter_memory(&self) -> AdapterMemory {
+        let (config, counts) = (&self.shared.config, self.shared.pool.counts());
+        AdapterMemory {
+            budget: config.adapter_bytes,
+            used: counts.bytes,
+            pinned_budget: config.pinned_bytes(),
+            pinned: counts.pinned_bytes,
+            merged_budget: config.merged_bytes,
+            merged: 0,
+        }
+    }
+
+    /// Answers when the engine thread next looks at its commands: whoever waits in vain knows that it hangs.
     ///
     /// # Errors
     /// [`EngineError::Stopped`], [`EngineError::Overloaded`].
-    pub async fn residency(&self) -> Result<Vec<AdapterResidency>, EngineError> {
+    pub async fn probe(&self) -> Result<(), EngineError> {
         let (reply, answer) = oneshot::channel();
-        self.send(EngineCommand::Residency(reply))?;
+        self.send(EngineCommand::Probe(reply))?;
         answer.await.map_err(|_| EngineError::Stopped)
     }
 

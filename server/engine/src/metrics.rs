@@ -33,10 +33,16 @@ pub struct EngineStats {
     pub adapter_bytes: usize,
     /// Leases that requests hold.
     pub adapter_leases: usize,
+    /// Adapters that are never evicted.
+    pub adapters_pinned: usize,
+    /// Their bytes.
+    pub adapter_bytes_pinned: usize,
     /// Training jobs in the engine.
     pub training_jobs: usize,
     /// Steps since the start.
     pub steps: u64,
+    /// Bytes of the distinct adapters of every step, summed over the steps since the start.
+    pub adapter_bytes_read: u64,
     /// Tokens generated since the start.
     pub output_tokens: u64,
     /// Prompt tokens computed since the start.
@@ -67,10 +73,12 @@ const CACHE_CONFIG: &str = "espalier_cache_config_info";
 const LORA_RESIDENT: &str = "espalier_lora_slots_used";
 const LORA_BYTES: &str = "espalier_lora_device_bytes";
 const LORA_LEASES: &str = "espalier_lora_leases";
+const LORA_PINNED: &str = "espalier_lora_pinned_bytes";
 const ADAPTER_LOADS: &str = "espalier_adapter_loads_total";
 const ADAPTER_EVICTIONS: &str = "espalier_adapter_evictions_total";
 const ADAPTER_FAILURES: &str = "espalier_adapter_load_failures_total";
 const ADAPTER_LOAD_DURATION: &str = "espalier_adapter_load_duration_seconds";
+const ADAPTER_LOAD_STAGE: &str = "espalier_adapter_load_stage_seconds";
 const ADAPTER_CACHE: &str = "espalier_adapter_cache_requests_total";
 const ADMISSION: &str = "espalier_admission_total";
 const QUEUE_DURATION: &str = "espalier_queue_duration_seconds";
@@ -113,6 +121,7 @@ pub(crate) fn describe(config: &EngineConfig) {
         "bytes of adapters in memory, loads in progress included"
     );
     describe_gauge!(LORA_LEASES, "requests that hold an adapter");
+    describe_gauge!(LORA_PINNED, "bytes of adapters that are never evicted");
     describe_counter!(ADAPTER_LOADS, "adapters loaded");
     describe_counter!(ADAPTER_EVICTIONS, "adapters evicted");
     describe_counter!(ADAPTER_FAILURES, "adapter loads that failed, by reason");
@@ -120,6 +129,7 @@ pub(crate) fn describe(config: &EngineConfig) {
         ADAPTER_LOAD_DURATION,
         "time from the first request to residency"
     );
+    describe_histogram!(ADAPTER_LOAD_STAGE, "where a load's time goes");
     describe_counter!(
         ADAPTER_CACHE,
         "requests that found their adapter in memory, or not"
@@ -179,6 +189,7 @@ pub(crate) fn gauges(stats: &EngineStats, service_gap: u64) {
     gauge!(LORA_RESIDENT).set(stats.adapters_resident as f64);
     gauge!(LORA_BYTES).set(stats.adapter_bytes_used as f64);
     gauge!(LORA_LEASES).set(stats.adapter_leases as f64);
+    gauge!(LORA_PINNED).set(stats.adapter_bytes_pinned as f64);
     gauge!(FAIRNESS_GAP).set(service_gap as f64);
     gauge!(TRAINING_IMPACT).set(stats.training_impact);
     counter!(PREEMPTIONS).absolute(stats.preemptions);
@@ -243,6 +254,11 @@ pub(crate) fn adapter_load<T>(result: &Result<T, EngineError>, duration: Duratio
         }
         Err(error) => counter!(ADAPTER_FAILURES, "reason" => load_failure(error)).increment(1),
     }
+}
+
+/// `stage`: read, parse, room, build, check.
+pub(crate) fn adapter_load_stage(stage: &'static str, duration: Duration) {
+    histogram!(ADAPTER_LOAD_STAGE, "stage" => stage).record(duration.as_secs_f64());
 }
 
 fn load_failure(error: &EngineError) -> &'static str {

@@ -1,13 +1,14 @@
 //! Adapters, versions, profiles and reports between the wire and the registry.
 
-use espalier_adapters::profile::ServingProfile;
+use espalier_adapters::profile::{MergePolicy, ServingProfile};
 use espalier_adapters::report::{Report, Severity};
-use espalier_adapters::version::AdapterArtifact;
-use espalier_engine::adapter_pool::{AdapterResidency, ResidencyState};
+use espalier_adapters::version::{AdapterArtifact, VersionDigest};
+use espalier_engine::adapter_pool::{AdapterResidency, Merging, ResidencyState};
 use espalier_proto::v1;
 use prost_types::Timestamp;
 
 use crate::convert::Faults;
+use crate::convert::reply::duration;
 use crate::database::now_ms;
 use crate::names::{AdapterName, Alias, VersionName, VersionNumber};
 use crate::registry::{Adapter, AliasChange, Provenance, Version, VersionState, VersionSummary};
@@ -93,6 +94,26 @@ pub(crate) fn version(version: Version) -> v1::AdapterVersion {
         report: Some(report(&content.report)),
         create_time: Some(timestamp(version.create_time)),
         parts: parts(&content.summary),
+        pinned: version.serving.pinned,
+        merge_policy: match version.serving.merge_policy {
+            MergePolicy::Auto => v1::MergePolicy::Auto,
+            MergePolicy::Merged => v1::MergePolicy::Merged,
+            MergePolicy::Unmerged => v1::MergePolicy::Unmerged,
+        }
+        .into(),
+    }
+}
+
+/// A merge policy from the wire.
+pub(crate) fn merge_policy(field: &str, given: v1::MergePolicy) -> Result<MergePolicy, Refusal> {
+    match given {
+        v1::MergePolicy::Auto => Ok(MergePolicy::Auto),
+        v1::MergePolicy::Merged => Ok(MergePolicy::Merged),
+        v1::MergePolicy::Unmerged => Ok(MergePolicy::Unmerged),
+        v1::MergePolicy::Unspecified => Err(Refusal::invalid_field(
+            field,
+            "name a policy: AUTO, MERGED or UNMERGED",
+        )),
     }
 }
 
@@ -409,5 +430,28 @@ pub(crate) fn residency(name: &VersionName, found: &AdapterResidency) -> v1::Ada
         leases: u32::try_from(found.leases).unwrap_or(u32::MAX),
         error,
         last_used_time: Some(timestamp(now_ms().saturating_sub(idle))),
+        pinned: found.pinned,
+        requests: found.requests,
+        load_duration: Some(duration(found.load_duration)),
+        merge_state: match found.merging {
+            Merging::No => v1::MergeState::Unspecified,
+            Merging::Underway => v1::MergeState::Merging,
+            Merging::Merged { .. } => v1::MergeState::Merged,
+        }
+        .into(),
+        merged_bytes: match found.merging {
+            Merging::Merged { bytes } => bytes as u64,
+            Merging::No | Merging::Underway => 0,
+        },
+    }
+}
+
+/// The place of a version that is stored and not in memory.
+pub(crate) fn on_disk(name: &VersionName, digest: VersionDigest) -> v1::AdapterResidency {
+    v1::AdapterResidency {
+        version: name.to_string(),
+        digest: digest.to_string(),
+        level: v1::ResidencyLevel::Disk.into(),
+        ..v1::AdapterResidency::default()
     }
 }

@@ -95,7 +95,7 @@ pub(crate) fn per_token(timings: engine::Timings, longest: usize) -> Option<Dura
     Some(timings.total.saturating_sub(timings.time_to_first_token) / further)
 }
 
-fn duration(duration: Duration) -> prost_types::Duration {
+pub(crate) fn duration(duration: Duration) -> prost_types::Duration {
     prost_types::Duration {
         seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
         // Below 10^9 by definition.

@@ -6,6 +6,7 @@
 //! what is in memory.
 
 mod rows;
+mod serving;
 mod summary;
 mod sweep;
 #[cfg(test)]
@@ -17,12 +18,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
-use espalier_adapters::profile::ServingProfile;
+use espalier_adapters::profile::{MergePolicy, ServingProfile};
 use espalier_adapters::report::Report;
 use espalier_adapters::version::VersionDigest;
 use rusqlite::Transaction;
 use serde::{Deserialize, Serialize};
 
+pub use serving::{Serving, ServingChange};
 pub use summary::summarize;
 
 use crate::artifact_store::ArtifactStore;
@@ -261,6 +263,8 @@ pub struct Version {
     pub content: NewVersion,
     /// The aliases that point to it now.
     pub aliases: Vec<Alias>,
+    /// How it is kept in memory.
+    pub serving: Serving,
     /// Unix milliseconds.
     pub create_time: i64,
 }
@@ -278,6 +282,8 @@ pub struct ResolvedVersion {
     pub profile: ServingProfile,
     /// Labels of its head, by row; empty without a head.
     pub labels: Vec<String>,
+    /// Whether it may be served from merged weights.
+    pub merge_policy: MergePolicy,
 }
 
 /// Which aliases move to a new version, in the transaction that publishes it.
@@ -392,6 +398,7 @@ impl Registry {
             base_digest: version.content.base_digest,
             profile: version.content.profile,
             labels: version.content.summary.labels,
+            merge_policy: version.serving.merge_policy,
         });
         self.remember(reference, &resolved, before);
         Ok(resolved)
@@ -451,13 +458,14 @@ impl Registry {
             .await
     }
 
-    /// Removes an adapter, with `force` its versions and aliases too. Refused while a job that has not ended writes to it.
+    /// Removes an adapter, with `force` its versions and aliases too, and returns the digests of those versions. Refused
+    /// while a job that has not ended writes to it.
     pub async fn delete_adapter(
         &self,
         name: AdapterName,
         etag: Option<String>,
         force: bool,
-    ) -> Result<(), RegistryError> {
+    ) -> Result<Vec<VersionDigest>, RegistryError> {
         let forget = name.clone();
         let digests = self
             .inner
@@ -478,7 +486,9 @@ impl Registry {
             })
             .await?;
         self.forget(&forget);
-        self.release(digests).await
+        self.release(digests.clone()).await?;
+        let digests = digests.into_iter().map(|digest| digest.0);
+        Ok(digests.map(VersionDigest::from_bytes).collect())
     }
 
     /// Publishes a version and moves aliases to it, in one transaction. The caller holds the artifact's pin.
@@ -548,8 +558,9 @@ impl Registry {
             .await
     }
 
-    /// Removes a version. Refused while an alias points to it or a job that has not ended starts from it.
-    pub async fn delete_version(&self, name: VersionName) -> Result<(), RegistryError> {
+    /// Removes a version and returns its digest. Refused while an alias points to it or a job that has not ended starts
+    /// from it.
+    pub async fn delete_version(&self, name: VersionName) -> Result<VersionDigest, RegistryError> {
         let forget = name.adapter.clone();
         let digest = self
             .inner
@@ -569,7 +580,8 @@ impl Registry {
             })
             .await?;
         self.forget(&forget);
-        self.release(vec![digest.into()]).await
+        self.release(vec![digest.into()]).await?;
+        Ok(digest)
     }
 
     /// Sets and removes aliases in one step.
@@ -672,7 +684,12 @@ impl Registry {
     /// and forgets then, so it either is seen here or finds the entry.
     fn remember(&self, reference: &AdapterRef, resolved: &Arc<ResolvedVersion>, before: u64) {
         if self.inner.cache.len() >= self.inner.limits.cache_entries {
-            self.inner.cache.clear();
+            // Any eighth, so that a full cache does not start from nothing.
+            let mut count = 0;
+            self.inner.cache.retain(|_, _| {
+                count += 1;
+                count % 8 != 0
+            });
         }
         let entry = self.inner.cache.entry(reference.clone());
         if self.inner.changes.load(Ordering::SeqCst) != before {

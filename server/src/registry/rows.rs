@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use super::{
     Adapter, AdapterId, AdapterName, AdapterRef, Alias, DatabaseError, NewVersion, PageRequest,
-    RegistryError, RegistryLimits, Selector, TenantId, TenantName, Version, VersionName,
-    VersionNumber, VersionState, limit, now_ms,
+    RegistryError, RegistryLimits, Selector, Serving, TenantId, TenantName, Version, VersionName,
+    VersionNumber, VersionState, limit, now_ms, serving,
 };
 use crate::artifact_store::BlobDigest;
 
@@ -61,7 +61,7 @@ pub(super) fn adapter_key(
         .optional()?)
 }
 
-fn require_key(tx: &Transaction<'_>, name: &AdapterName) -> Result<i64, RegistryError> {
+pub(super) fn require_key(tx: &Transaction<'_>, name: &AdapterName) -> Result<i64, RegistryError> {
     match adapter_key(tx, name)? {
         Some(key) => Ok(key),
         None => {
@@ -291,6 +291,7 @@ fn version_row(name: &AdapterName, row: &Row<'_>) -> Result<Version, RegistryErr
             metrics: from_json("versions.metrics", &text(11)?)?,
         },
         aliases: Vec::new(),
+        serving: Serving::default(),
         create_time: row.get(12)?,
     })
 }
@@ -310,6 +311,7 @@ fn with_aliases(
         .iter()
         .map(|alias| Alias::parse(alias).map_err(|error| damaged("aliases.alias", error)))
         .collect::<Result<_, _>>()?;
+    version.serving = serving::of(tx, key, version.name.number)?;
     Ok(version)
 }
 

@@ -29,6 +29,10 @@ pub(super) fn engine_config(config: &Config, model: &ModelConfig) -> EngineConfi
         slow_reader_limit: limits.slow_reader_timeout,
         adapter_bytes: engine.adapter_cache_bytes.as_usize(),
         max_adapter_loads: engine.max_adapter_loads,
+        max_pinned_share: engine.max_pinned_share,
+        merged_bytes: engine.merged_bytes.as_usize(),
+        merge_share: engine.merge_share,
+        merge_window: engine.merge_window,
         limits: RequestLimits {
             max_n: limits.max_candidates as usize,
             // A serving profile adds its own to the request's.

@@ -1,6 +1,7 @@
 //! `AdapterService`: names, versions, aliases, and artifacts in and out. Every call asks first whether the caller may use
 //! the tenant that the resource's name says, so that a refusal is the same for what exists and what does not.
 
+pub(crate) mod residency;
 mod upload;
 
 use std::sync::Arc;
@@ -185,47 +186,6 @@ impl AdapterService {
         })
     }
 
-    async fn list_residency(
-        &self,
-        call: Call,
-        message: v1::ListResidencyRequest,
-    ) -> Result<v1::ListResidencyResponse, Refusal> {
-        let tenant = Self::tenant(&call, &message.parent)?;
-        let scope = format!("ListResidency {tenant}");
-        let request = page(
-            &scope,
-            message.page_size,
-            &message.page_token,
-            &self.config.catalog,
-        )?;
-        let held = self.engine.residency().await?;
-        let digests = held.iter().map(|entry| entry.digest).collect();
-        let mut named: Vec<v1::AdapterResidency> = self
-            .registry
-            .names_of(tenant, digests)
-            .await?
-            .iter()
-            .filter_map(|(name, digest)| {
-                let entry = held.iter().find(|entry| entry.digest == *digest)?;
-                Some(convert::residency(name, entry))
-            })
-            .collect();
-        named.sort_by(|a, b| a.version.cmp(&b.version));
-        named.retain(|entry| {
-            request
-                .after
-                .as_ref()
-                .is_none_or(|after| entry.version > *after)
-        });
-        let found = crate::paging::Page::cut(named, &request, |entry| entry.version.clone());
-        Ok(v1::ListResidencyResponse {
-            next_page_token: next_token(&scope, found.next.as_deref()),
-            residency: found.items,
-            budget_bytes: self.engine.config().adapter_bytes as u64,
-            used_bytes: held.iter().map(|entry| entry.bytes as u64).sum(),
-        })
-    }
-
     async fn download(
         &self,
         call: Call,
@@ -335,10 +295,14 @@ impl v1::adapter_service_server::AdapterService for AdapterService {
         let (call, message) = Call::of(request)?;
         let name = Self::adapter_name(&call, "name", &message.name)?;
         let etag = (!message.etag.is_empty()).then_some(message.etag);
-        self.registry
+        let digests = self
+            .registry
             .delete_adapter(name, etag, message.force)
             .await
             .map_err(Refusal::from)?;
+        for digest in digests {
+            residency::release(&self.engine, &self.registry, digest).await?;
+        }
         Ok(Response::new(()))
     }
 
@@ -381,10 +345,12 @@ impl v1::adapter_service_server::AdapterService for AdapterService {
         call.principal
             .authorize(&name.adapter.tenant)
             .map_err(Refusal::from)?;
-        self.registry
+        let digest = self
+            .registry
             .delete_version(name)
             .await
             .map_err(Refusal::from)?;
+        residency::release(&self.engine, &self.registry, digest).await?;
         Ok(Response::new(()))
     }
 
@@ -421,6 +387,48 @@ impl v1::adapter_service_server::AdapterService for AdapterService {
         let (call, message) = Call::of(request)?;
         Ok(Response::new(
             AdapterService::list_residency(self, call, message).await?,
+        ))
+    }
+
+    async fn get_residency(
+        &self,
+        request: Request<v1::GetResidencyRequest>,
+    ) -> Result<Response<v1::AdapterResidency>, Status> {
+        let (call, message) = Call::of(request)?;
+        Ok(Response::new(self.residency(call, &message.name).await?))
+    }
+
+    async fn warm_adapter_version(
+        &self,
+        request: Request<v1::WarmAdapterVersionRequest>,
+    ) -> Result<Response<v1::AdapterResidency>, Status> {
+        let (call, message) = Call::of(request)?;
+        Ok(Response::new(self.warm(call, message).await?))
+    }
+
+    async fn pin_adapter_version(
+        &self,
+        request: Request<v1::PinAdapterVersionRequest>,
+    ) -> Result<Response<v1::AdapterResidency>, Status> {
+        let (call, message) = Call::of(request)?;
+        Ok(Response::new(self.pin(call, message).await?))
+    }
+
+    async fn unpin_adapter_version(
+        &self,
+        request: Request<v1::UnpinAdapterVersionRequest>,
+    ) -> Result<Response<v1::AdapterResidency>, Status> {
+        let (call, message) = Call::of(request)?;
+        Ok(Response::new(self.unpin(call, message).await?))
+    }
+
+    async fn set_merge_policy(
+        &self,
+        request: Request<v1::SetMergePolicyRequest>,
+    ) -> Result<Response<v1::AdapterVersion>, Status> {
+        let (call, message) = Call::of(request)?;
+        Ok(Response::new(
+            AdapterService::set_merge_policy(self, call, message).await?,
         ))
     }
 }

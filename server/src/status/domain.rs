@@ -86,6 +86,19 @@ impl From<EngineError> for Refusal {
                 .with("requested", requested)
                 .with("in_use", in_use)
                 .with("budget", budget),
+            EngineError::PinnedCapacity {
+                digest,
+                requested,
+                pinned,
+                limit,
+            } => Refusal::new(Code::ResourceExhausted, "PINNED_CAPACITY", text)
+                .with("digest", digest)
+                .with("requested", requested)
+                .with("pinned", pinned)
+                .with("limit", limit),
+            EngineError::AdapterPinned { digest } => {
+                Refusal::precondition("RESOURCE_IN_USE", "PINNED", digest.to_string(), text)
+            }
             EngineError::AdapterNotResident { digest } => {
                 Refusal::precondition("ADAPTER_NOT_RESIDENT", "RESIDENT", digest.to_string(), text)
                     .with("digest", digest)

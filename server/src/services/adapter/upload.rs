@@ -16,7 +16,7 @@ use crate::config::Config;
 use crate::database::RequestKey;
 use crate::names::{AdapterName, TenantId, VersionName, VersionNumber};
 use crate::registry::{
-    AliasPlan, NewVersion, Provenance, Publish, Version, VersionState, summarize,
+    Serving,     AliasPlan, NewVersion, Provenance, Publish, Version, VersionState, summarize,
 };
 use crate::services::Call;
 use crate::services::control::{Incoming, next_message, request_key};
@@ -360,6 +360,7 @@ fn unpublished(adapter: &AdapterName, content: NewVersion) -> v1::AdapterVersion
         error: None,
         content,
         aliases: Vec::new(),
+        serving: Serving::default(),
         create_time: 0,
     };
     v1::AdapterVersion {
