@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::linear::ResidentAdapter;
+use crate::linear::{Overlay, ResidentAdapter};
 use crate::ops::{Ops, Real};
 use crate::pace::Pace;
 
@@ -80,6 +80,15 @@ impl<T> Segment<T> {
     }
 }
 
+/// Adjacent rows that merged weights answer; they are in no segment with an adapter.
+#[derive(Clone, Debug)]
+pub struct Covered<'a, M> {
+    /// The rows.
+    pub rows: Range<usize>,
+    /// What takes the base's place.
+    pub overlay: &'a Overlay<M>,
+}
+
 /// Dropout on the input of A, reproducible from counters alone: a mask depends on the row's key, the site and the
 /// column, not on where the row lies in a batch.
 #[derive(Clone, Debug)]
@@ -151,6 +160,8 @@ pub struct Pass<'a, O: Ops> {
     pub ops: &'a O,
     /// Who adapts which rows; rows in no segment are the base's.
     pub segments: &'a [Segment<O::T>],
+    /// Which rows merged weights answer, in row order.
+    pub overlays: &'a [Covered<'a, O::Matrix>],
     /// Where to pause.
     pub pace: &'a dyn Pace,
     /// Training's dropout.

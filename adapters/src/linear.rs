@@ -4,6 +4,7 @@
 //! each output row: `y = g (W x + s B (A x)) + b` where `g = m / |W + s B A|`. It must not know files, names or layers'
 //! order: a site is asked for by (layer, site).
 
+mod overlay;
 mod resident;
 mod update;
 
@@ -14,6 +15,7 @@ use crate::config::Site;
 use crate::ops::{LowRank, Ops, Real};
 use crate::pace::{Stopped, pieces};
 
+pub use overlay::{Overlay, OverlayBytes};
 pub use resident::{AdapterGrads, BaseSites, Misfit, ResidentAdapter, SiteView};
 pub use update::merged;
 
@@ -127,13 +129,47 @@ impl<O: Ops> LoraLinear<O> {
         self.inputs
     }
 
-    /// `y = W x`.
+    /// `y = W x`, with the merged weight in the base's place for rows that one covers: adjacent rows of one weight in one
+    /// product, so that each weight is read once.
     fn base(&self, pass: &Pass<'_, O>, x: &[O::T], y: &mut [O::T]) -> Result<(), Stopped> {
         let rows = x.len() / self.inputs;
-        for (r, part) in pieces(pass.pace, rows, self.outputs, self.inputs) {
+        let (mut from, mut at) = (0, 0);
+        let mut weight = &self.weight;
+        for covered in pass.overlays {
+            let base = (at..covered.rows.start, &self.weight);
+            let merged = covered.overlay.site(self.layer, self.site);
+            let merged = (covered.rows.clone(), merged.unwrap_or(&self.weight));
+            for (rows, next) in [base, merged] {
+                if !rows.is_empty() && !std::ptr::eq(weight, next) {
+                    self.product(pass, weight, from..rows.start, (x, &mut *y))?;
+                    (from, weight) = (rows.start, next);
+                }
+            }
+            at = covered.rows.end;
+        }
+        if at < rows && !std::ptr::eq(weight, &self.weight) {
+            self.product(pass, weight, from..at, (x, &mut *y))?;
+            (from, weight) = (at, &self.weight);
+        }
+        self.product(pass, weight, from..rows, (x, y))
+    }
+
+    fn product(
+        &self,
+        pass: &Pass<'_, O>,
+        weight: &O::Matrix,
+        rows: Range<usize>,
+        (x, y): (&[O::T], &mut [O::T]),
+    ) -> Result<(), Stopped> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let x = &x[rows.start * self.inputs..rows.end * self.inputs];
+        let y = &mut y[rows.start * self.outputs..rows.end * self.outputs];
+        for (r, part) in pieces(pass.pace, rows.len(), self.outputs, self.inputs) {
             let x = &x[r.start * self.inputs..r.end * self.inputs];
             let y = &mut y[r.start * self.outputs..r.end * self.outputs];
-            pass.ops.matmul_part(x, &self.weight, part, y);
+            pass.ops.matmul_part(x, weight, part, y);
             pass.pace.breathe()?;
         }
         Ok(())

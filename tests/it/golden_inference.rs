@@ -125,6 +125,7 @@ fn states(model: &Model, ids: &[u32], adapter: Option<&Arc<ResidentAdapter>>) ->
             tokens,
             spans: &spans,
             segments: &segments,
+            overlays: &[],
         };
         states.extend_from_slice(model.forward(&batch, &mut kv, &mut workspace));
     }

@@ -225,6 +225,7 @@ impl Side {
             tokens,
             spans: &spans,
             segments: &segments,
+            overlays: &[],
         };
         self.model
             .forward(&batch, &mut self.kv, &mut self.workspace)

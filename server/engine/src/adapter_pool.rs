@@ -16,12 +16,14 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use espalier_adapters::profile::MergePolicy;
 use espalier_adapters::version::VersionDigest;
 use tokio::sync::Notify;
 
 use crate::adapter_loader::LoadJob;
 use crate::error::EngineError;
 use crate::handle::RETRY_AFTER;
+use crate::merger::{MergedCopy, MergedWeights};
 use crate::metrics;
 use crate::model::ResidentAdapter;
 
@@ -39,6 +41,9 @@ const FRESH: Duration = ROOM_PATIENCE;
 /// How often a loader without room looks again: leases end without telling anybody.
 const ROOM_LOOK: Duration = Duration::from_millis(2);
 
+/// Policies other than AUTO that are remembered; beyond that they are told again by the next request.
+const MAX_POLICIES: usize = 1 << 16;
+
 /// Failures that residency lists; the oldest is forgotten first.
 const MAX_FAILURES: usize = 256;
 
@@ -50,9 +55,19 @@ pub(crate) struct ResidentVersion {
     pub(crate) reservation: Reservation,
 }
 
-/// A version that cannot be evicted while this lives.
+/// A version that cannot be evicted while this lives, and the weights that answer: decided once, when it is given.
 #[derive(Clone, Debug)]
-pub(crate) struct AdapterLease(Arc<ResidentVersion>);
+pub(crate) struct AdapterLease {
+    version: Arc<ResidentVersion>,
+    merged: Option<Arc<MergedCopy>>,
+}
+
+/// A version in memory as whoever judges merging sees it.
+pub(crate) struct MergeView {
+    pub(crate) digest: VersionDigest,
+    pub(crate) policy: MergePolicy,
+    pub(crate) adapter: Arc<ResidentAdapter>,
+}
 
 /// What [`AdapterPool::lease`] found.
 #[derive(Debug)]
@@ -84,6 +99,13 @@ struct Resident {
     pinned: bool,
     /// No new leases: it is to make room.
     closing: bool,
+    merge: MergeSlot,
+}
+
+enum MergeSlot {
+    None,
+    Underway,
+    Done(Arc<MergedCopy>),
 }
 
 /// Which place in the line for room.
@@ -97,6 +119,8 @@ struct Book {
     /// Loaders that wait for room, in the order in which they asked: a small adapter does not take a large one's room.
     line: VecDeque<RoomTicket>,
     next_ticket: u64,
+    /// What is not AUTO.
+    policies: HashMap<VersionDigest, MergePolicy>,
     stopped: bool,
 }
 
@@ -104,6 +128,8 @@ struct Book {
 pub(crate) struct Shelf {
     budget: Budget,
     pinned_limit: usize,
+    /// Of merged copies, beside `budget`.
+    merged_budget: Budget,
     book: Mutex<Book>,
     room: Condvar,
     changed: Notify,
@@ -123,7 +149,14 @@ impl std::ops::Deref for AdapterLease {
     type Target = ResidentVersion;
 
     fn deref(&self) -> &ResidentVersion {
-        &self.0
+        &self.version
+    }
+}
+
+impl AdapterLease {
+    /// The weights that take the base's place, with the update in them.
+    pub(crate) fn merged(&self) -> Option<&Arc<MergedWeights>> {
+        self.merged.as_ref().map(|copy| &copy.weights)
     }
 }
 
@@ -143,11 +176,17 @@ impl AdapterPool {
     /// before `since` is not the request's: it gets an attempt of its own.
     pub(crate) fn lease(&self, digest: VersionDigest, since: Instant, now: Instant) -> Lookup {
         let mut book = self.shelf.book();
+        let unmerged = book.policy(&digest) == MergePolicy::Unmerged;
         match book.slots.get_mut(&digest) {
             Some(Slot::Resident(resident)) if !resident.closing => {
                 resident.last_used = now;
                 resident.requests += 1;
-                Lookup::Ready(AdapterLease(Arc::clone(&resident.version)))
+                let merged = match &resident.merge {
+                    MergeSlot::Done(copy) if !unmerged => Some(Arc::clone(copy)),
+                    _ => None,
+                };
+                let version = Arc::clone(&resident.version);
+                Lookup::Ready(AdapterLease { version, merged })
             }
             Some(Slot::Resident(_) | Slot::Loading { .. }) => Lookup::Wait,
             Some(Slot::Failed { error, at }) if *at >= since => Lookup::Failed(error.clone()),
@@ -156,14 +195,16 @@ impl AdapterPool {
     }
 
     /// Starts the load of a version that is not there, so that it comes while its request still waits for the engine.
-    /// What goes wrong is told to the request by [`AdapterPool::lease`].
-    pub(crate) fn prefetch(&self, digest: VersionDigest, now: Instant) {
+    /// Says whether it was missing. What goes wrong is told to the request by [`AdapterPool::lease`].
+    pub(crate) fn prefetch(&self, digest: VersionDigest, now: Instant) -> bool {
         let mut book = self.shelf.book();
-        if !matches!(
-            book.slots.get(&digest),
-            Some(Slot::Resident(_) | Slot::Loading { .. })
-        ) {
-            let _ = self.start_load(&mut book, digest, now);
+        match book.slots.get(&digest) {
+            Some(Slot::Resident(_)) => false,
+            Some(Slot::Loading { .. }) => true,
+            Some(Slot::Failed { .. }) | None => {
+                let _ = self.start_load(&mut book, digest, now);
+                true
+            }
         }
     }
 
@@ -291,6 +332,7 @@ impl AdapterPool {
     pub(crate) fn counts(&self) -> PoolCounts {
         let mut counts = PoolCounts {
             bytes: self.shelf.budget.used(),
+            merged_bytes: self.shelf.merged_budget.used(),
             ..PoolCounts::default()
         };
         for slot in self.shelf.book().slots.values() {
@@ -299,12 +341,78 @@ impl AdapterPool {
             };
             counts.resident += 1;
             counts.leases += leases(&resident.version);
+            counts.merged += usize::from(matches!(resident.merge, MergeSlot::Done(_)));
             if resident.pinned {
                 counts.pinned += 1;
                 counts.pinned_bytes += resident.version.reservation.bytes();
             }
         }
         counts
+    }
+
+    /// Remembers what a version's owner wants; the next judgement goes by it.
+    pub(crate) fn set_policy(&self, digest: VersionDigest, policy: MergePolicy) {
+        let mut book = self.shelf.book();
+        if policy == MergePolicy::Auto {
+            book.policies.remove(&digest);
+            return;
+        }
+        if book.policies.len() >= MAX_POLICIES {
+            book.policies.clear();
+        }
+        book.policies.insert(digest, policy);
+    }
+
+    /// Versions with a merged copy.
+    pub(crate) fn merged(&self) -> Vec<MergeView> {
+        let book = self.shelf.book();
+        let merged = book
+            .residents()
+            .filter(|(_, resident)| matches!(resident.merge, MergeSlot::Done(_)));
+        merged
+            .map(|(digest, resident)| book.view(*digest, resident))
+            .collect()
+    }
+
+    /// A version in memory that has no merged copy and none underway.
+    pub(crate) fn unmerged(&self, digest: &VersionDigest) -> Option<MergeView> {
+        let book = self.shelf.book();
+        match book.slots.get(digest)? {
+            Slot::Resident(resident) if matches!(resident.merge, MergeSlot::None) => {
+                Some(book.view(*digest, resident))
+            }
+            _ => None,
+        }
+    }
+
+    pub(crate) fn reserve_merged(&self, bytes: usize) -> Option<Reservation> {
+        self.shelf.merged_budget.reserve(bytes)
+    }
+
+    /// Marks a copy as underway. The lease keeps the version until it is made.
+    pub(crate) fn begin_merge(&self, digest: &VersionDigest) -> Option<AdapterLease> {
+        match self.shelf.book().slots.get_mut(digest)? {
+            Slot::Resident(resident) => {
+                resident.merge = MergeSlot::Underway;
+                let version = Arc::clone(&resident.version);
+                Some(AdapterLease {
+                    version,
+                    merged: None,
+                })
+            }
+            _ => None,
+        }
+    }
+
+    /// New requests are served unmerged; says whether there was a copy. Its bytes come back with the last request on it.
+    pub(crate) fn demote(&self, digest: &VersionDigest) -> bool {
+        match self.shelf.book().slots.get_mut(digest) {
+            Some(Slot::Resident(resident)) => {
+                let before = std::mem::replace(&mut resident.merge, MergeSlot::None);
+                matches!(before, MergeSlot::Done(_))
+            }
+            _ => false,
+        }
     }
 
     /// The engine is gone: nobody waits any more.
@@ -318,11 +426,12 @@ impl AdapterPool {
 // === impl Shelf ===
 
 impl Shelf {
-    /// Room for `limit` bytes, of which pinned versions take at most `pinned_limit`.
-    pub(crate) fn new(limit: usize, pinned_limit: usize) -> Self {
+    /// Room for `limit` bytes, of which pinned versions take at most `pinned_limit`, and beside it for merged copies.
+    pub(crate) fn new(limit: usize, pinned_limit: usize, merged_limit: usize) -> Self {
         Shelf {
             budget: Budget::new(limit),
             pinned_limit,
+            merged_budget: Budget::new(merged_limit),
             book: Mutex::default(),
             room: Condvar::new(),
             changed: Notify::new(),
@@ -355,6 +464,7 @@ impl Shelf {
                 requests: 0,
                 pinned: false,
                 closing: false,
+                merge: MergeSlot::None,
             }),
             Err(error) => Slot::Failed { error, at: now },
         };
@@ -362,6 +472,23 @@ impl Shelf {
         book.forget_old_failures();
         drop(book);
         self.changed.notify_waiters();
+    }
+
+    /// Books the end of a merge. A version that was evicted meanwhile, or whose copy is not wanted any more, gets none.
+    pub(crate) fn merged(&self, digest: VersionDigest, copy: Option<MergedCopy>) {
+        let mut book = self.book();
+        if let Some(Slot::Resident(resident)) = book.slots.get_mut(&digest)
+            && matches!(resident.merge, MergeSlot::Underway)
+        {
+            resident.merge = match copy {
+                Some(copy) => MergeSlot::Done(Arc::new(copy)),
+                None => MergeSlot::None,
+            };
+        }
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.book().stopped
     }
 
     /// Waits until `bytes` are free, evicting what nobody holds. For loader threads.
@@ -477,6 +604,18 @@ impl Resident {
 // === impl Book ===
 
 impl Book {
+    fn policy(&self, digest: &VersionDigest) -> MergePolicy {
+        self.policies.get(digest).copied().unwrap_or_default()
+    }
+
+    fn view(&self, digest: VersionDigest, resident: &Resident) -> MergeView {
+        MergeView {
+            digest,
+            policy: self.policy(&digest),
+            adapter: Arc::clone(&resident.version.adapter),
+        }
+    }
+
     fn residents(&self) -> impl Iterator<Item = (&VersionDigest, &Resident)> {
         self.slots.iter().filter_map(|(digest, slot)| match slot {
             Slot::Resident(resident) => Some((digest, resident)),
@@ -576,6 +715,13 @@ fn describe(digest: VersionDigest, slot: &Slot, now: Instant) -> AdapterResidenc
             leases: leases(&resident.version),
             requests: resident.requests,
             pinned: resident.pinned,
+            merging: match &resident.merge {
+                MergeSlot::None => Merging::No,
+                MergeSlot::Underway => Merging::Underway,
+                MergeSlot::Done(copy) => Merging::Merged {
+                    bytes: copy.reservation.bytes(),
+                },
+            },
             idle: now.saturating_duration_since(resident.last_used),
             load_duration: resident.load_duration,
             ..nothing

@@ -5,6 +5,7 @@
 //! never the process. The engine must not know names, proto or files.
 
 mod intake;
+mod merging;
 mod postprocess;
 #[cfg(test)]
 mod tests;
@@ -13,7 +14,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,7 @@ use crate::command::{CommandSender, EngineCommand};
 use crate::config::{BLOCK_SIZE, EngineConfig};
 use crate::error::EngineError;
 use crate::handle::{Gauges, ModelInfo, Shared};
+use crate::merger::{self, MergeJob};
 use crate::metrics::{self, EngineStats};
 use crate::model::{LoadedModel, Model, ResidentAdapter};
 use crate::model_runner::{ModelRunner, RunItem};
@@ -32,6 +34,7 @@ use crate::request::{Event, RequestKind};
 use crate::scheduler::{Admitted, Plan, ScheduledSequence, Scheduler, SchedulerLimits, SequenceId};
 use crate::sequence::{ActiveRequest, RequestKey, Sequence};
 use crate::step_clock::StepClock;
+use crate::traffic::Traffic;
 use crate::train::worker::TrainingWorker;
 
 /// Places for control messages beside those for requests.
@@ -52,6 +55,9 @@ struct Engine {
     runner: ModelRunner,
     scheduler: Scheduler,
     pool: AdapterPool,
+    traffic: Traffic,
+    merger: SyncSender<MergeJob>,
+    next_judgement: Instant,
     training: TrainingWorker,
     requests: BTreeMap<RequestKey, ActiveRequest>,
     sequences: HashMap<SequenceId, Sequence>,
@@ -118,7 +124,11 @@ pub(crate) fn start(
     let gauges = Arc::new(Gauges::new());
     let (sender, commands) = sync_channel(config.max_queue + CONTROL_PLACES);
     let sender = CommandSender::new(sender, Arc::clone(&gauges));
-    let shelf = Arc::new(Shelf::new(config.adapter_bytes, config.pinned_bytes()));
+    let shelf = Arc::new(Shelf::new(
+        config.adapter_bytes,
+        config.pinned_bytes(),
+        config.merged_bytes,
+    ));
     let jobs = adapter_loader::start(
         source,
         Arc::clone(&decoder),
@@ -127,6 +137,8 @@ pub(crate) fn start(
         sender.clone(),
     )
     .map_err(|error| cannot(error.to_string()))?;
+    let merger = merger::start(Arc::clone(&decoder), Arc::clone(&shelf))
+        .map_err(|error| cannot(error.to_string()))?;
     let pool = AdapterPool::new(shelf, config.max_adapter_loads, jobs);
     let limits = SchedulerLimits {
         max_num_seqs: config.max_num_seqs,
@@ -141,6 +153,9 @@ pub(crate) fn start(
         runner: ModelRunner::new(decoder, config.kv_blocks),
         scheduler: Scheduler::new(limits, config.kv_blocks),
         pool: pool.clone(),
+        traffic: Traffic::new(config.merge_window, config.merge_share),
+        merger,
+        next_judgement: Instant::now(),
         training: TrainingWorker::new(&config, Arc::clone(&gauges), sender.clone()),
         requests: BTreeMap::new(),
         sequences: HashMap::new(),
@@ -215,6 +230,7 @@ impl Engine {
             self.handle(command);
         }
         let now = Instant::now();
+        self.judge_merging(now);
         self.unpark(now);
         self.watch(now);
     }
@@ -404,6 +420,7 @@ impl Engine {
                         start: item.start,
                         block_table: scheduler.block_table(item.id),
                         adapters: &request.adapters,
+                        merged: request.merged(),
                         wanted: sequence.task.wanted(item.start, item.rows, item.completes),
                     })
                 })
@@ -452,6 +469,7 @@ impl Engine {
         let bytes: usize = versions.iter().map(|(_, bytes)| bytes).sum();
         self.totals.adapter_bytes_read += bytes as u64;
         metrics::step(plan.items.len(), rows, decodes, versions.len(), duration);
+        self.count_traffic(plan, Instant::now());
         self.training.after_step(duration);
     }
 
@@ -476,6 +494,8 @@ impl Engine {
         totals.adapter_leases = adapters.leases;
         totals.adapters_pinned = adapters.pinned;
         totals.adapter_bytes_pinned = adapters.pinned_bytes;
+        totals.merged = adapters.merged;
+        totals.merged_bytes = adapters.merged_bytes;
         totals.training_impact = self.training.impact();
         totals.times.clone_from(self.clock.times());
         metrics::gauges(totals, self.scheduler.service_gap());

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use espalier_adapters::profile::MergePolicy;
 use espalier_adapters::text::{ChatTemplate, Tokenizer};
 use espalier_adapters::version::VersionDigest;
 use tokio::sync::{mpsc, oneshot};
@@ -154,10 +155,12 @@ impl EngineHandle {
             .ticket(self.shared.config.max_queue)
             .inspect_err(|_| metrics::admission("queue_full"))?;
         let submitted = Instant::now();
+        let mut adapters_missing = 0;
         if !request.require_resident {
             // The load begins now, not when the engine comes round to the request after its step.
             for target in &request.target {
-                self.shared.pool.prefetch(target.digest, submitted);
+                let missing = self.shared.pool.prefetch(target.digest, submitted);
+                adapters_missing += usize::from(missing);
             }
         }
         let (events, receiver) = mpsc::channel(self.shared.config.event_buffer);
@@ -166,6 +169,7 @@ impl EngineHandle {
             events,
             ticket,
             submitted,
+            adapters_missing,
         })))?;
         Ok(receiver)
     }
@@ -209,6 +213,11 @@ impl EngineHandle {
         self.shared.pool.unpin(digest)
     }
 
+    /// Says whether a version may be served from merged weights, from the next judgement on. Cheap enough for every request.
+    pub fn set_merge_policy(&self, digest: VersionDigest, policy: MergePolicy) {
+        self.shared.pool.set_policy(digest, policy);
+    }
+
     /// Evicts a version now.
     ///
     /// # Errors
@@ -239,7 +248,7 @@ impl EngineHandle {
             pinned_budget: config.pinned_bytes(),
             pinned: counts.pinned_bytes,
             merged_budget: config.merged_bytes,
-            merged: 0,
+            merged: counts.merged_bytes,
         }
     }
 

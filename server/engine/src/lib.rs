@@ -24,9 +24,11 @@ mod block_manager;
 mod cache_key;
 mod prefix_cache;
 mod scheduler;
+mod traffic;
 
 pub mod adapter_loader;
 pub mod adapter_pool;
+mod merger;
 
 pub mod kv_cache;
 pub mod model;

@@ -41,6 +41,10 @@ pub struct EngineStats {
     pub training_jobs: usize,
     /// Steps since the start.
     pub steps: u64,
+    /// Adapters that have a merged copy.
+    pub merged: usize,
+    /// Bytes of merged copies, those in the making included.
+    pub merged_bytes: usize,
     /// Bytes of the distinct adapters of every step, summed over the steps since the start.
     pub adapter_bytes_read: u64,
     /// Tokens generated since the start.
@@ -74,6 +78,11 @@ const LORA_RESIDENT: &str = "espalier_lora_slots_used";
 const LORA_BYTES: &str = "espalier_lora_device_bytes";
 const LORA_LEASES: &str = "espalier_lora_leases";
 const LORA_PINNED: &str = "espalier_lora_pinned_bytes";
+const MERGED_COPIES: &str = "espalier_merged_copies";
+const MERGED_BYTES: &str = "espalier_merged_bytes";
+const MERGES: &str = "espalier_merges_total";
+const MERGE_DURATION: &str = "espalier_merge_duration_seconds";
+const DEMOTIONS: &str = "espalier_demotions_total";
 const ADAPTER_LOADS: &str = "espalier_adapter_loads_total";
 const ADAPTER_EVICTIONS: &str = "espalier_adapter_evictions_total";
 const ADAPTER_FAILURES: &str = "espalier_adapter_load_failures_total";
@@ -122,6 +131,11 @@ pub(crate) fn describe(config: &EngineConfig) {
     );
     describe_gauge!(LORA_LEASES, "requests that hold an adapter");
     describe_gauge!(LORA_PINNED, "bytes of adapters that are never evicted");
+    describe_gauge!(MERGED_COPIES, "adapters that have a merged copy");
+    describe_gauge!(MERGED_BYTES, "bytes of merged copies, those in the making included");
+    describe_counter!(MERGES, "merged copies made, or given up before they were made");
+    describe_histogram!(MERGE_DURATION, "time that making a merged copy took");
+    describe_counter!(DEMOTIONS, "merged copies given up");
     describe_counter!(ADAPTER_LOADS, "adapters loaded");
     describe_counter!(ADAPTER_EVICTIONS, "adapters evicted");
     describe_counter!(ADAPTER_FAILURES, "adapter loads that failed, by reason");
@@ -189,6 +203,8 @@ pub(crate) fn gauges(stats: &EngineStats, service_gap: u64) {
     gauge!(LORA_RESIDENT).set(stats.adapters_resident as f64);
     gauge!(LORA_BYTES).set(stats.adapter_bytes_used as f64);
     gauge!(LORA_LEASES).set(stats.adapter_leases as f64);
+    gauge!(MERGED_COPIES).set(stats.merged as f64);
+    gauge!(MERGED_BYTES).set(stats.merged_bytes as f64);
     gauge!(LORA_PINNED).set(stats.adapter_bytes_pinned as f64);
     gauge!(FAIRNESS_GAP).set(service_gap as f64);
     gauge!(TRAINING_IMPACT).set(stats.training_impact);
@@ -254,6 +270,19 @@ pub(crate) fn adapter_load<T>(result: &Result<T, EngineError>, duration: Duratio
         }
         Err(error) => counter!(ADAPTER_FAILURES, "reason" => load_failure(error)).increment(1),
     }
+}
+
+/// `outcome`: made, stopped.
+pub(crate) fn merge_ended(made: bool, duration: Duration) {
+    let outcome = if made { "made" } else { "stopped" };
+    counter!(MERGES, "outcome" => outcome).increment(1);
+    if made {
+        histogram!(MERGE_DURATION).record(duration.as_secs_f64());
+    }
+}
+
+pub(crate) fn demoted() {
+    counter!(DEMOTIONS).increment(1);
 }
 
 /// `stage`: read, parse, room, build, check.

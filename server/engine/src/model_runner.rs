@@ -6,10 +6,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use espalier_adapters::batch::{Mixture, Segment};
+use espalier_adapters::batch::{Covered, Mixture, Segment};
+use espalier_adapters::ops::{Backend, Ops};
 
 use crate::block_manager::BlockCopy;
 use crate::config::BLOCK_SIZE;
+use crate::merger::MergedWeights;
 use crate::model::{BaseSites, Batch, KvCache, Model, ResidentAdapter, SeqSpan, Workspace};
 
 /// Tokens of an adapter's self-check; they fit in one block.
@@ -26,6 +28,8 @@ pub(crate) struct RunItem<'a> {
     pub(crate) start: usize,
     pub(crate) block_table: &'a [u32],
     pub(crate) adapters: &'a Mixture,
+    /// The weights that answer in the base's place; the update is in them, so that `adapters` is empty.
+    pub(crate) merged: Option<&'a Arc<MergedWeights>>,
     /// Whose states are wanted, counted from the first of these rows.
     pub(crate) wanted: Range<usize>,
 }
@@ -98,10 +102,12 @@ impl ModelRunner {
                 .iter()
                 .map(|item| (item.tokens.len(), item.adapters.clone())),
         );
+        let overlays = covered(items, &spans);
         let batch = Batch {
             tokens: &self.tokens,
             spans: &spans,
             segments: &segments,
+            overlays: &overlays,
         };
         let hidden_size = self.model.config().hidden;
         let (model, kv, workspace) = (&self.model, &mut self.kv, &mut self.workspace);
@@ -149,6 +155,7 @@ impl ModelRunner {
             tokens: &tokens,
             spans: &spans,
             segments: &segments,
+            overlays: &[],
         };
         let hidden = self
             .model
@@ -161,4 +168,28 @@ impl ModelRunner {
     pub(crate) fn renew_buffers(&mut self) {
         self.workspace = Workspace::new();
     }
+}
+
+/// Adjacent items of one merged copy in one piece.
+fn covered<'a>(
+    items: &[RunItem<'a>],
+    spans: &[SeqSpan<'_>],
+) -> Vec<Covered<'a, <Backend as Ops>::Matrix>> {
+    let mut covered: Vec<Covered<'a, _>> = Vec::new();
+    for (item, span) in items.iter().zip(spans) {
+        let Some(overlay) = item.merged.map(|merged| &**merged) else {
+            continue;
+        };
+        let joins = |last: &&mut Covered<'a, _>| {
+            last.rows.end == span.rows.start && std::ptr::eq(last.overlay, overlay)
+        };
+        match covered.last_mut().filter(joins) {
+            Some(last) => last.rows.end = span.rows.end,
+            None => covered.push(Covered {
+                rows: span.rows.clone(),
+                overlay,
+            }),
+        }
+    }
+    covered
 }

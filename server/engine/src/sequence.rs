@@ -6,12 +6,14 @@ use std::time::{Duration, Instant};
 
 use espalier_adapters::batch::Mixture;
 use espalier_adapters::text::StreamDecoder;
+use espalier_adapters::version::VersionDigest;
 use tokio::sync::mpsc;
 
 use crate::adapter_pool::AdapterLease;
 use crate::detokenizer::StopFilter;
 use crate::error::EngineError;
 use crate::handle::Ticket;
+use crate::merger::MergedWeights;
 use crate::metrics;
 use crate::request::{
     Event, Pooling, Started, StopConditions, TargetVersion, Timings, TokenLogprob, Usage,
@@ -143,9 +145,28 @@ impl ActiveRequest {
         }
         let parts = leases.iter().zip(&self.target);
         let parts = parts.map(|(lease, target)| (Arc::clone(&lease.adapter), target.weight));
-        self.adapters = Mixture::new(parts.collect());
+        let mixture = Mixture::new(parts.collect());
         self.leases = leases;
+        self.adapters = match self.merged() {
+            // The update is in the weights already.
+            Some(_) => Mixture::default(),
+            None => mixture,
+        };
         Ok(())
+    }
+
+    /// The version that answers alone and as it is.
+    pub(crate) fn alone(&self) -> Option<VersionDigest> {
+        match self.target[..] {
+            [alone] if alone.weight == 1.0 => Some(alone.digest),
+            _ => None,
+        }
+    }
+
+    /// The weights that answer in the base's place, as they were when the request was admitted.
+    pub(crate) fn merged(&self) -> Option<&Arc<MergedWeights>> {
+        self.alone()?;
+        self.leases.first().and_then(AdapterLease::merged)
     }
 
     /// The adapter whose head classifies.

@@ -79,4 +79,7 @@ pub(crate) struct PoolCounts {
     pub(crate) leases: usize,
     pub(crate) pinned: usize,
     pub(crate) pinned_bytes: usize,
+    pub(crate) merged: usize,
+    /// Those of copies in the making included.
+    pub(crate) merged_bytes: usize,
 }

@@ -26,7 +26,7 @@ struct Asked {
 
 fn fixture(limit: usize) -> Fixture {
     let (sender, jobs) = sync_channel(8);
-    let shelf = Arc::new(Shelf::new(limit, limit / 2));
+    let shelf = Arc::new(Shelf::new(limit, limit / 2, 0));
     Fixture {
         pool: AdapterPool::new(shelf, 8, sender),
         jobs,

@@ -42,6 +42,7 @@ impl Engine {
             events,
             ticket,
             submitted,
+            adapters_missing,
         } = submission;
         let key = RequestKey(self.next_request);
         self.next_request += 1;
@@ -71,6 +72,7 @@ impl Engine {
             last_output: None,
             usage: Usage {
                 input_tokens: request.kind.input_tokens(),
+                adapter_loads: adapters_missing,
                 ..Usage::default()
             },
             open: Vec::new(),
@@ -162,7 +164,8 @@ impl Engine {
             return;
         };
         let tenant = Arc::clone(&request.tenant);
-        let cache_key = Arc::new(CacheKey::new(tenant, &request.target, false));
+        let merged = request.merged().is_some();
+        let cache_key = Arc::new(CacheKey::new(tenant, &request.target, merged));
         let mut first_of_group: Option<(usize, SequenceId)> = None;
         for Planned {
             tokens,

@@ -259,7 +259,7 @@ impl<O: Ops> Decoder<O> {
     /// On a token, block or row out of range: the scheduler's mistake, not a caller's.
     pub fn forward<'w>(
         &self,
-        batch: &Batch<'_, O::T>,
+        batch: &Batch<'_, O>,
         kv: &mut KvCache<O::T>,
         workspace: &'w mut Workspace<O::T>,
     ) -> &'w [O::T] {
@@ -307,6 +307,7 @@ impl<O: Ops> Decoder<O> {
         let pass = Pass {
             ops: &self.ops,
             segments: batch.segments,
+            overlays: batch.overlays,
             pace: &Unpaced,
             dropout: None,
         };

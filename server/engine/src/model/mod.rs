@@ -26,8 +26,8 @@ mod train;
 
 use std::ops::Range;
 
-use espalier_adapters::batch::Segment;
-use espalier_adapters::ops::Backend;
+use espalier_adapters::batch::{Covered, Segment};
+use espalier_adapters::ops::{Backend, Ops};
 
 pub use config::{Family, ModelConfig, RopeConfig, RopeScaling};
 pub use decoder::{Decoder, Workspace};
@@ -54,15 +54,17 @@ pub struct SeqSpan<'a> {
     pub block_table: &'a [u32],
 }
 
-/// One step's rows. Spans cover the rows in order; segments are in row order and need not cover all.
+/// One step's rows. Spans cover the rows in order; segments and overlays are in row order and need not cover all.
 #[derive(Clone, Debug)]
-pub struct Batch<'a, T = f32> {
+pub struct Batch<'a, O: Ops = Backend> {
     /// A token id for each row, each below the vocabulary's size.
     pub tokens: &'a [u32],
     /// Whose rows they are.
     pub spans: &'a [SeqSpan<'a>],
     /// Which adapter they run with.
-    pub segments: &'a [Segment<T>],
+    pub segments: &'a [Segment<O::T>],
+    /// Which rows merged weights answer.
+    pub overlays: &'a [Covered<'a, O::Matrix>],
 }
 
 #[cfg(test)]

@@ -134,6 +134,8 @@ impl AdapterService {
             ..ServingChange::default()
         };
         let version = self.registry.set_serving(version.name, change).await?;
+        self.engine
+            .set_merge_policy(version.content.digest, policy);
         Ok(convert::version(version))
     }
 

@@ -152,6 +152,10 @@ impl Asker {
             }
             versions.push((version, *weight));
         }
+        for (version, _) in &versions {
+            let engine = &self.shell.engine;
+            engine.set_merge_policy(version.digest, version.merge_policy);
+        }
         let tenant = tenant.map_or_else(|| Arc::from("-"), |tenant| Arc::from(tenant.as_str()));
         Ok(Held {
             versions,

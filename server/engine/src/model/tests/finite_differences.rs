@@ -45,6 +45,7 @@ impl Run<'_> {
         let pass = Pass {
             ops: self.model.ops(),
             segments: &segments,
+            overlays: &[],
             pace: &Breathless,
             dropout,
         };

@@ -180,6 +180,7 @@ pub(crate) fn states<O: Ops>(
             tokens: &tokens,
             spans: &spans,
             segments: &segments,
+            overlays: &[],
         };
         let hidden = model.forward(&batch, &mut kv, &mut workspace);
         for (index, rows) in who {

@@ -165,6 +165,7 @@ impl Learner {
             let pass = Pass {
                 ops: self.model.ops(),
                 segments: &[],
+                overlays: &[],
                 pace,
                 dropout: None,
             };
@@ -229,6 +230,7 @@ impl Learner {
         let pass = Pass {
             ops: model.ops(),
             segments: &segments,
+            overlays: &[],
             pace,
             dropout,
         };
