@@ -3,9 +3,11 @@
 //! Built from the pristine base, beside it: the base is read and never written, so neither it nor any other adapter
 //! changes by a bit, and giving a copy up needs no subtraction. It must not know when copying pays.
 
+use half::bf16;
+
 use super::{BaseSites, ResidentAdapter};
 use crate::config::Site;
-use crate::ops::{Factor, Ops, Real};
+use crate::ops::{Factor, Ops, Real, Weight, WeightKind};
 
 /// Rows of a weight that are merged at a time.
 const ROWS: usize = 64;
@@ -28,7 +30,7 @@ pub struct OverlayBytes {
 }
 
 impl OverlayBytes {
-    /// Of a copy that is yet to be made: single precision at every adapted site.
+    /// Of a copy that is yet to be made: in bf16 where the base is, else in single precision; never quantised again.
     pub fn of<O: Ops>(adapter: &ResidentAdapter<O::T>, base: &impl BaseSites<O>) -> Self {
         let mut bytes = Self {
             merged: 0,
@@ -38,7 +40,11 @@ impl OverlayBytes {
             let weight = base.weight(layer, site);
             let (outputs, inputs) = base.ops().dims(weight);
             // Layouts fill outputs up to whole panels.
-            bytes.merged += outputs.next_multiple_of(32) * inputs * size_of::<O::T>();
+            bytes.merged += outputs.next_multiple_of(32) * inputs
+                * match base.ops().kind(weight) {
+                    WeightKind::Bf16 => size_of::<bf16>(),
+                    _ => size_of::<O::T>(),
+                };
             bytes.replaced += base.ops().bytes(weight);
         }
         bytes
@@ -123,6 +129,10 @@ fn merge<O: Ops>(
             }
         }
     }
-    let rows: Vec<f32> = rows.iter().map(|w| w.to_f32()).collect();
-    Some(ops.pack(&rows, outputs, inputs))
+    let rows = rows.iter().map(|w| w.to_f32());
+    let merged = match ops.kind(weight) {
+        WeightKind::Bf16 => Weight::Bf16(rows.map(bf16::from_f32).collect()),
+        _ => Weight::F32(rows.collect()),
+    };
+    Some(ops.pack_weight(&merged, outputs, inputs))
 }

@@ -217,6 +217,7 @@ impl<'a> Step<'a> {
                 tokens: &prompt,
                 spans: &spans,
                 segments: &[],
+                overlays: &[],
             };
             model.forward(&batch, &mut step.kv, &mut step.workspace);
         }
@@ -240,6 +241,7 @@ impl<'a> Step<'a> {
                 tokens: &self.tokens,
                 spans: &spans,
                 segments: &segments,
+                overlays: &[],
             };
             let (model, kv, workspace) = (self.model, &mut self.kv, &mut self.workspace);
             let hidden = model.forward(&batch, kv, workspace);

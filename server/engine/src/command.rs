@@ -47,8 +47,8 @@ pub(crate) struct Submission {
     /// The place in the bounded queue; given back when the request starts or ends.
     pub(crate) ticket: Ticket,
     pub(crate) submitted: Instant,
-    /// Its adapter was not in memory then; the load has begun.
-    pub(crate) adapter_missing: bool,
+    /// So many of its adapters were not in memory then; their loads have begun.
+    pub(crate) adapters_missing: usize,
 }
 
 /// Sends commands and counts those not yet drained: a training quantum ends early for them.

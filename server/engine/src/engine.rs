@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use crate::adapter_loader::{self, AdapterSource};
-use crate::adapter_pool::{AdapterLease, AdapterPool, Shelf};
+use crate::adapter_pool::{AdapterPool, Shelf};
 use crate::command::{CommandSender, EngineCommand};
 use crate::config::{BLOCK_SIZE, EngineConfig};
 use crate::constraint::{Compiler, Masker};
@@ -477,12 +477,8 @@ impl Engine {
             .items
             .iter()
             .filter_map(|item| self.requests.get(&self.sequences.get(&item.id)?.request))
-            .flat_map(|request| {
-                let apart = request.merged().is_none();
-                let read = move |lease: &AdapterLease| if apart { lease.adapter.bytes() } else { 0 };
-                let both = request.target.iter().zip(&request.leases);
-                both.map(move |(target, lease)| (target.digest, read(lease)))
-            })
+            .flat_map(|request| request.target.iter().zip(&request.leases))
+            .map(|(target, lease)| (target.digest, lease.adapter.bytes()))
             .collect();
         versions.sort_unstable();
         versions.dedup();

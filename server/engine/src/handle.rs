@@ -157,11 +157,12 @@ impl EngineHandle {
             .ticket(self.shared.config.max_queue)
             .inspect_err(|_| metrics::admission("queue_full"))?;
         let submitted = Instant::now();
-        let mut adapter_missing = false;
+        let mut adapters_missing = 0;
         if !request.require_resident {
             // The load begins now, not when the engine comes round to the request after its step.
             for target in &request.target {
-                adapter_missing |= self.shared.pool.prefetch(target.digest, submitted);
+                let missing = self.shared.pool.prefetch(target.digest, submitted);
+                adapters_missing += usize::from(missing);
             }
         }
         let (events, receiver) = mpsc::channel(self.shared.config.event_buffer);
@@ -170,7 +171,7 @@ impl EngineHandle {
             events,
             ticket,
             submitted,
-            adapter_missing,
+            adapters_missing,
         })))?;
         Ok(receiver)
     }

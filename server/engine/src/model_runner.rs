@@ -28,7 +28,7 @@ pub(crate) struct RunItem<'a> {
     pub(crate) start: usize,
     pub(crate) block_table: &'a [u32],
     pub(crate) adapters: &'a Mixture,
-    /// The weights that answer in the place of base and adapter.
+    /// The weights that answer in the base's place; the update is in them, so that `adapters` is empty.
     pub(crate) merged: Option<&'a Arc<MergedWeights>>,
     /// Whose states are wanted, counted from the first of these rows.
     pub(crate) wanted: Range<usize>,

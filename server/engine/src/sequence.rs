@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use espalier_adapters::batch::Mixture;
 use espalier_adapters::text::StreamDecoder;
+use espalier_adapters::version::VersionDigest;
 use tokio::sync::mpsc;
 
 use crate::adapter_pool::AdapterLease;
@@ -147,22 +148,30 @@ impl ActiveRequest {
             );
             return Err(EngineError::InvalidField { field, reason });
         }
+        let parts = leases.iter().zip(&self.target);
+        let parts = parts.map(|(lease, target)| (Arc::clone(&lease.adapter), target.weight));
+        let mixture = Mixture::new(parts.collect());
         self.leases = leases;
-        // What is merged has its update in the weights already.
-        if self.merged().is_none() {
-            let parts = self.leases.iter().zip(&self.target);
-            let parts = parts.map(|(lease, target)| (Arc::clone(&lease.adapter), target.weight));
-            self.adapters = Mixture::new(parts.collect());
-        }
+        self.adapters = match self.merged() {
+            // The update is in the weights already.
+            Some(_) => Mixture::default(),
+            None => mixture,
+        };
         Ok(())
     }
 
-    /// The weights that answer in the place of base and adapter: those of a version that stands alone, as it is.
-    pub(crate) fn merged(&self) -> Option<&Arc<MergedWeights>> {
-        match (&self.target[..], &self.leases[..]) {
-            ([alone], [lease]) if alone.weight == 1.0 => lease.merged(),
+    /// The version that answers alone and as it is.
+    pub(crate) fn alone(&self) -> Option<VersionDigest> {
+        match self.target[..] {
+            [alone] if alone.weight == 1.0 => Some(alone.digest),
             _ => None,
         }
+    }
+
+    /// The weights that answer in the base's place, as they were when the request was admitted.
+    pub(crate) fn merged(&self) -> Option<&Arc<MergedWeights>> {
+        self.alone()?;
+        self.leases.first().and_then(AdapterLease::merged)
     }
 
     /// The adapter whose head classifies.

@@ -43,7 +43,7 @@ impl Engine {
             events,
             ticket,
             submitted,
-            adapter_missing,
+            adapters_missing,
         } = submission;
         let key = RequestKey(self.next_request);
         self.next_request += 1;
@@ -73,7 +73,7 @@ impl Engine {
             last_output: None,
             usage: Usage {
                 input_tokens: request.kind.input_tokens(),
-                adapter_loads: usize::from(adapter_missing),
+                adapter_loads: adapters_missing,
                 ..Usage::default()
             },
             open: Vec::new(),

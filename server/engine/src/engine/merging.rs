@@ -11,8 +11,8 @@ use super::Engine;
 use crate::adapter_pool::MergeView;
 use crate::merger::MergeJob;
 use crate::metrics;
-use crate::request::TargetVersion;
 use crate::scheduler::Plan;
+use crate::sequence::ActiveRequest;
 use crate::traffic::Candidate;
 
 /// How often traffic is judged.
@@ -32,15 +32,12 @@ impl Engine {
         for item in &plan.items {
             let sequence = self.sequences.get(&item.id);
             let request = sequence.and_then(|sequence| self.requests.get(&sequence.request));
-            // A version in a mixture gains nothing from a merged copy: its rows are others' traffic.
-            match request.map(|request| &request.target[..]) {
-                Some(&[TargetVersion { digest, weight }]) if weight == 1.0 => {
-                    match versions.iter_mut().find(|(known, _)| *known == digest) {
-                        Some((_, rows)) => *rows += item.rows,
-                        None => versions.push((digest, item.rows)),
-                    }
-                }
-                _ => base_rows += item.rows,
+            match request.and_then(ActiveRequest::alone) {
+                Some(digest) => match versions.iter_mut().find(|(known, _)| *known == digest) {
+                    Some((_, rows)) => *rows += item.rows,
+                    None => versions.push((digest, item.rows)),
+                },
+                None => base_rows += item.rows,
             }
         }
         self.traffic.step(&versions, base_rows, now);

@@ -160,9 +160,11 @@ impl Asker {
                 let field = format!("target.adapters[{index}].adapter");
                 return Err(Refusal::invalid_field(field, why));
             }
+            versions.push((version, *weight));
+        }
+        for (version, _) in &versions {
             let engine = &self.shell.engine;
             engine.set_merge_policy(version.digest, version.merge_policy);
-            versions.push((version, *weight));
         }
         let tenant = tenant.map_or_else(|| Arc::from("-"), |tenant| Arc::from(tenant.as_str()));
         Ok(Held {
