@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         Err(error) => return fail(&error),
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .thread_name("shell")
         .enable_all()
         .build()
     {
