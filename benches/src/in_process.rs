@@ -13,6 +13,7 @@ use espalier_engine::request::{
     Event, Generate, Request, RequestKind, StopConditions, TargetVersion,
 };
 use rand::{Rng, SeedableRng};
+use tokio::sync::mpsc;
 
 use crate::Fallible;
 
@@ -92,19 +93,22 @@ pub async fn batch(engine: &EngineHandle, rows: &[Row], new: usize) -> Fallible<
             received: begin,
         })?);
     }
-    for mut stream in streams {
-        loop {
-            match stream.recv().await.ok_or("the engine stopped")? {
-                Event::Done { usage, .. } if usage.output_tokens == new => break,
-                Event::Done { usage, .. } => {
-                    return Err(format!("{} tokens instead of {new}", usage.output_tokens).into());
-                }
-                Event::Failed(error) => return Err(error.into()),
-                _ => {}
+    // Side by side: a row whose events nobody takes pauses.
+    futures::future::try_join_all(streams.into_iter().map(|stream| finish(stream, new))).await?;
+    Ok(begin.elapsed().as_secs_f64())
+}
+
+async fn finish(mut stream: mpsc::Receiver<Event>, new: usize) -> Fallible<()> {
+    loop {
+        match stream.recv().await.ok_or("the engine stopped")? {
+            Event::Done { usage, .. } if usage.output_tokens == new => return Ok(()),
+            Event::Done { usage, .. } => {
+                return Err(format!("{} tokens instead of {new}", usage.output_tokens).into());
             }
+            Event::Failed(error) => return Err(error.into()),
+            _ => {}
         }
     }
-    Ok(begin.elapsed().as_secs_f64())
 }
 
 fn read_artifact(path: &Path) -> Fallible<(VersionDigest, AdapterArtifact)> {

@@ -245,8 +245,10 @@ settings! {
         max_queue_wait: Duration = "30s" in "1ms" .. "1h";
         /// Adapters that may be loading or waiting for the loader.
         max_adapter_loads: usize = "256" in "1" .. "100000";
-        /// Rows of one prompt in a step that also generates for others; bounds what a long prompt adds to their wait.
+        /// Prompt rows at most in a step that also generates for others; prefill_max_step_impact usually allows fewer.
         prefill_chunk_tokens: usize = "128" in "1" .. "1048576";
+        /// What prompts may add to the time of a step that also generates, as a share of its time without them; 1.25 is 125 %.
+        prefill_max_step_impact: f64 = "1.25" in "0" .. "1000";
         /// Keep the keys and values of prompts and outputs for requests of the same tenant and version that begin alike.
         prefix_cache: bool = "true";
         /// Threads for tensor work; 0 is one for each core.

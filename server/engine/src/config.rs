@@ -22,6 +22,8 @@ pub struct EngineConfig {
     pub max_num_batched_tokens: usize,
     /// Rows of prefill in a step that also decodes; bounds what a long prompt adds to the others' time per token.
     pub prefill_chunk_tokens: usize,
+    /// What prompts may add to the time of a step that also decodes, as a share of its time without them: 1.25 is 125 %.
+    pub prefill_max_step_impact: f64,
     /// KV blocks of 16 tokens in the cache.
     pub kv_blocks: usize,
     /// Keep the blocks of whole prompts and outputs after their requests, for requests of the same tenant and version that
@@ -87,6 +89,7 @@ impl Default for EngineConfig {
             max_num_seqs: 64,
             max_num_batched_tokens: 512,
             prefill_chunk_tokens: 128,
+            prefill_max_step_impact: 1.25,
             kv_blocks: 2048,
             prefix_cache: true,
             max_sequence_tokens: 8192,
@@ -153,6 +156,12 @@ impl EngineConfig {
         }
         if self.training_quantum.is_zero() {
             return Err(invalid("training_quantum", "must be above zero".to_owned()));
+        }
+        if !(self.prefill_max_step_impact.is_finite() && self.prefill_max_step_impact >= 0.0) {
+            return Err(invalid(
+                "prefill_max_step_impact",
+                format!("{} is not a number from zero up", self.prefill_max_step_impact),
+            ));
         }
         if !(self.training_max_tpot_impact.is_finite() && self.training_max_tpot_impact >= 0.0) {
             return Err(invalid(

@@ -29,6 +29,7 @@ use crate::handle::{Gauges, ModelInfo, Shared};
 use crate::metrics::{self, EngineStats};
 use crate::model::{LoadedModel, Model};
 use crate::model_runner::{ModelRunner, RunItem, SELF_CHECK_TOKENS};
+use crate::prefill_pace::PrefillPace;
 use crate::request::{Event, RequestKind};
 use crate::scheduler::{Admitted, Plan, ScheduledSequence, Scheduler, SchedulerLimits, SequenceId};
 use crate::sequence::{ActiveRequest, RequestKey, Sequence};
@@ -52,6 +53,7 @@ struct Engine {
     gauges: Arc<Gauges>,
     runner: ModelRunner,
     scheduler: Scheduler,
+    pace: PrefillPace,
     pool: AdapterPool,
     training: TrainingWorker,
     requests: BTreeMap<RequestKey, ActiveRequest>,
@@ -147,6 +149,7 @@ pub(crate) fn start(
         gauges: Arc::clone(&gauges),
         runner: ModelRunner::new(decoder, config.kv_blocks),
         scheduler: Scheduler::new(limits, config.kv_blocks),
+        pace: PrefillPace::new(config.prefill_max_step_impact, config.prefill_chunk_tokens),
         pool: AdapterPool::new(config.adapter_bytes, config.max_adapter_loads, loader),
         training: TrainingWorker::new(&config, Arc::clone(&gauges), sender.clone()),
         requests: BTreeMap::new(),
@@ -379,6 +382,7 @@ impl Engine {
     // --- schedule ---
 
     fn schedule(&mut self) -> Plan {
+        self.scheduler.set_prefill_chunk(self.pace.rows());
         let plan = self.scheduler.schedule();
         self.stalled = plan.items.is_empty();
         for id in &plan.preempted {
@@ -512,6 +516,7 @@ impl Engine {
         versions.sort_unstable();
         versions.dedup();
         metrics::step(plan.items.len(), rows, decodes, versions.len(), duration);
+        self.pace.note(decodes, rows - decodes, duration);
         self.training.after_step(duration);
     }
 

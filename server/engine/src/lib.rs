@@ -22,6 +22,7 @@ mod validate;
 
 mod block_manager;
 mod cache_key;
+mod prefill_pace;
 mod prefix_cache;
 mod scheduler;
 

@@ -202,6 +202,11 @@ impl Scheduler {
         self.entries.insert(new.id, entry);
     }
 
+    /// Rows of prefill in a step that also decodes, from now on.
+    pub(crate) fn set_prefill_chunk(&mut self, tokens: usize) {
+        self.limits.prefill_chunk_tokens = tokens;
+    }
+
     /// Plans the next step. An empty plan means that nothing can run.
     pub(crate) fn schedule(&mut self) -> Plan {
         let mut plan = Plan::default();

@@ -20,6 +20,7 @@ pub(super) fn engine_config(config: &Config, model: &ModelConfig) -> EngineConfi
     EngineConfig {
         max_num_seqs: engine.max_sequences,
         max_num_batched_tokens: engine.max_batched_tokens,
+        prefill_max_step_impact: engine.prefill_max_step_impact,
         prefill_chunk_tokens: engine.prefill_chunk_tokens.min(engine.max_batched_tokens),
         kv_blocks: blocks,
         prefix_cache: engine.prefix_cache,
