@@ -9,7 +9,13 @@ use crate::Fallible;
 const TICKS: f64 = 100.0;
 
 /// Threads whose work is the model's: its loop, the pool of operations, loading of adapters, training.
-const ENGINE: [&str; 4] = ["engine", "compute-", "adapter-loader", "trainer-"];
+const ENGINE: [&str; 5] = [
+    "engine",
+    "espalier-ops-",
+    "compute-",
+    "adapter-loader",
+    "trainer-",
+];
 
 /// Seconds by thread name; threads of one name are added up.
 #[derive(Clone, Debug, Default)]

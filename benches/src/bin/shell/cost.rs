@@ -16,25 +16,21 @@ use super::load::stream;
 /// Rows that both sides run before the measured ones.
 const WARM_NEW: usize = 4;
 
-pub(crate) fn run(options: &Cost) -> Fallible<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+#[tokio::main(flavor = "current_thread")]
+pub(crate) async fn run(options: &Cost) -> Fallible<()> {
     let daemon = Daemon::spawn(&options.served.model, &options.served.flags())?;
-    let tenants = runtime.block_on(async {
-        let mut tenants = Vec::new();
-        for i in 0..options.served.connections {
-            tenants.push(daemon.tenant(&format!("tenant-{i}"), None).await?);
-        }
-        Fallible::Ok(tenants)
-    })?;
+    let mut tenants = Vec::new();
+    for i in 0..options.served.connections {
+        tenants.push(daemon.tenant(&format!("tenant-{i}"), None).await?);
+    }
     let (mut inside, mut over) = (Vec::new(), Vec::new());
     let mut threads = ProcessorTime::default();
     for round in 0..options.rounds {
         eprintln!("round {} of {}", round + 1, options.rounds);
-        inside.push(in_process(options)?);
-        let seed = 1000 + round as u64;
-        let (line, spent) = runtime.block_on(over_grpc(options, &daemon, &tenants, seed))?;
+        let other = options.clone();
+        // Off this thread, which answers the server's pings meanwhile.
+        inside.push(tokio::task::spawn_blocking(move || in_process(&other)).await??);
+        let (line, spent) = over_grpc(options, &daemon, &tenants, 1000 + round as u64).await?;
         eprintln!("  {line}");
         over.push(line);
         threads.add(&spent);
