@@ -9,6 +9,7 @@ use espalier_adapters::version::{AdapterArtifact, VersionDigest};
 use espalier_engine::adapter_loader::{AdapterSource, SourceError};
 use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
+use espalier_engine::model::Dtype;
 use espalier_engine::request::{
     Event, Generate, Request, RequestKind, StopConditions, TargetVersion,
 };
@@ -50,6 +51,7 @@ pub fn prompts(rows: usize, tokens: usize, seed: u64) -> Vec<Vec<u32>> {
 /// Files that cannot be read, or a model that cannot be loaded.
 pub fn start(
     model: &str,
+    dtype: Dtype,
     config: EngineConfig,
     directories: &[PathBuf],
 ) -> Fallible<(EngineHandle, Vec<VersionDigest>)> {
@@ -59,7 +61,11 @@ pub fn start(
         .collect::<Fallible<_>>()?;
     let digests = artifacts.iter().map(|(digest, _)| *digest).collect();
     let source = Arc::new(Directories(artifacts));
-    let engine = EngineHandle::start(config, espalier_engine::model::load(model)?, source)?;
+    let engine = EngineHandle::start(
+        config,
+        espalier_engine::model::load_as(model, dtype)?,
+        source,
+    )?;
     Ok((engine, digests))
 }
 

@@ -9,13 +9,7 @@ use crate::Fallible;
 const TICKS: f64 = 100.0;
 
 /// Threads whose work is the model's: its loop, the pool of operations, loading of adapters, training.
-const ENGINE: [&str; 5] = [
-    "engine",
-    "espalier-ops-",
-    "compute-",
-    "adapter-loader",
-    "trainer-",
-];
+const ENGINE: [&str; 4] = ["engine", "espalier-ops-", "adapter-loader", "trainer-"];
 
 /// Seconds by thread name; threads of one name are added up.
 #[derive(Clone, Debug, Default)]
@@ -120,7 +114,7 @@ mod tests {
             ProcessorTime(pairs.iter().map(|(n, s)| ((*n).to_owned(), *s)).collect())
         };
         let before = time(&[("engine", 1.0), ("shell", 0.5)]);
-        let after = time(&[("engine", 2.0), ("compute-1", 3.0), ("shell", 0.75)]);
+        let after = time(&[("engine", 2.0), ("espalier-ops-1", 3.0), ("shell", 0.75)]);
         let spent = after.since(&before);
         assert_eq!((spent.engine(), spent.shell()), (4.0, 0.25));
     }

@@ -160,7 +160,10 @@ impl EngineConfig {
         if !(self.prefill_max_step_impact.is_finite() && self.prefill_max_step_impact >= 0.0) {
             return Err(invalid(
                 "prefill_max_step_impact",
-                format!("{} is not a number from zero up", self.prefill_max_step_impact),
+                format!(
+                    "{} is not a number from zero up",
+                    self.prefill_max_step_impact
+                ),
             ));
         }
         if !(self.training_max_tpot_impact.is_finite() && self.training_max_tpot_impact >= 0.0) {

@@ -54,7 +54,10 @@ impl PrefillPace {
             (0, LARGE.., _) => blend(&mut self.row, step / prompt as f64),
             // A quarter at least: what is known of decoding may be older than the sequences that run now.
             (1.., LEAST.., Some(decoding)) => {
-                blend(&mut self.row, (step - decoding).max(step / 4.0) / prompt as f64);
+                blend(
+                    &mut self.row,
+                    (step - decoding).max(step / 4.0) / prompt as f64,
+                );
             }
             _ => {}
         }
@@ -90,7 +93,8 @@ mod tests {
     fn a_step_keeps_its_bound_on_any_machine() {
         for (base, row) in [(24_000, 660), (8_000, 250), (30_000, 100), (5_000, 90)] {
             let rows = learned(base, row, 1.25).rows();
-            let ratio = step(base, row, 8, rows).as_secs_f64() / step(base, row, 8, 0).as_secs_f64();
+            let ratio =
+                step(base, row, 8, rows).as_secs_f64() / step(base, row, 8, 0).as_secs_f64();
             assert!(ratio <= 2.26, "{base} {row}: {rows} rows make {ratio}");
             let more = rows + GRAIN;
             let next = step(base, row, 8, more).as_secs_f64() / (base as f64 / 1e6);

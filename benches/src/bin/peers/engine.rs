@@ -12,7 +12,7 @@ use espalier_benches::Fallible;
 use espalier_benches::in_process::{batch, prompts, start};
 use espalier_benches::turns::median;
 use espalier_engine::config::EngineConfig;
-use espalier_engine::model::Model;
+use espalier_engine::model::{Dtype, Model};
 use espalier_engine::train::trainer::{HyperParameters, Method, TrainEvent, TrainPlan, Trainer};
 use rand::{Rng, SeedableRng};
 use serde_json::json;
@@ -25,7 +25,7 @@ pub(crate) async fn generate(model: &str, directories: &[PathBuf]) -> Fallible<(
         max_num_batched_tokens: 1024,
         ..EngineConfig::default()
     };
-    let (engine, digests) = start(model, config, directories)?;
+    let (engine, digests) = start(model, Dtype::F32, config, directories)?;
     let n = digests.len();
     // A draw of its own for each batch: a prompt that was seen before may be found in the prefix cache.
     let mut seed = 0;

@@ -140,7 +140,9 @@ fn peer(options: &Serve, contest: &Contest) -> Fallible<f64> {
 }
 
 fn given(path: &Option<PathBuf>) -> Fallible<&PathBuf> {
-    Ok(path.as_ref().ok_or("the llama.cpp server needs its files")?)
+    Ok(path
+        .as_ref()
+        .ok_or("the llama.cpp server needs its files")?)
 }
 
 fn figure(line: Value, key: &str) -> Fallible<f64> {

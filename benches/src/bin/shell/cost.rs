@@ -8,6 +8,7 @@ use espalier_benches::in_process::{Row, batch, prompts, start};
 use espalier_benches::processor_time::ProcessorTime;
 use espalier_benches::turns::{figures, last_json_line, median, pairs};
 use espalier_engine::config::EngineConfig;
+use espalier_engine::model::Dtype;
 use serde_json::{Value, json};
 
 use super::Cost;
@@ -61,7 +62,11 @@ fn print_table(options: &Cost, inside: &[Value], over: &[Value]) -> Fallible<()>
     row("output tok/s, client on the same cores", "tok_s")?;
     row("engine's processor time, us/token", "engine_us")?;
     let shell = figures(over, "shell_share")?;
-    let wanted = if median(&shell) < 0.03 { "met" } else { "missed" };
+    let wanted = if median(&shell) < 0.03 {
+        "met"
+    } else {
+        "missed"
+    };
     println!(
         "| the shell's share of the server's processor time (wanted below 3 %: {wanted}) | | {:.2} % | | {} |",
         100.0 * median(&shell),
@@ -142,16 +147,16 @@ fn in_process(options: &Cost) -> Fallible<Value> {
 
 #[tokio::main(flavor = "current_thread")]
 pub(crate) async fn engine(options: &Cost) -> Fallible<()> {
-    // The names by which processor time is told apart are the server's.
-    rayon::ThreadPoolBuilder::new()
-        .thread_name(|index| format!("compute-{index}"))
-        .build_global()?;
     let config = EngineConfig {
         // As many blocks as the server's default of 512 MiB gives this model.
         kv_blocks: 728,
         ..EngineConfig::default()
     };
-    let (engine, _) = start(&options.served.model, config, &[])?;
+    let dtype = match &options.served.dtype {
+        Some(name) => name.parse()?,
+        None => Dtype::F32,
+    };
+    let (engine, _) = start(&options.served.model, dtype, config, &[])?;
     let rows = |seed| -> Vec<Row> {
         let prompts = prompts(options.streams, options.prompt, seed);
         prompts.into_iter().map(|prompt| (None, prompt)).collect()

@@ -38,13 +38,32 @@ pub(crate) fn run(options: &Latency) -> Fallible<()> {
         rounds.len()
     );
     println!("|---|---|");
-    println!("| peak, requests/s ({} clients) | {:.2} |", options.clients, of(|round| round.peak));
-    println!("| time to first token, median, ms | {:.1} |", 1e3 * of(|round| round.first));
-    println!("| between tokens, median, ms | {:.1} |", 1e3 * of(|round| round.median));
-    println!("| between tokens, p99, ms | {:.1} |", 1e3 * of(|round| round.p99));
+    println!(
+        "| peak, requests/s ({} clients) | {:.2} |",
+        options.clients,
+        of(|round| round.peak)
+    );
+    println!(
+        "| time to first token, median, ms | {:.1} |",
+        1e3 * of(|round| round.first)
+    );
+    println!(
+        "| between tokens, median, ms | {:.1} |",
+        1e3 * of(|round| round.median)
+    );
+    println!(
+        "| between tokens, p99, ms | {:.1} |",
+        1e3 * of(|round| round.p99)
+    );
     println!("| p99 / median (wanted below 3: {wanted}) | {ratio:.2} |");
-    println!("| gaps measured in a round | {:.0} |", of(|round| round.gaps as f64));
-    println!("| latest arrival behind its plan, ms | {:.1} |", 1e3 * of(|round| round.late));
+    println!(
+        "| gaps measured in a round | {:.0} |",
+        of(|round| round.gaps as f64)
+    );
+    println!(
+        "| latest arrival behind its plan, ms | {:.1} |",
+        1e3 * of(|round| round.late)
+    );
     Ok(())
 }
 
@@ -57,7 +76,13 @@ async fn measure(options: &Latency, daemon: &Daemon) -> Fallible<Vec<Round>> {
     for number in 0..options.rounds {
         let seed = 1 + number as u64;
         let peak = closed(&tenants, options.clients, options.seconds, seed).await?;
-        let opened = open(&tenants, options.share * peak, options.seconds, 500_000 + seed).await?;
+        let opened = open(
+            &tenants,
+            options.share * peak,
+            options.seconds,
+            500_000 + seed,
+        )
+        .await?;
         let round = Round {
             peak,
             median: median(&opened.gaps),

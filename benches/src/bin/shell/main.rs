@@ -12,7 +12,9 @@ use clap::{Parser, Subcommand};
 use espalier_benches::Fallible;
 
 #[derive(Parser)]
-#[command(about = "gRPC and the shell beside the engine in process; latencies between tokens under load")]
+#[command(
+    about = "gRPC and the shell beside the engine in process; latencies between tokens under load"
+)]
 struct Args {
     #[command(subcommand)]
     verb: Verb,
