@@ -86,7 +86,7 @@ struct Compare {
     #[arg(long)]
     peer: PathBuf,
     /// How often the two sides take turns.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 5)]
     rounds: usize,
 }
 
