@@ -229,6 +229,11 @@ service!(AdapterService {
     list_adapter_versions(v1::ListAdapterVersionsRequest) -> v1::ListAdapterVersionsResponse;
     delete_adapter_version(v1::DeleteAdapterVersionRequest) -> ();
     list_residency(v1::ListResidencyRequest) -> v1::ListResidencyResponse;
+    get_residency(v1::GetResidencyRequest) -> v1::AdapterResidency;
+    warm_adapter_version(v1::WarmAdapterVersionRequest) -> v1::AdapterResidency;
+    pin_adapter_version(v1::PinAdapterVersionRequest) -> v1::AdapterResidency;
+    unpin_adapter_version(v1::UnpinAdapterVersionRequest) -> v1::AdapterResidency;
+    set_merge_policy(v1::SetMergePolicyRequest) -> v1::AdapterVersion;
 });
 
 service!(TrainingService {
