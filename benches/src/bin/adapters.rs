@@ -97,8 +97,8 @@ fn artifact(base: &BaseShape, rank: usize, seed: u64) -> Fallible<AdapterArtifac
             let adapter = SiteAdapter {
                 r: rank,
                 scale: 2.0,
-                a: numbers(rank * inputs, 0.04),
-                b: numbers(outputs * rank, 0.01),
+                a: numbers(rank * inputs, 0.04).into(),
+                b: numbers(outputs * rank, 0.01).into(),
                 magnitude: None,
             };
             weights.sites.insert((layer, site), adapter);
