@@ -148,6 +148,17 @@ settings! {
         /// The longest deadline a client may ask of an inference call; longer ones are cut to it.
         max_deadline: Duration = "1h" in "1ms" .. "24h";
     }
+    /// Batch streams and bulk jobs: many requests at a lower priority than single calls.
+    bulk: Bulk {
+        /// Items of one batch stream or bulk job that are open at once; the server reads on when one is answered.
+        max_batch_window: usize = "64" in "1" .. "100000";
+        /// Items of one batch stream.
+        max_batch_items: usize = "100000" in "1" .. "10000000";
+        /// Items of all batch streams and bulk jobs in the engine at once; the rest waits. Stay below max_queue.
+        max_bulk_in_flight: usize = "128" in "1" .. "100000";
+        /// How long a batch stream may have no open item and send none.
+        batch_idle_timeout: Duration = "5min" in "10ms" .. "24h";
+    }
     /// How large one inference request may be.
     limits: Limits {
         /// Bytes of one request message.
@@ -507,6 +518,13 @@ impl Config {
         );
         if tenant > all && self.sources.contains_key("max_in_flight_per_tenant") {
             faults.push(format!("max_in_flight_per_tenant: {tenant} is above max_in_flight {all}; lower one or raise the other"));
+        }
+        let (bulk, queue) = (self.bulk.max_bulk_in_flight, self.engine.max_queue);
+        if bulk > queue {
+            let advice = "bulk work would leave single calls no place in the queue; lower one or raise the other";
+            faults.push(format!(
+                "max_bulk_in_flight: {bulk} is above max_queue {queue}; {advice}"
+            ));
         }
         let (rows, sequences) = (self.engine.max_batched_tokens, self.engine.max_sequences);
         if rows < sequences {

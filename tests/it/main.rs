@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod adapter_api;
+mod batch_api;
 mod client_side;
 mod golden_inference;
 mod golden_training;

@@ -18,7 +18,7 @@ use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
 use espalier_engine::model::Model;
 use espalier_engine::request::{
-    Event, Generate, Request, RequestKind, StopConditions, TargetVersion,
+    Event, Generate, Priority, Request, RequestKind, StopConditions, TargetVersion,
 };
 use espalier_engine::train::trainer::{HyperParameters, Method, TrainEvent, TrainPlan, Trainer};
 use rand::{Rng, SeedableRng};
@@ -286,6 +286,7 @@ async fn batch(
                 weight: 1.0,
             }],
             require_resident: false,
+            priority: Priority::Interactive,
             kind: RequestKind::Generate(Generate {
                 prompt: prompt.clone(),
                 stop: StopConditions {

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use espalier_engine::EngineHandle;
+use espalier_engine::request::Priority;
 use tonic::Request;
 
 use crate::config::Config;
@@ -41,7 +42,11 @@ impl Shell {
                 name: model_name(&engine.model().name),
                 digest: engine.model().digest.clone(),
             },
-            gate: Gate::new(&config.admission, lifecycle.clone()),
+            gate: Gate::new(
+                &config.admission,
+                config.bulk.max_bulk_in_flight,
+                lifecycle.clone(),
+            ),
             registry,
             engine,
             lifecycle,
@@ -72,6 +77,8 @@ pub(crate) struct Call {
     pub(crate) principal: Principal,
     pub(crate) deadline: Option<Instant>,
     pub(crate) received: Instant,
+    /// Bulk work waits where a single call is turned away.
+    pub(crate) priority: Priority,
 }
 
 impl Call {
@@ -98,6 +105,7 @@ impl Call {
                 principal,
                 deadline,
                 received,
+                priority: Priority::Interactive,
             },
             message,
         ))

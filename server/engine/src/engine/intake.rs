@@ -54,6 +54,7 @@ impl Engine {
         let active = ActiveRequest {
             id: request.id,
             tenant: request.tenant,
+            priority: request.priority,
             target: request.target,
             events,
             deadline: request.deadline,
@@ -163,6 +164,7 @@ impl Engine {
         };
         let tenant = Arc::clone(&request.tenant);
         let cache_key = Arc::new(CacheKey::new(tenant, &request.target, false));
+        let priority = request.priority;
         let mut first_of_group: Option<(usize, SequenceId)> = None;
         for Planned {
             tokens,
@@ -183,6 +185,7 @@ impl Engine {
                 tokens,
                 reusable: task.reusable(),
                 prefix: first.map(|(_, of)| Prefix { of, tokens: shared }),
+                priority,
             });
             request.open.push(id);
             self.sequences.insert(

@@ -9,20 +9,22 @@ use espalier_adapters::text::{
     ChatTemplate, Message, TemplateSource, TextError, Tokenizer, encode_chat,
 };
 use espalier_adapters::version::VersionDigest;
-use espalier_engine::request::{Request, RequestKind, TargetVersion};
+use espalier_engine::request::{Priority, Request, RequestKind, TargetVersion};
 use espalier_proto::v1;
 use tonic::Code;
 
 use super::answer::{Events, Operation};
 use crate::convert::request::{Prompt, Settings, Target, fits, target};
 use crate::convert::{Faults, reply};
-use crate::middleware::TenantPermit;
+use crate::middleware::{ItemPermit, TenantPermit};
 use crate::registry::ResolvedVersion;
 use crate::services::{Call, Shell};
 use crate::status::Refusal;
 
 /// Texts of more bytes than this are tokenised elsewhere: about a millisecond of work.
 const LONG_TEXT_BYTES: usize = 16 * 1024;
+/// Whom the work of callers without a tenant counts for; no tenant can have this name.
+const NOBODY: &str = "-";
 /// Compiled templates of profiles; beyond that all are forgotten at once.
 const MAX_TEMPLATES: usize = 256;
 
@@ -38,7 +40,14 @@ pub(super) struct Held {
     /// Those that answer, with their weights, in the request's order; none is the base.
     versions: Vec<(Arc<ResolvedVersion>, f32)>,
     tenant: Arc<str>,
-    _permit: Option<TenantPermit>,
+    _place: Place,
+}
+
+/// Where a request was counted, given back when it ends: at the gate (then nothing here), as a call, as a bulk item.
+#[derive(Default)]
+struct Place {
+    _call: Option<TenantPermit>,
+    _item: Option<ItemPermit>,
 }
 
 /// A generation that is ready to be submitted.
@@ -127,13 +136,8 @@ impl Asker {
         message: Option<v1::InferenceTarget>,
     ) -> Result<Held, Refusal> {
         let Target { adapters, tenant } = target(message, &call.principal)?;
-        // A tenant's own key was counted at the gate; a service's call is counted here, where its tenant is known.
-        let counted = tenant
-            .as_ref()
-            .filter(|_| call.principal.tenant().is_none());
-        let permit = counted
-            .map(|tenant| self.shell.gate.enter_tenant(tenant.as_str()))
-            .transpose()?;
+        let tenant = tenant.map_or_else(|| Arc::from(NOBODY), |tenant| Arc::from(tenant.as_str()));
+        let place = self.place(call, &tenant).await?;
         let mut versions: Vec<(Arc<ResolvedVersion>, f32)> = Vec::with_capacity(adapters.len());
         for (index, (reference, weight)) in adapters.iter().enumerate() {
             let registry = &self.shell.registry;
@@ -152,11 +156,10 @@ impl Asker {
             }
             versions.push((version, *weight));
         }
-        let tenant = tenant.map_or_else(|| Arc::from("-"), |tenant| Arc::from(tenant.as_str()));
         Ok(Held {
             versions,
             tenant,
-            _permit: permit,
+            _place: place,
         })
     }
 
@@ -176,6 +179,19 @@ impl Asker {
         )
     }
 
+    /// A tenant's own key was counted at the gate; a service's call is counted here, where its tenant is known, and a
+    /// bulk item whoever sent it. Callers without a tenant are not counted by tenant.
+    async fn place(&self, call: &Call, tenant: &str) -> Result<Place, Refusal> {
+        let gate = &self.shell.gate;
+        let mut place = Place::default();
+        match call.priority {
+            Priority::Bulk => place._item = Some(gate.enter_item(tenant).await),
+            Priority::Interactive if call.principal.tenant().is_some() || tenant == NOBODY => {}
+            Priority::Interactive => place._call = Some(gate.enter_tenant(tenant)?),
+        }
+        Ok(place)
+    }
+
     /// Hands a request over to the engine.
     pub(super) fn submit(
         &self,
@@ -188,6 +204,7 @@ impl Asker {
         let request = Request {
             id: id.to_owned(),
             tenant: Arc::clone(&held.tenant),
+            priority: call.priority,
             target: held
                 .versions
                 .iter()
