@@ -30,6 +30,7 @@ pub mod names;
 pub mod retry;
 
 mod adapters;
+pub mod bulk;
 mod inference;
 mod models;
 mod tenants;

@@ -15,7 +15,7 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, Transactio
 use tokio::sync::oneshot;
 
 /// The migrations in order: `PRAGMA user_version` counts how many are applied.
-const MIGRATIONS: &[&str] = &[include_str!("schema.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("schema.sql"), include_str!("schema_bulk.sql")];
 
 /// Request ids are remembered this long.
 const REQUEST_ID_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);

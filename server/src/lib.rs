@@ -4,6 +4,7 @@
 // How the process is set up, watched and taken down.
 pub mod config;
 mod health;
+pub mod hub;
 mod server;
 mod setting;
 pub mod shutdown;
@@ -19,6 +20,7 @@ pub mod status;
 
 // Who may do what to what, and where it is kept.
 pub mod artifact_store;
+pub mod bulk;
 pub mod database;
 pub mod datasets;
 pub mod jobs;

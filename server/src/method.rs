@@ -99,6 +99,7 @@ fn kind_of(service: &str, method: &str) -> Kind {
         }
         ("InferenceService", "BatchGenerate" | "BatchClassify") => Kind::Batch,
         ("InferenceService", _) => Kind::Infer,
+        ("BulkService", "CreateBulkJob") => Kind::Transfer,
         (_, method) if method.starts_with("Watch") => Kind::Watch,
         (_, method) if method.starts_with("Upload") || method.starts_with("Download") => {
             Kind::Transfer

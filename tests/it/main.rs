@@ -4,6 +4,7 @@
 
 mod adapter_api;
 mod batch_api;
+mod bulk_api;
 mod client_side;
 mod golden_inference;
 mod golden_training;

@@ -14,8 +14,7 @@ use crate::error::EngineError;
 use crate::handle::Ticket;
 use crate::metrics;
 use crate::request::{
-    Event, Pooling, Priority, Started, StopConditions, TargetVersion, Timings, TokenLogprob,
-    Usage,
+    Event, Pooling, Priority, Started, StopConditions, TargetVersion, Timings, TokenLogprob, Usage,
 };
 use crate::sampler::Sampler;
 use crate::scheduler::SequenceId;

@@ -5,17 +5,18 @@
 mod answer;
 mod ask;
 mod batch;
+mod lines;
 
 use std::pin::Pin;
 
 use espalier_adapters::text::Message;
-use espalier_engine::request::{Generate, RequestKind};
+use espalier_engine::request::RequestKind;
 use espalier_proto::v1;
 use futures::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
 use self::answer::{Collected, Operation};
-use self::ask::{Asker, Plan};
+use self::ask::{Asker, Labelling, Plan};
 use super::{Call, Shell};
 use crate::convert::{count, reply, request};
 use crate::status::Refusal;
@@ -98,14 +99,8 @@ impl InferenceService {
         plan: &Plan,
         operation: Operation,
     ) -> Result<answer::Events, Refusal> {
-        let kind = RequestKind::Generate(Generate {
-            prompt: plan.prompt.clone(),
-            sampling: plan.settings.sampling.clone(),
-            stop: plan.settings.stop.clone(),
-            logprobs: plan.settings.logprobs,
-        });
         self.asker
-            .submit(call, &plan.held, &plan.id, kind, operation)
+            .submit(call, &plan.held, &plan.id, plan.kind(), operation)
     }
 
     /// One Generate from its message to its reply.
@@ -136,12 +131,12 @@ impl InferenceService {
         })
     }
 
-    /// One Classify from its message to its reply.
-    pub(crate) async fn answer_classify(
+    /// Everything of Classify up to the engine.
+    async fn plan_classify(
         &self,
         call: &Call,
         message: v1::ClassifyRequest,
-    ) -> Result<v1::ClassifyResponse, Refusal> {
+    ) -> Result<Labelling, Refusal> {
         let limits = &self.asker.shell.config.limits;
         request::request_id(&message.request_id, limits)?;
         request::texts(&message.texts, limits)?;
@@ -152,6 +147,26 @@ impl InferenceService {
             .asker
             .classification(&held, message.texts, message.labels)
             .await?;
+        Ok(Labelling {
+            held,
+            id,
+            kind,
+            method,
+        })
+    }
+
+    /// One Classify from its message to its reply.
+    pub(crate) async fn answer_classify(
+        &self,
+        call: &Call,
+        message: v1::ClassifyRequest,
+    ) -> Result<v1::ClassifyResponse, Refusal> {
+        let Labelling {
+            held,
+            id,
+            kind,
+            method,
+        } = self.plan_classify(call, message).await?;
         let collected = self
             .asker
             .submit(call, &held, &id, kind, Operation::Classify)?

@@ -2,6 +2,7 @@
 //! name) and the handles behind it; the work itself is the engine's, the registry's and the jobs'.
 
 pub(crate) mod adapter;
+pub(crate) mod bulk;
 mod control;
 pub(crate) mod inference;
 pub(crate) mod model;
@@ -79,6 +80,8 @@ pub(crate) struct Call {
     pub(crate) received: Instant,
     /// Bulk work waits where a single call is turned away.
     pub(crate) priority: Priority,
+    /// Whether it takes a place among its tenant's calls; a check that asks nothing of the engine does not.
+    pub(crate) counted: bool,
 }
 
 impl Call {
@@ -106,6 +109,7 @@ impl Call {
                 deadline,
                 received,
                 priority: Priority::Interactive,
+                counted: true,
             },
             message,
         ))

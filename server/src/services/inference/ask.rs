@@ -9,7 +9,7 @@ use espalier_adapters::text::{
     ChatTemplate, Message, TemplateSource, TextError, Tokenizer, encode_chat,
 };
 use espalier_adapters::version::VersionDigest;
-use espalier_engine::request::{Priority, Request, RequestKind, TargetVersion};
+use espalier_engine::request::{Generate, Priority, Request, RequestKind, TargetVersion};
 use espalier_proto::v1;
 use tonic::Code;
 
@@ -38,7 +38,7 @@ pub(super) struct Asker {
 /// What a call resolved, held until its end.
 pub(super) struct Held {
     /// Those that answer, with their weights, in the request's order; none is the base.
-    versions: Vec<(Arc<ResolvedVersion>, f32)>,
+    pub(super) versions: Vec<(Arc<ResolvedVersion>, f32)>,
     tenant: Arc<str>,
     _place: Place,
 }
@@ -56,6 +56,26 @@ pub(super) struct Plan {
     pub(super) prompt: Vec<u32>,
     pub(super) settings: Settings,
     pub(super) id: Arc<str>,
+}
+
+/// A classification that is ready to be submitted.
+pub(super) struct Labelling {
+    pub(super) held: Held,
+    pub(super) id: Arc<str>,
+    pub(super) kind: RequestKind,
+    pub(super) method: v1::ClassifyMethod,
+}
+
+impl Plan {
+    /// What the engine is asked for.
+    pub(super) fn kind(&self) -> RequestKind {
+        RequestKind::Generate(Generate {
+            prompt: self.prompt.clone(),
+            sampling: self.settings.sampling.clone(),
+            stop: self.settings.stop.clone(),
+            logprobs: self.settings.logprobs,
+        })
+    }
 }
 
 impl Held {
@@ -185,6 +205,7 @@ impl Asker {
         let gate = &self.shell.gate;
         let mut place = Place::default();
         match call.priority {
+            _ if !call.counted => {}
             Priority::Bulk => place._item = Some(gate.enter_item(tenant).await),
             Priority::Interactive if call.principal.tenant().is_some() || tenant == NOBODY => {}
             Priority::Interactive => place._call = Some(gate.enter_tenant(tenant)?),
@@ -192,16 +213,9 @@ impl Asker {
         Ok(place)
     }
 
-    /// Hands a request over to the engine.
-    pub(super) fn submit(
-        &self,
-        call: &Call,
-        held: &Held,
-        id: &str,
-        kind: RequestKind,
-        operation: Operation,
-    ) -> Result<Events, Refusal> {
-        let request = Request {
+    /// A request as the engine takes it.
+    fn request(&self, call: &Call, held: &Held, id: &str, kind: RequestKind) -> Request {
+        Request {
             id: id.to_owned(),
             tenant: Arc::clone(&held.tenant),
             priority: call.priority,
@@ -217,7 +231,32 @@ impl Asker {
             kind,
             deadline: call.deadline,
             received: call.received,
-        };
+        }
+    }
+
+    /// Asks the engine whether it would take a request.
+    pub(super) fn check(
+        &self,
+        call: &Call,
+        held: &Held,
+        id: &str,
+        kind: RequestKind,
+    ) -> Result<(), Refusal> {
+        let request = self.request(call, held, id, kind);
+        let checked = self.shell.engine.check(&request);
+        checked.map_err(|error| refused(error, held))
+    }
+
+    /// Hands a request over to the engine.
+    pub(super) fn submit(
+        &self,
+        call: &Call,
+        held: &Held,
+        id: &str,
+        kind: RequestKind,
+        operation: Operation,
+    ) -> Result<Events, Refusal> {
+        let request = self.request(call, held, id, kind);
         match self.shell.engine.submit(request) {
             Ok(events) => {
                 let (model, wait) = (
