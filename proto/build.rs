@@ -5,11 +5,12 @@ use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message;
 
-const PROTOS: [&str; 7] = [
+const PROTOS: [&str; 8] = [
     "espalier/v1/types.proto",
     "espalier/v1/inference.proto",
     "espalier/v1/adapter.proto",
     "espalier/v1/training.proto",
+    "espalier/v1/bulk.proto",
     "espalier/v1/tenant.proto",
     "espalier/v1/model.proto",
     "google/rpc/error_details.proto",

@@ -310,7 +310,7 @@ impl Client {
 }
 
 /// Ends a stream at its deadline; the transport's own timer stops at the headers.
-fn until<R: Send + 'static>(
+pub(crate) fn until<R: Send + 'static>(
     replies: Streaming<R>,
     deadline: Option<(Instant, Duration)>,
 ) -> Replies<R> {

@@ -1,9 +1,10 @@
 //! The calls of InferenceService.
 
+use futures::Stream;
 use tonic::transport::Channel;
 
 use crate::{
-    client::{Client, MAX_REPLY_BYTES, Repeat, Replies},
+    client::{Client, MAX_REPLY_BYTES, Repeat, Replies, until},
     error::Error,
     v1::{self, inference_service_client::InferenceServiceClient},
 };
@@ -92,5 +93,26 @@ impl Client {
         let call = |channel, request| async move { stub(channel).detokenize(request).await };
         self.unary(self.timeouts().inference, Repeat::Safe, request, call)
             .await
+    }
+
+    /// Many Generates over one stream, at a lower priority than single calls: each item's answer under its key, in order
+    /// of completion. Never made again by itself: send what has no reply over a new stream.
+    pub async fn batch_generate(
+        &self,
+        items: impl Stream<Item = v1::BatchGenerateRequest> + Send + 'static,
+    ) -> Result<Replies<v1::BatchGenerateResponse>, Error> {
+        let request = self.request(items, None);
+        let replies = stub(self.channel()).batch_generate(request).await?;
+        Ok(until(replies.into_inner(), None))
+    }
+
+    /// Many Classifies over one stream, as [`Client::batch_generate`].
+    pub async fn batch_classify(
+        &self,
+        items: impl Stream<Item = v1::BatchClassifyRequest> + Send + 'static,
+    ) -> Result<Replies<v1::BatchClassifyResponse>, Error> {
+        let request = self.request(items, None);
+        let replies = stub(self.channel()).batch_classify(request).await?;
+        Ok(until(replies.into_inner(), None))
     }
 }

@@ -31,6 +31,7 @@ pub mod retry;
 
 mod adapters;
 mod bench;
+pub mod bulk;
 mod inference;
 mod models;
 mod residency;

@@ -74,6 +74,11 @@ impl Names {
         self.child("trainingJobs", name)
     }
 
+    /// A bulk job's id or whole name.
+    pub fn bulk_job(&self, name: &str) -> Result<String, Error> {
+        self.child("bulkJobs", name)
+    }
+
     /// A key's id or whole name.
     pub fn api_key(&self, name: &str) -> Result<String, Error> {
         self.child("apiKeys", name)

@@ -50,7 +50,7 @@ pub fn file_name(part: ArtifactPart) -> &'static str {
 
 /// Bytes to send: a file, or something made here.
 #[derive(Clone, Debug)]
-enum Source {
+pub(crate) enum Source {
     File(PathBuf),
     Bytes(Arc<[u8]>),
 }
@@ -59,7 +59,7 @@ enum Source {
 
 impl Source {
     /// Size and SHA-256 (hex).
-    async fn measure(&self) -> Result<(u64, String), Error> {
+    pub(crate) async fn measure(&self) -> Result<(u64, String), Error> {
         let mut hash = Sha256::new();
         let mut size = 0;
         let mut reader = self.open().await?;
@@ -120,7 +120,7 @@ impl Reader {
 pub(crate) type Broken = Arc<Mutex<Option<Error>>>;
 
 /// The pieces of several sources in order: (index of the source, offset, bytes).
-fn pieces(
+pub(crate) fn pieces(
     sources: Vec<Source>,
     broken: Broken,
 ) -> impl Stream<Item = (usize, u64, Vec<u8>)> + Send {

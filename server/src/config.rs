@@ -11,10 +11,14 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use clap_complete::Shell;
+
+mod hub;
 mod source;
 
 use espalier_engine::model::Dtype;
 
+pub use self::hub::Hub;
 use self::source::{Raw, find, unknown};
 use crate::setting::{ByteSize, LogFormat, MaybeAddr, MaybePath, Secret, Value};
 
@@ -37,6 +41,8 @@ macro_rules! settings {
         #[derive(Debug, Clone)]
         pub struct Config {
             $( $(#[doc = $section_doc])+ pub $section: $Section, )+
+            /// Where models of the Hugging Face hub come from; no setting of ours.
+            pub hub: Hub,
             sources: BTreeMap<&'static str, Source>,
         }
 
@@ -65,7 +71,8 @@ macro_rules! settings {
                         $( $key: raw.read(stringify!($key), $default, settings!(@range $($min, $max)?), &mut faults), )+
                     };
                 )+
-                let config = Config { $($section,)+ sources: raw.sources() };
+                let hub = Hub::from_environment(&BTreeMap::new());
+                let config = Config { $($section,)+ hub, sources: raw.sources() };
                 config.cross_check(&mut faults);
                 if faults.is_empty() { Ok(config) } else { Err(ConfigError { faults }) }
             }
@@ -85,7 +92,7 @@ macro_rules! settings {
 settings! {
     /// What is served, where it listens and where it keeps its state.
     server: Server {
-        /// The base model: a .gguf file, a Hugging Face directory, or tiny:SEED (a built-in random model).
+        /// The base model: a .gguf file, a Hugging Face directory, ORG/NAME[@REVISION][:FILE.gguf] of its hub, or tiny:SEED (a built-in random model).
         model: String = "";
         /// Format of the base's weights in memory: f32, bf16, f16, q8 (8 bits, a scale for each 32 inputs), or stored (GGUF blocks as they are).
         dtype: Dtype = "f32";
@@ -147,6 +154,27 @@ settings! {
         control_deadline: Duration = "30s" in "1ms" .. "24h";
         /// The longest deadline a client may ask of an inference call; longer ones are cut to it.
         max_deadline: Duration = "1h" in "1ms" .. "24h";
+    }
+    /// Batch streams and bulk jobs: many requests at a lower priority than single calls.
+    bulk: Bulk {
+        /// Items of one batch stream or bulk job that are open at once; the server reads on when one is answered.
+        max_batch_window: usize = "64" in "1" .. "100000";
+        /// Items of one batch stream.
+        max_batch_items: usize = "100000" in "1" .. "10000000";
+        /// Items of all batch streams and bulk jobs in the engine at once; the rest waits. Stay below max_queue.
+        max_bulk_in_flight: usize = "128" in "1" .. "100000";
+        /// Bulk jobs that run at once.
+        max_active_bulk_jobs: usize = "2" in "1" .. "1024";
+        /// Bulk jobs of one tenant, ended ones included until they are removed.
+        max_bulk_jobs_per_tenant: usize = "100" in "1" .. "100000";
+        /// Bytes of a bulk job's input.
+        max_bulk_input_bytes: ByteSize = "64MiB" in "1KiB" .. "16GiB";
+        /// Lines of a bulk job's input.
+        max_bulk_rows: usize = "100000" in "1" .. "100000000";
+        /// How long an ended bulk job and its output are kept.
+        bulk_retention: Duration = "168h" in "1s" .. "8760h";
+        /// How long a batch stream may have no open item and send none.
+        batch_idle_timeout: Duration = "5min" in "10ms" .. "24h";
     }
     /// How large one inference request may be.
     limits: Limits {
@@ -404,6 +432,8 @@ pub enum Invocation {
     Serve(Box<Config>),
     /// Print this configuration and leave.
     Print(Box<Config>),
+    /// Print this script for a shell and leave.
+    Completions(String),
 }
 
 // === impl Config ===
@@ -417,6 +447,12 @@ impl Config {
         args: impl IntoIterator<Item = std::ffi::OsString>,
     ) -> Result<Invocation, ConfigError> {
         let matches = command().get_matches_from(args);
+        if let Some(shell) = matches.subcommand_matches("completions") {
+            let shell = shell.get_one::<Shell>("shell").copied();
+            return Ok(Invocation::Completions(completions(
+                shell.unwrap_or(Shell::Bash),
+            )));
+        }
         let print = matches.subcommand_matches("config");
         let flags = print.unwrap_or(&matches);
         let env: BTreeMap<String, String> = std::env::vars_os()
@@ -445,13 +481,14 @@ impl Config {
                 );
             }
         }
-        let config = Config::from_raw(&raw)?;
+        let mut config = Config::from_raw(&raw)?;
+        config.hub = Hub::from_environment(&env);
         if print.is_some() {
             return Ok(Invocation::Print(Box::new(config)));
         }
         if config.server.model.is_empty() {
             return Err(ConfigError::one(
-                "model: no base model is named; say --model FILE.gguf, --model DIRECTORY or --model tiny:1",
+                "model: no base model is named; say --model FILE.gguf, --model DIRECTORY, --model ORG/NAME (of the Hugging Face hub) or --model tiny:1",
             ));
         }
         Ok(Invocation::Serve(Box::new(config)))
@@ -556,6 +593,13 @@ impl Config {
         if tenant > all && self.sources.contains_key("max_in_flight_per_tenant") {
             faults.push(format!("max_in_flight_per_tenant: {tenant} is above max_in_flight {all}; lower one or raise the other"));
         }
+        let (bulk, queue) = (self.bulk.max_bulk_in_flight, self.engine.max_queue);
+        if bulk > queue {
+            let advice = "bulk work would leave single calls no place in the queue; lower one or raise the other";
+            faults.push(format!(
+                "max_bulk_in_flight: {bulk} is above max_queue {queue}; {advice}"
+            ));
+        }
         let (rows, sequences) = (self.engine.max_batched_tokens, self.engine.max_sequences);
         if rows < sequences {
             faults.push(format!(
@@ -632,6 +676,21 @@ fn command() -> clap::Command {
         .subcommand(with_flags(clap::Command::new("config").about(
             "Print the effective configuration as TOML, with the source of every value",
         )))
+        .subcommand(
+            clap::Command::new("completions")
+                .about("Print a script that completes flags in a shell")
+                .arg(
+                    clap::Arg::new("shell")
+                        .required(true)
+                        .value_parser(clap::value_parser!(Shell)),
+                ),
+        )
+}
+
+fn completions(shell: Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut command(), "espalierd", &mut script);
+    String::from_utf8_lossy(&script).into_owned()
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 const MIGRATIONS: &[&str] = &[
     include_str!("schema.sql"),
     include_str!("schema_serving.sql"),
+    include_str!("schema_bulk.sql"),
 ];
 
 /// Request ids are remembered this long.

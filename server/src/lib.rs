@@ -5,6 +5,7 @@
 mod build;
 pub mod config;
 mod health;
+pub mod hub;
 mod server;
 mod setting;
 pub mod shutdown;
@@ -20,6 +21,7 @@ pub mod status;
 
 // Who may do what to what, and where it is kept.
 pub mod artifact_store;
+pub mod bulk;
 pub mod database;
 pub mod datasets;
 pub mod jobs;

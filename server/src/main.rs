@@ -13,6 +13,10 @@ fn main() -> ExitCode {
             print!("{}", config.to_toml());
             return ExitCode::SUCCESS;
         }
+        Ok(Invocation::Completions(script)) => {
+            print!("{script}");
+            return ExitCode::SUCCESS;
+        }
         Ok(Invocation::Serve(config)) => *config,
         Err(error) => return fail(&error),
     };

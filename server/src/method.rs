@@ -16,6 +16,8 @@ pub enum Kind {
     Infer,
     /// Names, jobs, tenants, the model: an answer from the database.
     Control,
+    /// A stream of many items, each an inference request of its own.
+    Batch,
     /// A stream of bytes: uploads and downloads.
     Transfer,
     /// A stream of events that mostly waits.
@@ -95,7 +97,9 @@ fn kind_of(service: &str, method: &str) -> Kind {
         ("InferenceService", "Generate" | "StreamGenerate" | "Chat" | "StreamChat") => {
             Kind::Generate
         }
+        ("InferenceService", "BatchGenerate" | "BatchClassify") => Kind::Batch,
         ("InferenceService", _) => Kind::Infer,
+        ("BulkService", "CreateBulkJob") => Kind::Transfer,
         (_, method) if method.starts_with("Watch") => Kind::Watch,
         (_, method) if method.starts_with("Upload") || method.starts_with("Download") => {
             Kind::Transfer
@@ -126,6 +130,10 @@ mod tests {
         assert_eq!(
             Method::of_path("/espalier.v1.InferenceService/StreamChat").kind,
             Kind::Generate
+        );
+        assert_eq!(
+            Method::of_path("/espalier.v1.InferenceService/BatchClassify").kind,
+            Kind::Batch
         );
         assert_eq!(
             Method::of_path("/espalier.v1.InferenceService/Embed").kind,

@@ -125,6 +125,10 @@ id_type!(
     JobId, "training job id", is_id, ID_RULE
 );
 id_type!(
+    /// A bulk job within a tenant.
+    BulkJobId, "bulk job id", is_id, ID_RULE
+);
+id_type!(
     /// An API key; unique over the whole server because it is the part of a key by which its row is found.
     ApiKeyId, "api key id", is_id, ID_RULE
 );
@@ -264,6 +268,10 @@ child_name!(
 child_name!(
     /// `tenants/{t}/trainingJobs/{j}`
     JobName, JobId, job, "trainingJobs", "tenants/{tenant}/trainingJobs/{job}"
+);
+child_name!(
+    /// `tenants/{t}/bulkJobs/{j}`
+    BulkJobName, BulkJobId, job, "bulkJobs", "tenants/{tenant}/bulkJobs/{job}"
 );
 /// Whose keys: a tenant's, or the server's own (service and admin keys), written `tenants/-`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

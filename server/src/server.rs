@@ -20,14 +20,17 @@ use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 
 use crate::artifact_store::{ArtifactStore, StoreError};
+use crate::bulk::{BulkError, BulkStore};
 use crate::config::{Config, ConfigError};
 use crate::database::{DataDirLock, Database, DatabaseError};
 use crate::datasets::DatasetStore;
+use crate::hub::{self, HubError};
 use crate::jobs::{self, JobError, JobService};
 use crate::registry::Registry;
 use crate::services::Shell;
 use crate::services::adapter::residency::restore_pins;
 use crate::services::adapter::{AdapterService, artifact_limits};
+use crate::services::bulk::BulkService;
 use crate::services::inference::InferenceService;
 use crate::services::model::ModelService;
 use crate::services::tenant::TenantService;
@@ -60,6 +63,9 @@ pub enum ServeError {
         /// The address.
         addr: SocketAddr,
     },
+    /// What `--model` names cannot be had.
+    #[error("model: {0}")]
+    Hub(#[from] HubError),
     /// The model's files.
     #[error("model: {0}")]
     Model(#[from] ModelError),
@@ -78,6 +84,9 @@ pub enum ServeError {
     /// The jobs in the database.
     #[error("data_dir: {0}")]
     Jobs(#[from] JobError),
+    /// The bulk jobs under the data directory.
+    #[error("data_dir: {0}")]
+    Bulk(#[from] BulkError),
     /// The operating system.
     #[error("{action}: {cause}")]
     Io {
@@ -100,6 +109,7 @@ pub struct Server {
     routes: Routes,
     keys: TenantStore,
     jobs: JobService,
+    bulk: BulkStore,
     health: tonic_health::server::HealthReporter,
     about: About,
     /// Held as long as the server lives, so that a second one cannot work on the same directory.
@@ -179,6 +189,12 @@ impl Server {
             store.clone(),
             limits::dataset_limits(&config),
         );
+        let bulk = BulkStore::open(
+            database.clone(),
+            &config.server.data_dir,
+            limits::bulk_limits(&config),
+        )
+        .await?;
         let registry = Registry::new(
             database.clone(),
             store.clone(),
@@ -210,6 +226,7 @@ impl Server {
             store,
             datasets,
             jobs: jobs.clone(),
+            bulk: bulk.clone(),
         };
         let routes = routes(&shell, state, Routes::new(health_service));
         Ok(Server {
@@ -217,6 +234,7 @@ impl Server {
             routes,
             keys,
             jobs,
+            bulk,
             health,
             about,
             lock,
@@ -242,6 +260,7 @@ impl Server {
             routes,
             keys,
             jobs,
+            bulk,
             health,
             about,
             lock: _lock,
@@ -272,6 +291,7 @@ impl Server {
         shell.lifecycle.advance(Phase::Draining);
         let _ = stop.send(());
         jobs.stop();
+        bulk.stop();
         drain(&shell, config.server.drain_timeout).await;
         shell.lifecycle.advance(Phase::Cut);
         let _ = probe.await;
@@ -308,6 +328,7 @@ struct State {
     store: ArtifactStore,
     datasets: DatasetStore,
     jobs: JobService,
+    bulk: BulkStore,
 }
 
 /// A generated service with the message limit and compressed requests.
@@ -326,6 +347,7 @@ fn routes(shell: &Shell, state: State, routes: Routes) -> Routes {
     let chunk = config.adapters.max_chunk_bytes.as_usize() + ENVELOPE;
     let keys = state.keys.clone();
     let inference = InferenceService::new(shell.clone());
+    let bulk = BulkService::start(state.bulk, inference.clone(), Arc::clone(config));
     let model = ModelService::new(shell.clone(), move || !keys.is_open());
     let adapter = AdapterService::new(
         shell.registry.clone(),
@@ -365,6 +387,11 @@ fn routes(shell: &Shell, state: State, routes: Routes) -> Routes {
         .add_service(limited!(
             v1::training_service_server::TrainingServiceServer,
             training,
+            bytes.max(chunk)
+        ))
+        .add_service(limited!(
+            v1::bulk_service_server::BulkServiceServer,
+            bulk,
             bytes.max(chunk)
         ))
         .add_service(limited!(
@@ -428,7 +455,11 @@ async fn start_engine(
 ) -> Result<EngineHandle, ServeError> {
     let config = Arc::clone(config);
     let started = tokio::task::spawn_blocking(move || -> Result<EngineHandle, ServeError> {
-        let model = espalier_engine::model::load_as(&config.server.model, config.server.dtype)?;
+        let located = hub::locate(&config.server.model, &config.hub)?;
+        let mut model = espalier_engine::model::load_as(&located.spec, config.server.dtype)?;
+        if let Some(name) = located.name {
+            model.name = name;
+        }
         let engine = limits::engine_config(&config, &model.config);
         Ok(EngineHandle::start(engine, model, Arc::new(source))?)
     });

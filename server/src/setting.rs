@@ -50,6 +50,11 @@ pub struct MaybePath(pub Option<PathBuf>);
 pub struct Secret(Option<String>);
 
 impl Secret {
+    /// A credential; an empty text is none.
+    pub fn new(text: &str) -> Secret {
+        Secret((!text.is_empty()).then(|| text.to_owned()))
+    }
+
     /// The credential itself.
     pub fn reveal(&self) -> Option<&str> {
         self.0.as_deref()

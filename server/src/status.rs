@@ -325,6 +325,20 @@ pub(crate) fn complete(found: Status, request_id: &str) -> Status {
     Status::with_error_details_and_metadata(code, found.message(), details, metadata)
 }
 
+/// A status as a field of a message: for items that are refused while the stream that carries them goes on.
+pub(crate) fn in_message(status: &Status) -> espalier_proto::rpc::Status {
+    use prost::Message;
+    // The details of a tonic status are this very message, encoded.
+    let details = espalier_proto::rpc::Status::decode(status.details())
+        .map(|found| found.details)
+        .unwrap_or_default();
+    espalier_proto::rpc::Status {
+        code: status.code().into(),
+        message: status.message().to_owned(),
+        details,
+    }
+}
+
 /// A code as metrics and logs write it.
 pub(crate) fn code_name(code: Code) -> &'static str {
     match code {

@@ -25,6 +25,8 @@ pub(crate) mod metric {
     pub(crate) const AUTH_FAILURES: &str = "espalier_auth_failures_total";
     /// Seconds of an inference call, by operation.
     pub(crate) const GEN_AI_DURATION: &str = "gen_ai_server_request_duration_seconds";
+    /// Items of batch streams and bulk jobs that were answered, by operation and outcome.
+    pub(crate) const BULK_ITEMS: &str = "espalier_bulk_items_total";
     /// One, with the server's version and base model as labels.
     pub(crate) const BUILD_INFO: &str = "espalier_build_info";
 }

@@ -754,9 +754,17 @@ fn delete_tenant(tx: &Transaction<'_>, id: &TenantId, force: bool) -> Result<(),
     if running > 0 {
         return in_use(format!("{running} training jobs that have not ended"));
     }
+    let bulk = count(
+        "SELECT count(*) FROM bulk_jobs WHERE tenant = ?1 AND state IN ('queued', 'running')",
+    )?;
+    if bulk > 0 {
+        return in_use(format!("{bulk} bulk jobs that have not ended"));
+    }
     let adapters = count("SELECT count(*) FROM adapters WHERE tenant = ?1")?;
     let datasets = count("SELECT count(*) FROM datasets WHERE tenant = ?1")?;
-    let jobs = count("SELECT count(*) FROM jobs WHERE tenant = ?1")?;
+    let jobs = count(
+        "SELECT (SELECT count(*) FROM jobs WHERE tenant = ?1) + (SELECT count(*) FROM bulk_jobs WHERE tenant = ?1)",
+    )?;
     if !force && adapters + datasets + jobs > 0 {
         return in_use(format!(
             "{adapters} adapters, {datasets} datasets and {jobs} jobs"
@@ -765,6 +773,8 @@ fn delete_tenant(tx: &Transaction<'_>, id: &TenantId, force: bool) -> Result<(),
     for sql in [
         "DELETE FROM aliases WHERE adapter IN (SELECT id FROM adapters WHERE tenant = ?1)",
         "DELETE FROM jobs WHERE tenant = ?1",
+        // Their files go at the next start, with all that no row names.
+        "DELETE FROM bulk_jobs WHERE tenant = ?1",
         "DELETE FROM adapters WHERE tenant = ?1",
         "DELETE FROM datasets WHERE tenant = ?1",
         "DELETE FROM requests WHERE tenant = ?1",

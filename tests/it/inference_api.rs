@@ -628,7 +628,6 @@ async fn a_deadline_ends_unary_calls_and_streams_with_deadline_exceeded() {
 async fn a_client_that_goes_away_frees_its_sequences() {
     let server = TestServer::start(&[]).await;
     let mut client = inference(&server).await;
-    let mut model = v1::model_service_client::ModelServiceClient::new(server.channel().await);
     for _ in 0..4 {
         let mut stream = client
             .stream_generate(generate("endless", 400))
@@ -638,6 +637,13 @@ async fn a_client_that_goes_away_frees_its_sequences() {
         stream.next().await.unwrap().unwrap();
         drop(stream);
     }
+    idle(&server).await;
+    server.ended().await;
+}
+
+/// Waits until nothing waits or runs in the engine and every block is back.
+pub(crate) async fn idle(server: &TestServer) {
+    let mut model = v1::model_service_client::ModelServiceClient::new(server.channel().await);
     for _ in 0..100 {
         let info = model
             .get_server_info(v1::GetServerInfoRequest {})
@@ -645,7 +651,6 @@ async fn a_client_that_goes_away_frees_its_sequences() {
             .unwrap()
             .into_inner();
         if info.requests_running == 0 && info.requests_waiting == 0 && info.kv_cache_usage == 0.0 {
-            server.ended().await;
             return;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;

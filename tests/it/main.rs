@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod adapter_api;
+mod batch_api;
 mod bench_cli;
+mod bulk_api;
 mod churn;
 mod client_side;
 mod constrained;

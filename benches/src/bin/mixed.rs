@@ -21,7 +21,7 @@ use espalier_engine::handle::EngineHandle;
 use espalier_engine::model::{
     Batch, Dtype, KvCache, Model, ModelConfig, ResidentAdapter, SeqSpan, Workspace, load_as,
 };
-use espalier_engine::request::{Event, Generate, Request, RequestKind, StopConditions};
+use espalier_engine::request::{Event, Generate, Priority, Request, RequestKind, StopConditions};
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -400,6 +400,7 @@ async fn base_only(engine: &EngineHandle, seed: u64) -> Fallible<(f64, Vec<Answe
             tenant: Arc::from("bench"),
             target: Vec::new(),
             require_resident: false,
+            priority: Priority::Interactive,
             kind: RequestKind::Generate(Generate {
                 prompt: (0..16).map(|_| random.random_range(100..40_000)).collect(),
                 stop: StopConditions {

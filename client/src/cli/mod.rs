@@ -3,9 +3,11 @@
 
 mod adapters;
 mod bench;
+mod bulk;
 mod chart;
 mod chat;
 mod check;
+mod completions;
 mod data;
 mod generate;
 mod infer;
@@ -21,7 +23,7 @@ mod train;
 
 use std::{process::ExitCode, time::Duration};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::{
     client::{Client, ClientConfig, Timeouts},
@@ -104,10 +106,15 @@ enum Command {
     /// List, watch and cancel training jobs.
     #[command(subcommand)]
     Jobs(jobs::Jobs),
+    /// Answer a file of requests, durably and at the lowest priority.
+    #[command(subcommand)]
+    Bulk(bulk::Bulk),
     /// What the server is, has and does.
     Status(status::Status),
     /// Put load on a server and measure: latencies, throughput, goodput.
     Bench(Box<bench::Bench>),
+    /// Print a script that completes commands and options in a shell.
+    Completions(completions::Completions),
 }
 
 /// What every command gets.
@@ -148,13 +155,16 @@ async fn run(cli: Cli, out: Out) -> Result<(), Failure> {
     if let Command::Bench(bench) = cli.command {
         return bench.run(&global, out).await;
     }
-    // The one command that can do without a server.
+    // The commands that can do without a server.
     if let Command::Adapters(adapters::Adapters::Check(check)) = cli.command {
         let shape = match connect(&global).await {
             Ok(client) => check.shape_of(&client).await,
             Err(error) => Err(error),
         };
         return check.run(shape, out);
+    }
+    if let Command::Completions(command) = cli.command {
+        return command.run(Cli::command(), out);
     }
     let mut client = connect(&global).await?;
     if global.tenant.is_none() && cli.command.needs_tenant() {
@@ -174,9 +184,10 @@ async fn run(cli: Cli, out: Out) -> Result<(), Failure> {
         Command::Tenants(command) => command.run(&session).await,
         Command::Train(command) => command.run(&session).await,
         Command::Jobs(command) => command.run(&session).await,
+        Command::Bulk(command) => command.run(&session).await,
         Command::Status(command) => command.run(&session).await,
-        // Taken out above.
-        Command::Bench(_) => Ok(()),
+        // Answered above.
+        Command::Bench(_) | Command::Completions(_) => Ok(()),
     }
 }
 
@@ -186,14 +197,17 @@ impl Command {
     /// Whether short names may occur, so that it is worth asking whose they are.
     fn needs_tenant(&self) -> bool {
         match self {
-            Self::Tenants(_) | Self::Status(_) | Self::Detokenize(_) | Self::Bench(_) => false,
+            Self::Tenants(_) | Self::Status(_) | Self::Detokenize(_) => false,
+            Self::Bench(_) | Self::Completions(_) => false,
             Self::Generate(command) => command.adapter.needs_tenant(),
             Self::Chat(command) => command.adapter.needs_tenant(),
             Self::Classify(command) => command.adapter.needs_tenant(),
             Self::Embed(command) => command.adapter.needs_tenant(),
             Self::Score(command) => command.adapter.needs_tenant(),
             Self::Tokenize(command) => command.adapter.needs_tenant(),
-            Self::Adapters(_) | Self::Data(_) | Self::Train(_) | Self::Jobs(_) => true,
+            Self::Adapters(_) | Self::Bulk(_) | Self::Data(_) | Self::Train(_) | Self::Jobs(_) => {
+                true
+            }
         }
     }
 }
@@ -255,8 +269,6 @@ const PAGE: i32 = 1000;
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

@@ -191,6 +191,14 @@ impl EngineHandle {
         self.shared.compiler.compile(tenant, source).await
     }
 
+    /// Whether [`EngineHandle::submit`] would take a request, overload and drain aside.
+    ///
+    /// # Errors
+    /// A field outside of the limits.
+    pub fn check(&self, request: &Request) -> Result<(), EngineError> {
+        request.validate(&self.shared.config, &self.shared.model)
+    }
+
     /// Hands over a training job. It begins when its turn comes; its first events tell.
     ///
     /// # Errors

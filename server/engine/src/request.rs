@@ -24,6 +24,8 @@ pub struct Request {
     pub id: String,
     /// Whom the scheduler's fairness counts this for.
     pub tenant: Arc<str>,
+    /// Who goes first.
+    pub priority: Priority,
     /// The versions that answer, with their weights; empty is the base model. Their updates are added exactly and in this
     /// order; no version stands there twice.
     pub target: Vec<TargetVersion>,
@@ -35,6 +37,16 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// When the server received the request, so that timings include its share.
     pub received: Instant,
+}
+
+/// Who goes first when not all can run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Priority {
+    /// Somebody waits for the answer.
+    #[default]
+    Interactive,
+    /// Runs on what interactive work leaves, and gives it back when interactive work comes.
+    Bulk,
 }
 
 /// One version and its weight in the answer.

@@ -7,13 +7,22 @@
 //! token counts 1, an output token 2, what the prefix cache holds nothing; who comes back is lifted to the least among
 //! the busy). When blocks run out, idle ones of the prefix cache go first; then the sequence admitted last loses its own
 //! and is computed again later, as far as nobody took them: the oldest always goes on, so all of them end.
+//!
+//! Bulk work yields to interactive work: it is admitted after it, gives up its place, its blocks and its share of the
+//! prefill for it. So that it never stops, one bulk sequence is promoted when none had a row for [`BULK_PATIENCE`]
+//! steps: it takes the next place there is and keeps it like an interactive one. So while interactive work fills
+//! the machine, bulk work goes on with one sequence at a time.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
+mod bulk;
+
+use self::bulk::BULK_PATIENCE;
 use crate::block_manager::{BlockCopy, BlockManager, BlockTable, OutOfBlocks, blocks_for};
 use crate::cache_key::CacheKey;
 use crate::config::BLOCK_SIZE;
+use crate::request::Priority;
 
 /// One sequence for its whole life; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -31,6 +40,7 @@ pub(crate) struct NewSequence {
     pub(crate) reusable: usize,
     /// Another sequence whose first tokens are the same.
     pub(crate) prefix: Option<Prefix>,
+    pub(crate) priority: Priority,
 }
 
 /// The first `tokens` tokens are those of sequence `of`, which was added before. While that one lives and has not come
@@ -97,6 +107,9 @@ enum Status {
 struct Entry {
     key: Arc<CacheKey>,
     status: Status,
+    priority: Priority,
+    /// Gives way to interactive work: bulk that was not promoted.
+    yields: bool,
     /// Its reader does not keep up: no rows, and no admission.
     paused: bool,
     tokens: Vec<u32>,
@@ -123,11 +136,17 @@ pub(crate) struct Scheduler {
     limits: SchedulerLimits,
     blocks: BlockManager,
     entries: HashMap<SequenceId, Entry>,
-    /// In the order of admission, paused ones included.
+    /// Those that yield stand behind those that do not, and so lose blocks first and get rows last; else in the order
+    /// of admission. Paused ones included.
     running: Vec<SequenceId>,
-    tenants: BTreeMap<Arc<str>, TenantQueue>,
+    tenants: BTreeMap<QueueKey, TenantQueue>,
     waiting: usize,
+    /// Steps since bulk work that could have run had a row.
+    bulk_waited: u32,
 }
+
+/// Fairness is between tenants of one priority: a tenant's bulk work does not count against its interactive calls.
+type QueueKey = (Priority, Arc<str>);
 
 const PREFILL_COST: u64 = 1;
 const DECODE_COST: u64 = 2;
@@ -141,6 +160,10 @@ impl Entry {
 
     fn decodes(&self) -> bool {
         self.computed > 0 && self.remaining() == 1
+    }
+
+    fn queue(&self) -> QueueKey {
+        (self.priority, Arc::clone(self.key.tenant()))
     }
 }
 
@@ -156,6 +179,7 @@ impl Scheduler {
             running: Vec::new(),
             tenants: BTreeMap::new(),
             waiting: 0,
+            bulk_waited: 0,
         }
     }
 
@@ -173,14 +197,13 @@ impl Scheduler {
         }
         let floor = self
             .tenants
-            .values()
-            .map(|tenant| tenant.service)
+            .iter()
+            .filter(|((priority, _), _)| *priority == new.priority)
+            .map(|(_, tenant)| tenant.service)
             .min()
             .unwrap_or(0);
-        let tenant = self
-            .tenants
-            .entry(Arc::clone(new.key.tenant()))
-            .or_default();
+        let queue = (new.priority, Arc::clone(new.key.tenant()));
+        let tenant = self.tenants.entry(queue).or_default();
         if tenant.alive == 0 {
             tenant.service = tenant.service.max(floor);
         }
@@ -191,6 +214,8 @@ impl Scheduler {
         let entry = Entry {
             key: new.key,
             status: Status::Waiting,
+            priority: new.priority,
+            yields: new.priority == Priority::Bulk,
             paused: false,
             tokens: new.tokens,
             reusable: new.reusable,
@@ -210,15 +235,21 @@ impl Scheduler {
     /// Plans the next step. An empty plan means that nothing can run.
     pub(crate) fn schedule(&mut self) -> Plan {
         let mut plan = Plan::default();
+        if self.bulk_waited >= BULK_PATIENCE {
+            self.promote();
+        }
+        let urgent = self.make_way(&mut plan);
+        let yielded = plan.preempted.len();
         let decodes = self.count_running(|entry| !entry.paused && entry.decodes());
         let mut prefill_left = self.limits.max_num_batched_tokens.saturating_sub(decodes);
         if decodes > 0 {
             prefill_left = prefill_left.min(self.limits.prefill_chunk_tokens);
         }
-        self.continue_running(&mut plan, &mut prefill_left);
-        if plan.preempted.is_empty() {
+        self.continue_running(&mut plan, &mut prefill_left, urgent);
+        if plan.preempted.len() == yielded {
             self.admit(&mut plan, &mut prefill_left);
         }
+        self.note_bulk(&plan);
         let weights = |item: &ScheduledSequence| Some(self.entries.get(&item.id)?.key.weights());
         plan.items.sort_by(|a, b| weights(a).cmp(&weights(b)));
         plan
@@ -259,7 +290,7 @@ impl Scheduler {
             return;
         };
         let was = std::mem::replace(&mut entry.status, Status::Retained);
-        let tenant = Arc::clone(entry.key.tenant());
+        let tenant = entry.queue();
         let unused_prefix = entry.prefix.take();
         let retain = was != Status::Waiting && entry.dependents > 0 && entry.remaining() == 0;
         match was {
@@ -325,13 +356,15 @@ impl Scheduler {
         self.blocks.total()
     }
 
-    /// Largest minus smallest service of the tenants that wait.
+    /// Largest minus smallest service of the tenants whose interactive work waits.
     pub(crate) fn service_gap(&self) -> u64 {
         let waiting = || {
             self.tenants
-                .values()
-                .filter(|tenant| !tenant.waiting.is_empty())
-                .map(|tenant| tenant.service)
+                .iter()
+                .filter(|((priority, _), tenant)| {
+                    *priority == Priority::Interactive && !tenant.waiting.is_empty()
+                })
+                .map(|(_, tenant)| tenant.service)
         };
         waiting().max().unwrap_or(0) - waiting().min().unwrap_or(0)
     }
@@ -344,13 +377,15 @@ impl Scheduler {
     }
 
     /// Rows for the sequences that run, oldest first: a victim of preemption is always one that has no rows yet.
-    fn continue_running(&mut self, plan: &mut Plan, prefill_left: &mut usize) {
+    /// With `urgent` work waiting, bulk work that yields gets no rows of prefill.
+    fn continue_running(&mut self, plan: &mut Plan, prefill_left: &mut usize, urgent: bool) {
         let mut index = 0;
         while let Some(&id) = self.running.get(index) {
             let Some(entry) = self.entries.get(&id) else {
                 break;
             };
-            if entry.paused || entry.remaining() == 0 {
+            let held = urgent && entry.yields && !entry.decodes();
+            if entry.paused || held || entry.remaining() == 0 {
                 index += 1;
                 continue;
             }
@@ -426,7 +461,7 @@ impl Scheduler {
         let table = std::mem::replace(&mut entry.table, BlockTable::new(Arc::clone(&entry.key)));
         self.blocks.release(table);
         self.waiting += 1;
-        if let Some(queue) = self.tenants.get_mut(entry.key.tenant()) {
+        if let Some(queue) = self.tenants.get_mut(&entry.queue()) {
             queue.waiting.push_front(id);
         }
     }
@@ -436,6 +471,10 @@ impl Scheduler {
             let Some(id) = self.next_waiting() else {
                 return;
             };
+            // What has just given way does not come back in the same step.
+            if !plan.preempted.is_empty() && self.yields(id) {
+                return;
+            }
             // Nobody overtakes one that does not fit, or large prompts would wait for ever.
             if !self.begin(id, plan) {
                 return;
@@ -450,17 +489,6 @@ impl Scheduler {
             *prefill_left -= rows;
             self.give_rows(id, rows, plan);
         }
-    }
-
-    /// The first sequence that can begin, of the tenant with the least service.
-    fn next_waiting(&self) -> Option<SequenceId> {
-        let first_ready =
-            |tenant: &TenantQueue| tenant.waiting.iter().copied().find(|&id| self.is_ready(id));
-        self.tenants
-            .values()
-            .filter_map(|tenant| Some((tenant.service, first_ready(tenant)?)))
-            .min_by_key(|&(service, _)| service)
-            .map(|(_, id)| id)
     }
 
     /// Not ready: its reader does not keep up, or the prefix is being computed by another sequence.
@@ -494,7 +522,7 @@ impl Scheduler {
         };
         plan.copies.extend(copy);
         plan.admitted.push(admitted);
-        self.running.push(id);
+        self.take_place(id);
         self.waiting -= 1;
         let Some(entry) = self.entries.get_mut(&id) else {
             return false;
@@ -503,7 +531,7 @@ impl Scheduler {
         entry.computed = admitted.computed;
         entry.table = table;
         let prefix = entry.prefix.take();
-        if let Some(queue) = self.tenants.get_mut(entry.key.tenant()) {
+        if let Some(queue) = self.tenants.get_mut(&entry.queue()) {
             queue.waiting.retain(|&waiting| waiting != id);
         }
         if let Some(prefix) = prefix {
@@ -564,7 +592,7 @@ impl Scheduler {
         } else {
             PREFILL_COST
         };
-        if let Some(tenant) = self.tenants.get_mut(entry.key.tenant()) {
+        if let Some(tenant) = self.tenants.get_mut(&entry.queue()) {
             tenant.service += rows as u64 * cost;
         }
     }
@@ -602,6 +630,10 @@ impl Scheduler {
     fn check_integrity(&self) {
         self.blocks
             .check_integrity(self.entries.values().map(|entry| &entry.table));
+        assert!(
+            self.running.is_sorted_by_key(|id| self.entries[id].yields),
+            "those that yield stand behind"
+        );
         let waiting: usize = self
             .tenants
             .values()

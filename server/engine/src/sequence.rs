@@ -17,7 +17,7 @@ use crate::handle::Ticket;
 use crate::merger::MergedWeights;
 use crate::metrics;
 use crate::request::{
-    Event, Pooling, Started, StopConditions, TargetVersion, Timings, TokenLogprob, Usage,
+    Event, Pooling, Priority, Started, StopConditions, TargetVersion, Timings, TokenLogprob, Usage,
 };
 use crate::sampler::Sampler;
 use crate::scheduler::SequenceId;
@@ -35,6 +35,7 @@ pub(crate) struct RequestKey(pub(crate) u64);
 pub(crate) struct ActiveRequest {
     pub(crate) id: String,
     pub(crate) tenant: Arc<str>,
+    pub(crate) priority: Priority,
     /// The versions that answer, with their weights.
     pub(crate) target: Vec<TargetVersion>,
     pub(crate) events: mpsc::Sender<Event>,
@@ -265,7 +266,10 @@ impl ActiveRequest {
         self.started = Some(now);
         self.ticket = None;
         self.queue = (now - self.submitted).saturating_sub(self.adapter_load);
-        metrics::queued(self.queue);
+        // Bulk work waits by design: it would hide how long calls wait.
+        if self.priority == Priority::Interactive {
+            metrics::queued(self.queue);
+        }
         self.send(Event::Started(Started {
             queue: self.queue,
             adapter_load: self.adapter_load,
@@ -277,7 +281,10 @@ impl ActiveRequest {
     pub(crate) fn note_output(&mut self, now: Instant) {
         match self.last_output.replace(now) {
             None => self.first_output = Some(now),
-            Some(before) => metrics::between_tokens(now - before),
+            Some(before) if self.priority == Priority::Interactive => {
+                metrics::between_tokens(now - before);
+            }
+            Some(_) => {}
         }
     }
 

@@ -2,6 +2,7 @@
 //! into messages on the way out. Nothing behind this module sees a proto type, and nothing here does any work.
 
 pub(crate) mod adapter;
+pub(crate) mod bulk;
 pub(crate) mod chat;
 pub(crate) mod reply;
 pub(crate) mod request;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use http::{Request, Response};
 use http_body::Frame;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tonic::Status;
 use tonic::body::Body;
 
@@ -31,17 +31,35 @@ pub struct Gate(Arc<Shared>);
 struct Shared {
     calls: Arc<Semaphore>,
     watchers: Arc<Semaphore>,
+    /// Items of batch streams and bulk jobs that may be in the engine.
+    bulk: Arc<Semaphore>,
     per_tenant: usize,
-    tenants: Mutex<HashMap<Arc<str>, usize>>,
+    tenants: Mutex<HashMap<(Class, Arc<str>), usize>>,
+    /// A tenant's place became free.
+    freed: Notify,
     limits: config::Admission,
     lifecycle: Lifecycle,
+}
+
+/// What is counted: a batch stream holds a place of its own, and each of its items one among the tenant's calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Class {
+    Call,
+    BatchStream,
 }
 
 /// One call's place among its tenant's calls; given back on drop.
 #[derive(Debug)]
 pub struct TenantPermit {
     gate: Gate,
-    tenant: Arc<str>,
+    key: (Class, Arc<str>),
+}
+
+/// A bulk item's place among its tenant's calls, and its place in the engine.
+#[derive(Debug)]
+pub(crate) struct ItemPermit {
+    _tenant: TenantPermit,
+    _place: Option<OwnedSemaphorePermit>,
 }
 
 /// A response body that keeps the call's places until it ends, and ends when the server cuts it.
@@ -55,12 +73,14 @@ struct Guarded {
 
 impl Gate {
     /// A gate with the configured limits.
-    pub fn new(limits: &config::Admission, lifecycle: Lifecycle) -> Self {
+    pub fn new(limits: &config::Admission, bulk: usize, lifecycle: Lifecycle) -> Self {
         Gate(Arc::new(Shared {
             calls: Arc::new(Semaphore::new(limits.max_in_flight)),
             watchers: Arc::new(Semaphore::new(limits.max_watchers)),
+            bulk: Arc::new(Semaphore::new(bulk)),
             per_tenant: limits.max_in_flight_per_tenant,
             tenants: Mutex::default(),
+            freed: Notify::new(),
             limits: limits.clone(),
             lifecycle,
         }))
@@ -71,35 +91,69 @@ impl Gate {
     /// # Errors
     /// RATE_LIMIT_EXCEEDED when all are taken: it is the tenant's own load, another replica would not help it.
     pub fn enter_tenant(&self, tenant: &str) -> Result<TenantPermit, Refusal> {
+        self.enter_as(Class::Call, tenant)
+    }
+
+    fn enter_as(&self, class: Class, tenant: &str) -> Result<TenantPermit, Refusal> {
         let limit = self.0.per_tenant;
-        let mut tenants = self
-            .0
-            .tenants
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let tenant: Arc<str> = tenants
-            .get_key_value(tenant)
-            .map_or_else(|| Arc::from(tenant), |(key, _)| key.clone());
-        let running = tenants.entry(tenant.clone()).or_insert(0);
-        if *running >= limit {
+        self.take(class, tenant, limit).map_err(|running| {
             outcome("quota");
+            let what = match class {
+                Class::Call => "calls",
+                Class::BatchStream => "batch streams",
+            };
             let message = format!(
-                "tenants/{tenant} has {running} calls in flight, the limit max_in_flight_per_tenant is {limit}"
+                "tenants/{tenant} has {running} {what} in flight, the limit max_in_flight_per_tenant is {limit}"
             );
-            return Err(Refusal::quota(
+            Refusal::quota(
                 "RATE_LIMIT_EXCEEDED",
                 format!("tenants/{tenant}"),
                 message,
                 Some(self.0.limits.retry_after),
             )
             .with("limit", limit)
-            .with("quota_metric", "calls_in_flight"));
+            .with("quota_metric", "calls_in_flight")
+        })
+    }
+
+    /// A bulk item waits for its places instead of being turned away. Bulk items leave a quarter of the tenant's calls
+    /// to its single calls.
+    pub(crate) async fn enter_item(&self, tenant: &str) -> ItemPermit {
+        let limit = self.0.per_tenant - self.0.per_tenant / 4;
+        let tenant = loop {
+            let freed = self.0.freed.notified();
+            tokio::pin!(freed);
+            // Listening begins before looking, so that no place is missed.
+            freed.as_mut().enable();
+            if let Ok(permit) = self.take(Class::Call, tenant, limit) {
+                break permit;
+            }
+            freed.await;
+        };
+        ItemPermit {
+            _tenant: tenant,
+            // The semaphore is never closed.
+            _place: self.0.bulk.clone().acquire_owned().await.ok(),
         }
-        *running += 1;
+    }
+
+    /// One more of `class` for the tenant, unless it has `limit` of them: then how many it has.
+    fn take(&self, class: Class, tenant: &str, limit: usize) -> Result<TenantPermit, usize> {
+        let mut tenants = self
+            .0
+            .tenants
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let key = (class, Arc::from(tenant));
+        let running = tenants.get(&key).copied().unwrap_or(0);
+        if running >= limit {
+            return Err(running);
+        }
+        tenants.insert(key.clone(), running + 1);
         drop(tenants);
         Ok(TenantPermit {
             gate: self.clone(),
-            tenant,
+            key,
         })
     }
 
@@ -141,12 +195,14 @@ impl Drop for TenantPermit {
             .tenants
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if let Some(running) = tenants.get_mut(&self.tenant) {
+        if let Some(running) = tenants.get_mut(&self.key) {
             *running -= 1;
             if *running == 0 {
-                tenants.remove(&self.tenant);
+                tenants.remove(&self.key);
             }
         }
+        drop(tenants);
+        self.gate.0.freed.notify_waiters();
     }
 }
 
@@ -164,10 +220,14 @@ impl Around for Gate {
             .and_then(Principal::tenant);
         let permits = self.enter(kind).and_then(|place| {
             let counted = tenant.filter(|_| !matches!(kind, Kind::Health | Kind::Watch));
+            let class = match kind {
+                Kind::Batch => Class::BatchStream,
+                _ => Class::Call,
+            };
             Ok((
                 place,
                 counted
-                    .map(|tenant| self.enter_tenant(tenant.as_str()))
+                    .map(|tenant| self.enter_as(class, tenant.as_str()))
                     .transpose()?,
             ))
         });
@@ -259,6 +319,7 @@ mod tests {
         (
             Gate::new(
                 &Config::from_pairs(pairs).unwrap().admission,
+                3,
                 lifecycle.clone(),
             ),
             lifecycle,
@@ -308,6 +369,34 @@ mod tests {
             gate.0.tenants.lock().unwrap().is_empty(),
             "a tenant without calls leaves nothing behind"
         );
+    }
+
+    #[tokio::test]
+    async fn bulk_items_wait_and_leave_room_for_calls() {
+        let (gate, _) = gate(&[("max_in_flight_per_tenant", "4")]);
+        let stream = gate.enter_as(Class::BatchStream, "a").unwrap();
+        let mut items = Vec::new();
+        for _ in 0..3 {
+            items.push(gate.enter_item("a").await);
+        }
+        let waits = gate.clone();
+        let fourth = tokio::spawn(async move { waits.enter_item("a").await });
+        tokio::task::yield_now().await;
+        assert!(!fourth.is_finished(), "three quarters are taken");
+        let call = gate.enter_tenant("a").unwrap();
+        let other = gate.clone();
+        // The other tenant has places, the engine has not: three items are in it.
+        let other = tokio::spawn(async move { other.enter_item("b").await });
+        tokio::task::yield_now().await;
+        assert!(!other.is_finished());
+        drop(call);
+        tokio::task::yield_now().await;
+        assert!(!fourth.is_finished(), "a call's place is not for bulk");
+        items.pop();
+        drop(other.await.unwrap());
+        drop((fourth.await.unwrap(), items, stream));
+        assert!(gate.0.tenants.lock().unwrap().is_empty());
+        assert_eq!(gate.0.bulk.available_permits(), 3);
     }
 
     #[test]

@@ -53,7 +53,7 @@ impl SetDeadline {
             Kind::Generate => Some(self.generate),
             Kind::Infer => Some(self.classify),
             Kind::Control | Kind::Unknown => Some(self.control),
-            Kind::Transfer | Kind::Watch | Kind::Health => None,
+            Kind::Batch | Kind::Transfer | Kind::Watch | Kind::Health => None,
         }
     }
 

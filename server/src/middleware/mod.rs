@@ -7,6 +7,7 @@ pub(crate) mod auth;
 pub(crate) mod deadline;
 pub(crate) mod trace;
 
+pub(crate) use admission::ItemPermit;
 pub use admission::{Gate, TenantPermit};
 pub use deadline::{Deadline, Received};
 pub use trace::{REQUEST_ID, RequestId};

@@ -163,9 +163,8 @@ impl http_body::Body for Traced {
             Err(panic) => {
                 // The broken body is never polled again.
                 this.inner = Body::empty();
-                Poll::Ready(Some(Ok(Frame::trailers(trailers(&caught(
-                    &*panic, "stream",
-                ))))))
+                let status = Status::from(caught(&*panic, "stream"));
+                Poll::Ready(Some(Ok(Frame::trailers(trailers(&status)))))
             }
         };
         match frame {
@@ -210,20 +209,20 @@ impl Around for CatchPanic {
             .await
         {
             Ok(response) => response,
-            Err(panic) => caught(&*panic, "call").into_http(),
+            Err(panic) => Status::from(caught(&*panic, "call")).into_http(),
         }
     }
 }
 
 /// Counts and logs a panic; the client learns only that the server failed.
-pub(crate) fn caught(panic: &(dyn Any + Send), site: &'static str) -> Status {
+pub(crate) fn caught(panic: &(dyn Any + Send), site: &'static str) -> Refusal {
     metrics::counter!(metric::PANICS, "site" => site).increment(1);
     let text = panic
         .downcast_ref::<&str>()
         .copied()
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("a panic without text");
-    Status::from(Refusal::internal(format!("panic in a {site}: {text}")))
+    Refusal::internal(format!("panic in a {site}: {text}"))
 }
 
 #[cfg(test)]

@@ -191,7 +191,7 @@ pub(super) fn delete_adapter(
     Ok(digests)
 }
 
-/// Refuses when a job that has not ended writes to the adapter, or starts from this version of it.
+/// Refuses when a job that has not ended writes to the adapter, or starts from or answers with this version of it.
 pub(super) fn refuse_if_in_job(
     tx: &Transaction<'_>,
     name: &AdapterName,
@@ -206,15 +206,23 @@ pub(super) fn refuse_if_in_job(
             "SELECT job FROM jobs WHERE tenant = ?1 AND state IN ('queued', 'preparing', 'running') \
              AND (from_version LIKE ?2 OR (?3 AND adapter = (SELECT id FROM adapters WHERE tenant = ?1 AND adapter = ?4))) \
              LIMIT 1",
-            (name.tenant.as_str(), source, version.is_none(), name.adapter.as_str()),
+            (name.tenant.as_str(), &source, version.is_none(), name.adapter.as_str()),
             |row| row.get(0),
         )
         .optional()?;
-    match job {
+    let bulk: Option<String> = tx
+        .query_row(
+            "SELECT job FROM bulk_jobs WHERE tenant = ?1 AND state IN ('queued', 'running') AND version LIKE ?2 LIMIT 1",
+            (name.tenant.as_str(), source),
+            |row| row.get(0),
+        )
+        .optional()?;
+    let job = job.map(|job| format!("trainingJobs/{job}"));
+    match job.or_else(|| bulk.map(|job| format!("bulkJobs/{job}"))) {
         None => Ok(()),
         Some(job) => Err(RegistryError::InUse {
             resource: version.map_or_else(|| name.to_string(), |n| format!("{name}/versions/{n}")),
-            by: format!("tenants/{}/trainingJobs/{job}", name.tenant),
+            by: format!("tenants/{}/{job}", name.tenant),
         }),
     }
 }

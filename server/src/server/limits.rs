@@ -6,6 +6,7 @@ use espalier_engine::config::{BLOCK_SIZE, EngineConfig, RequestLimits};
 use espalier_engine::constraint::ConstraintLimits;
 use espalier_engine::model::config::ModelConfig;
 
+use crate::bulk::BulkLimits;
 use crate::config::Config;
 use crate::datasets::DatasetLimits;
 use crate::jobs::JobLimits;
@@ -85,6 +86,15 @@ pub(super) fn registry_limits(config: &Config) -> RegistryLimits {
         max_description_bytes: config.catalog.max_description_bytes,
         max_id_length: config.catalog.max_id_length,
         cache_entries: config.catalog.name_cache_entries,
+    }
+}
+
+pub(super) fn bulk_limits(config: &Config) -> BulkLimits {
+    BulkLimits {
+        max_jobs: config.bulk.max_bulk_jobs_per_tenant,
+        max_active: config.bulk.max_active_bulk_jobs,
+        max_id_length: config.catalog.max_id_length,
+        retention: config.bulk.bulk_retention,
     }
 }
 

@@ -4,19 +4,20 @@
 
 mod answer;
 mod ask;
+mod batch;
+mod lines;
 mod tools;
 
 use std::pin::Pin;
 
 use espalier_adapters::text::Message;
 use espalier_engine::constraint::ConstraintSource;
-use espalier_engine::request::{Generate, RequestKind};
 use espalier_proto::v1;
 use futures::{Stream, StreamExt};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use self::answer::{Collected, Operation};
-use self::ask::{Asker, Plan};
+use self::ask::{Asker, Labelling, Plan};
 use super::{Call, Shell};
 use crate::convert::{chat, count, reply, request};
 use crate::status::Refusal;
@@ -128,17 +129,89 @@ impl InferenceService {
         plan: &Plan,
         operation: Operation,
     ) -> Result<answer::Events, Refusal> {
-        let kind = RequestKind::Generate(Generate {
-            prompt: plan.prompt.clone(),
-            sampling: plan.settings.sampling.clone(),
-            stop: plan.settings.stop.clone(),
-            logprobs: plan.settings.logprobs,
-            constraint: plan.constraint.clone(),
-        });
         let events = self
             .asker
-            .submit(call, &plan.held, &plan.id, kind, operation)?;
+            .submit(call, &plan.held, &plan.id, plan.kind(), operation)?;
         Ok(events.with_tools(plan.tools.clone()))
+    }
+
+    /// One Generate from its message to its reply.
+    pub(crate) async fn answer_generate(
+        &self,
+        call: &Call,
+        message: v1::GenerateRequest,
+    ) -> Result<v1::GenerateResponse, Refusal> {
+        let plan = self.plan_generate(call, message).await?;
+        self.generated(call, plan, Operation::Generate).await
+    }
+
+    /// One Chat from its message to its reply.
+    pub(crate) async fn answer_chat(
+        &self,
+        call: &Call,
+        message: v1::ChatRequest,
+    ) -> Result<v1::ChatResponse, Refusal> {
+        let plan = self.plan_chat(call, message).await?;
+        let found = self.generated(call, plan, Operation::Chat).await?;
+        Ok(v1::ChatResponse {
+            candidates: found.candidates,
+            usage: found.usage,
+            timings: found.timings,
+            effective: found.effective,
+            settings: found.settings,
+            request_id: found.request_id,
+        })
+    }
+
+    /// Everything of Classify up to the engine.
+    async fn plan_classify(
+        &self,
+        call: &Call,
+        message: v1::ClassifyRequest,
+    ) -> Result<Labelling, Refusal> {
+        let limits = &self.asker.shell.config.limits;
+        request::request_id(&message.request_id, limits)?;
+        request::texts(&message.texts, limits)?;
+        request::labels(&message.labels, limits)?;
+        let held = self.asker.resolve(call, message.target).await?;
+        let id = call.named(&message.request_id);
+        let (kind, method) = self
+            .asker
+            .classification(&held, message.texts, message.labels)
+            .await?;
+        Ok(Labelling {
+            held,
+            id,
+            kind,
+            method,
+        })
+    }
+
+    /// One Classify from its message to its reply.
+    pub(crate) async fn answer_classify(
+        &self,
+        call: &Call,
+        message: v1::ClassifyRequest,
+    ) -> Result<v1::ClassifyResponse, Refusal> {
+        let Labelling {
+            held,
+            id,
+            kind,
+            method,
+        } = self.plan_classify(call, message).await?;
+        let collected = self
+            .asker
+            .submit(call, &held, &id, kind, Operation::Classify)?
+            .collect()
+            .await?;
+        Ok(v1::ClassifyResponse {
+            results: collected.classes()?,
+            method: method.into(),
+            usage: Some(reply::usage(collected.usage)),
+            timings: Some(reply::timings(collected.timings, 0)),
+            effective: Some(self.asker.effective(&held)),
+            request_id: id.to_string(),
+        })
     }
 
     async fn generated(
@@ -237,10 +310,7 @@ impl v1::inference_service_server::InferenceService for InferenceService {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<v1::GenerateResponse>, Status> {
         let (call, message) = Call::of(request)?;
-        let plan = self.plan_generate(&call, message).await?;
-        Ok(Response::new(
-            self.generated(&call, plan, Operation::Generate).await?,
-        ))
+        Ok(Response::new(self.answer_generate(&call, message).await?))
     }
 
     type StreamGenerateStream = Chunks<v1::GenerateChunk>;
@@ -259,16 +329,7 @@ impl v1::inference_service_server::InferenceService for InferenceService {
         request: Request<v1::ChatRequest>,
     ) -> Result<Response<v1::ChatResponse>, Status> {
         let (call, message) = Call::of(request)?;
-        let plan = self.plan_chat(&call, message).await?;
-        let found = self.generated(&call, plan, Operation::Chat).await?;
-        Ok(Response::new(v1::ChatResponse {
-            candidates: found.candidates,
-            usage: found.usage,
-            timings: found.timings,
-            effective: found.effective,
-            settings: found.settings,
-            request_id: found.request_id,
-        }))
+        Ok(Response::new(self.answer_chat(&call, message).await?))
     }
 
     type StreamChatStream = Chunks<v1::ChatChunk>;
@@ -287,29 +348,7 @@ impl v1::inference_service_server::InferenceService for InferenceService {
         request: Request<v1::ClassifyRequest>,
     ) -> Result<Response<v1::ClassifyResponse>, Status> {
         let (call, message) = Call::of(request)?;
-        let limits = &self.asker.shell.config.limits;
-        request::request_id(&message.request_id, limits)?;
-        request::texts(&message.texts, limits)?;
-        request::labels(&message.labels, limits)?;
-        let held = self.asker.resolve(&call, message.target).await?;
-        let id = call.named(&message.request_id);
-        let (kind, method) = self
-            .asker
-            .classification(&held, message.texts, message.labels)
-            .await?;
-        let collected = self
-            .asker
-            .submit(&call, &held, &id, kind, Operation::Classify)?
-            .collect()
-            .await?;
-        Ok(Response::new(v1::ClassifyResponse {
-            results: collected.classes()?,
-            method: method.into(),
-            usage: Some(reply::usage(collected.usage)),
-            timings: Some(reply::timings(collected.timings, 0)),
-            effective: Some(self.asker.effective(&held)),
-            request_id: id.to_string(),
-        }))
+        Ok(Response::new(self.answer_classify(&call, message).await?))
     }
 
     async fn embed(
@@ -444,5 +483,25 @@ impl v1::inference_service_server::InferenceService for InferenceService {
             )
             .await?;
         Ok(Response::new(v1::DetokenizeResponse { text }))
+    }
+
+    type BatchGenerateStream = Chunks<v1::BatchGenerateResponse>;
+
+    async fn batch_generate(
+        &self,
+        request: Request<Streaming<v1::BatchGenerateRequest>>,
+    ) -> Result<Response<Self::BatchGenerateStream>, Status> {
+        let (call, items) = Call::of(request)?;
+        Ok(Response::new(batch::answer(self.clone(), call, items)))
+    }
+
+    type BatchClassifyStream = Chunks<v1::BatchClassifyResponse>;
+
+    async fn batch_classify(
+        &self,
+        request: Request<Streaming<v1::BatchClassifyRequest>>,
+    ) -> Result<Response<Self::BatchClassifyStream>, Status> {
+        let (call, items) = Call::of(request)?;
+        Ok(Response::new(batch::answer(self.clone(), call, items)))
     }
 }

@@ -2,6 +2,7 @@
 //! name) and the handles behind it; the work itself is the engine's, the registry's and the jobs'.
 
 pub(crate) mod adapter;
+pub(crate) mod bulk;
 mod control;
 pub(crate) mod inference;
 pub(crate) mod model;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use espalier_engine::EngineHandle;
+use espalier_engine::request::Priority;
 use tonic::Request;
 
 use crate::config::Config;
@@ -41,7 +43,11 @@ impl Shell {
                 name: model_name(&engine.model().name),
                 digest: engine.model().digest.clone(),
             },
-            gate: Gate::new(&config.admission, lifecycle.clone()),
+            gate: Gate::new(
+                &config.admission,
+                config.bulk.max_bulk_in_flight,
+                lifecycle.clone(),
+            ),
             registry,
             engine,
             lifecycle,
@@ -72,6 +78,10 @@ pub(crate) struct Call {
     pub(crate) principal: Principal,
     pub(crate) deadline: Option<Instant>,
     pub(crate) received: Instant,
+    /// Bulk work waits where a single call is turned away.
+    pub(crate) priority: Priority,
+    /// Whether it takes a place among its tenant's calls; a check that asks nothing of the engine does not.
+    pub(crate) counted: bool,
 }
 
 impl Call {
@@ -98,6 +108,8 @@ impl Call {
                 principal,
                 deadline,
                 received,
+                priority: Priority::Interactive,
+                counted: true,
             },
             message,
         ))

@@ -1,4 +1,4 @@
-//! Errors of datasets and jobs in the table's terms.
+//! Errors of datasets and jobs, training and bulk, in the table's terms.
 
 use std::time::Duration;
 
@@ -7,6 +7,7 @@ use tonic::Code;
 
 use super::Refusal;
 use super::domain::{in_use, limited, reused};
+use crate::bulk::BulkError;
 use crate::datasets::DatasetError;
 use crate::jobs::JobError;
 
@@ -97,6 +98,35 @@ impl From<JobError> for Refusal {
             JobError::Store(error) => error.into(),
             JobError::Engine(error) => error.into(),
             JobError::Database(error) => error.into(),
+        }
+    }
+}
+
+impl From<BulkError> for Refusal {
+    fn from(error: BulkError) -> Refusal {
+        let text = error.to_string();
+        match error {
+            BulkError::TenantNotFound { name } => {
+                Refusal::not_found("TENANT_NOT_FOUND", "tenant", name.to_string())
+            }
+            BulkError::NotFound { name } => {
+                Refusal::not_found("BULK_JOB_NOT_FOUND", "bulk job", name.to_string())
+            }
+            BulkError::Exists { name } => {
+                Refusal::already_exists("BULK_JOB_EXISTS", "bulk job", name.to_string())
+            }
+            BulkError::InvalidState { name, state, .. } => {
+                Refusal::precondition("INVALID_JOB_STATE", "STATE", name.to_string(), text)
+                    .with("state", state)
+            }
+            BulkError::Limit { what, value, limit } => limited(what, value, limit, text),
+            BulkError::RequestIdReused { request_id } => reused(request_id, text),
+            BulkError::Registry(error) => error.into(),
+            BulkError::Stopping => {
+                Refusal::unavailable("SERVER_DRAINING", text, Duration::from_secs(1))
+            }
+            BulkError::File { .. } => Refusal::internal(text),
+            BulkError::Database(error) => error.into(),
         }
     }
 }

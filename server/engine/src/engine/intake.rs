@@ -56,6 +56,7 @@ impl Engine {
         let active = ActiveRequest {
             id: request.id,
             tenant: request.tenant,
+            priority: request.priority,
             target: request.target,
             events,
             deadline: request.deadline,
@@ -167,6 +168,7 @@ impl Engine {
         let tenant = Arc::clone(&request.tenant);
         let merged = request.merged().is_some();
         let cache_key = Arc::new(CacheKey::new(tenant, &request.target, merged));
+        let priority = request.priority;
         let mut first_of_group: Option<(usize, SequenceId)> = None;
         for Planned {
             tokens,
@@ -187,6 +189,7 @@ impl Engine {
                 tokens,
                 reusable: task.reusable(),
                 prefix: first.map(|(_, of)| Prefix { of, tokens: shared }),
+                priority,
             });
             request.open.push(id);
             self.sequences.insert(

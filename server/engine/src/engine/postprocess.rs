@@ -13,7 +13,9 @@ use crate::classify;
 use crate::constraint::{self, Masker, Progress};
 use crate::error::EngineError;
 use crate::metrics;
-use crate::request::{Candidate, Delta, Event, FinishReason, Output, Pooling, TokenLogprob};
+use crate::request::{
+    Candidate, Delta, Event, FinishReason, Output, Pooling, Priority, TokenLogprob,
+};
 use crate::sampler::token_logprob;
 use crate::scheduler::SequenceId;
 use crate::sequence::{Generation, RequestKey, Sequence, Task};
@@ -343,7 +345,9 @@ impl Engine {
         request.open.retain(|open| *open != id);
         if request.open.is_empty() {
             let (usage, timings) = (request.usage, request.timings(Instant::now()));
-            metrics::request_done(&usage, &timings);
+            if request.priority == Priority::Interactive {
+                metrics::request_done(&usage, &timings);
+            }
             request.send(Event::Done { usage, timings });
             self.requests.remove(&key);
         }

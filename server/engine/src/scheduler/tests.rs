@@ -27,6 +27,14 @@ fn new(id: u64, tenant: u8, version: u8, tokens: usize) -> NewSequence {
         tokens: (0..tokens as u32).map(|i| id as u32 * 1000 + i).collect(),
         reusable: usize::MAX,
         prefix: None,
+        priority: Priority::Interactive,
+    }
+}
+
+fn bulk(id: u64, tenant: u8, tokens: usize) -> NewSequence {
+    NewSequence {
+        priority: Priority::Bulk,
+        ..new(id, tenant, 0, tokens)
     }
 }
 
@@ -50,6 +58,7 @@ struct Job {
     gap: usize,
     /// Candidates that share the prompt.
     n: usize,
+    priority: Priority,
     /// After so many outputs the reader pauses for some steps.
     pause: Option<(usize, usize)>,
     /// Gone after so many steps in the system.
@@ -64,7 +73,7 @@ fn job() -> impl Strategy<Value = Job> {
             prop_oneof![Just(usize::MAX), 0..40_usize],
             prop::bool::weighted(0.1),
         ),
-        (0..6_usize, 1..4_usize),
+        (0..6_usize, 1..4_usize, any::<bool>()),
         prop::option::weighted(0.2, (0..10_usize, 1..30_usize)),
         prop::option::weighted(0.15, 0..40_usize),
     )
@@ -72,7 +81,7 @@ fn job() -> impl Strategy<Value = Job> {
             |(
                 (tenant, version, prompt, output),
                 (common, reusable, fails),
-                (gap, n),
+                (gap, n, bulk),
                 pause,
                 cancel,
             )| Job {
@@ -85,6 +94,11 @@ fn job() -> impl Strategy<Value = Job> {
                 fails,
                 gap,
                 n,
+                priority: if bulk {
+                    Priority::Bulk
+                } else {
+                    Priority::Interactive
+                },
                 pause,
                 cancel,
             },
@@ -131,6 +145,7 @@ fn arrive(scheduler: &mut Scheduler, live: &mut Vec<Live>, next_id: &mut u64, jo
             of,
             tokens: job.prompt - 1,
         });
+        sequence.priority = job.priority;
         parent.get_or_insert(id);
         scheduler.add(NewSequence {
             id,
@@ -243,6 +258,24 @@ fn run(plan: &Plan, scheduler: &Scheduler, live: &[Live], memory: &mut Memory) {
     }
 }
 
+/// Bulk work begins only when no interactive work is left that could.
+fn check_priority(plan: &Plan, scheduler: &Scheduler) {
+    let ready = |entry: &SequenceId| {
+        let of = &scheduler.entries[entry];
+        of.status == Status::Waiting
+            && of.priority == Priority::Interactive
+            && scheduler.is_ready(*entry)
+    };
+    let yielding = plan
+        .admitted
+        .iter()
+        .find(|admitted| scheduler.entries[&admitted.id].yields);
+    if let Some(Admitted { id, .. }) = yielding {
+        let waiting = scheduler.entries.keys().copied().find(|id| ready(id));
+        assert_eq!(waiting, None, "bulk sequence {id:?} began before it");
+    }
+}
+
 /// Runs all jobs to their end; panics when an invariant breaks or when nothing moves.
 fn simulate(jobs: &[Job], prefix_cache: bool) {
     let limits = SchedulerLimits {
@@ -272,6 +305,7 @@ fn simulate(jobs: &[Job], prefix_cache: bool) {
         let plan = scheduler.schedule();
         scheduler.check_integrity();
         check_plan(&plan, &scheduler, &mut live);
+        check_priority(&plan, &scheduler);
         run(&plan, &scheduler, &live, &mut memory);
         postprocess(&plan, &mut scheduler, &mut live);
         scheduler.check_integrity();
@@ -548,5 +582,103 @@ fn a_preempted_sequence_finds_its_own_blocks_again() {
         admitted(&scheduler.schedule()),
         [(1, 32, true)],
         "its whole blocks are there"
+    );
+}
+
+/// Steps with `load` interactive sequences always there, each of `output` tokens; gives the steps in which a bulk
+/// sequence had a row, and the interactive ones' longest wait for their first row in steps.
+fn under_load(
+    scheduler: &mut Scheduler,
+    load: usize,
+    output: usize,
+    steps: usize,
+) -> (Vec<usize>, usize) {
+    let (mut next, mut alive) = (1000_u64, BTreeMap::<u64, (usize, usize, bool)>::new());
+    let (mut served, mut longest) = (Vec::new(), 0);
+    for at in 0..steps {
+        while alive.len() < load {
+            scheduler.add(new(next, (next % 3) as u8, 0, 10));
+            alive.insert(next, (at, 0, false));
+            next += 1;
+        }
+        let plan = step(scheduler);
+        scheduler.check_integrity();
+        for item in &plan.items {
+            let Some((born, outputs, seen)) = alive.get_mut(&item.id.0) else {
+                served.push(at);
+                if item.completes {
+                    scheduler.push_token(item.id, 7);
+                }
+                continue;
+            };
+            if !*seen {
+                (*seen, longest) = (true, longest.max(at - *born));
+            }
+            if item.completes {
+                *outputs += 1;
+                scheduler.push_token(item.id, 7);
+            }
+            if *outputs == output {
+                alive.remove(&item.id.0);
+                scheduler.finish(item.id);
+            }
+        }
+    }
+    (served, longest)
+}
+
+#[test]
+fn interactive_work_takes_the_places_of_bulk_work_at_once() {
+    let mut scheduler = Scheduler::new(LIMITS, 256);
+    for id in 0..8 {
+        scheduler.add(bulk(id, 0, 4));
+    }
+    for _ in 0..3 {
+        let plan = step(&mut scheduler);
+        for item in plan.items.iter().filter(|item| item.completes) {
+            scheduler.push_token(item.id, 7);
+        }
+    }
+    assert_eq!(
+        scheduler.running(),
+        LIMITS.max_num_seqs,
+        "bulk work takes what nobody else wants"
+    );
+    scheduler.add(new(100, 1, 0, 6));
+    let plan = scheduler.schedule();
+    assert_eq!(
+        plan.preempted,
+        [SequenceId(4)],
+        "the last admitted gives way"
+    );
+    assert_eq!(admitted(&plan), [(100, 0, true)]);
+    let (_, longest) = under_load(&mut scheduler, 2, 5, 400);
+    assert!(
+        longest <= 1,
+        "with free places under bulk, an interactive sequence waited {longest} steps"
+    );
+}
+
+#[test]
+fn bulk_work_goes_on_under_any_interactive_load() {
+    let mut scheduler = Scheduler::new(LIMITS, 256);
+    for id in 0..3 {
+        scheduler.add(bulk(id, 0, 20));
+    }
+    // Three times as many as there are places, so that one waits in every step.
+    let output = 6;
+    let (served, _) = under_load(&mut scheduler, 3 * LIMITS.max_num_seqs, output, 1000);
+    let longest = served.windows(2).map(|pair| pair[1] - pair[0]).max();
+    // The promoted one waits for the next place, which is there when an interactive sequence ends.
+    let bound = BULK_PATIENCE as usize + output + 20;
+    assert!(served[0] <= bound, "the first row in step {}", served[0]);
+    assert!(
+        longest.unwrap() <= bound,
+        "{longest:?} steps without a row, the bound is {bound}"
+    );
+    assert!(
+        served.len() > 500,
+        "a promoted sequence keeps its place: {} rows in 1000 steps",
+        served.len()
     );
 }

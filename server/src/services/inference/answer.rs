@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use espalier_adapters::text::Tokenizer;
 use espalier_engine::error::EngineError;
 use espalier_engine::request::{
-    Candidate, Event, FinishReason, Output, Timings, TokenLogprob, Usage,
+    Candidate, Event, FinishReason, Output, Priority, Timings, TokenLogprob, Usage,
 };
 use espalier_proto::v1;
 use espalier_proto::v1::generate_chunk::Event as Chunk;
@@ -36,8 +36,8 @@ pub(super) enum Operation {
 pub(super) struct Events {
     receiver: mpsc::Receiver<Event>,
     deadline: Option<Instant>,
-    /// When waiting for the first step has lasted too long.
-    patience: Instant,
+    /// When waiting for the first step has lasted too long. Bulk work waits as long as it takes.
+    patience: Option<Instant>,
     started: bool,
     output_tokens: usize,
     readers: Readers,
@@ -48,6 +48,7 @@ pub(super) struct Events {
 struct Record {
     operation: Operation,
     model: String,
+    priority: Priority,
     received: Instant,
     error: Option<&'static str>,
     finished: bool,
@@ -85,6 +86,7 @@ impl Events {
         let record = Record {
             operation,
             model: model.to_owned(),
+            priority: call.priority,
             received: call.received,
             error: None,
             finished: false,
@@ -92,7 +94,7 @@ impl Events {
         Events {
             receiver,
             deadline: call.deadline,
-            patience: call.received + max_wait,
+            patience: (call.priority == Priority::Interactive).then(|| call.received + max_wait),
             started: false,
             output_tokens: 0,
             readers: Readers::new(None),
@@ -111,8 +113,7 @@ impl Events {
         // Only waiting is limited by patience: a request that runs has its deadline.
         let limit = match (self.started, self.deadline) {
             (true, deadline) => deadline,
-            (false, None) => Some(self.patience),
-            (false, Some(deadline)) => Some(deadline.min(self.patience)),
+            (false, deadline) => deadline.into_iter().chain(self.patience).min(),
         };
         let event = match limit {
             None => self.receiver.recv().await,
@@ -363,6 +364,10 @@ impl Operation {
 
 impl Drop for Record {
     fn drop(&mut self) {
+        // Bulk items are counted by those who send them; their waits say nothing about how the server answers calls.
+        if self.priority == Priority::Bulk {
+            return;
+        }
         let outcome = match self.error {
             Some(reason) => reason,
             None if self.finished => "",

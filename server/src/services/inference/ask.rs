@@ -7,7 +7,7 @@ use espalier_adapters::profile::ServingProfile;
 use espalier_adapters::text::{Message, TextError, Tokenizer, Tool, ToolFormat, encode_chat};
 use espalier_engine::constraint::{Constraint, ConstraintSource};
 use espalier_engine::error::EngineError;
-use espalier_engine::request::{Request, RequestKind, TargetVersion};
+use espalier_engine::request::{Generate, Priority, Request, RequestKind, TargetVersion};
 use espalier_proto::v1;
 use tonic::Code;
 
@@ -16,13 +16,15 @@ use super::tools::ToolUse;
 use crate::convert::chat::Offer;
 use crate::convert::request::{Prompt, Settings, Target, fits, target};
 use crate::convert::{Faults, reply};
-use crate::middleware::TenantPermit;
+use crate::middleware::{ItemPermit, TenantPermit};
 use crate::registry::ResolvedVersion;
 use crate::services::{Call, Shell};
 use crate::status::Refusal;
 
 /// Texts of more bytes than this are tokenised elsewhere: about a millisecond of work.
 const LONG_TEXT_BYTES: usize = 16 * 1024;
+/// Whom the work of callers without a tenant counts for; no tenant can have this name.
+const NOBODY: &str = "-";
 
 /// Shared by all calls.
 #[derive(Clone)]
@@ -33,9 +35,16 @@ pub(super) struct Asker {
 /// What a call resolved, held until its end.
 pub(super) struct Held {
     /// Those that answer, with their weights, in the request's order; none is the base.
-    versions: Vec<(Arc<ResolvedVersion>, f32)>,
+    pub(super) versions: Vec<(Arc<ResolvedVersion>, f32)>,
     tenant: Arc<str>,
-    _permit: Option<TenantPermit>,
+    _place: Place,
+}
+
+/// Where a request was counted, given back when it ends: at the gate (then nothing here), as a call, as a bulk item.
+#[derive(Default)]
+struct Place {
+    _call: Option<TenantPermit>,
+    _item: Option<ItemPermit>,
 }
 
 /// A generation that is ready to be submitted.
@@ -46,6 +55,14 @@ pub(super) struct Plan {
     pub(super) constraint: Option<Constraint>,
     pub(super) tools: Option<ToolUse>,
     pub(super) id: Arc<str>,
+}
+
+/// A classification that is ready to be submitted.
+pub(super) struct Labelling {
+    pub(super) held: Held,
+    pub(super) id: Arc<str>,
+    pub(super) kind: RequestKind,
+    pub(super) method: v1::ClassifyMethod,
 }
 
 impl Plan {
@@ -59,6 +76,17 @@ impl Plan {
             tools: None,
             id,
         }
+    }
+
+    /// What the engine is asked for.
+    pub(super) fn kind(&self) -> RequestKind {
+        RequestKind::Generate(Generate {
+            prompt: self.prompt.clone(),
+            sampling: self.settings.sampling.clone(),
+            stop: self.settings.stop.clone(),
+            logprobs: self.settings.logprobs,
+            constraint: self.constraint.clone(),
+        })
     }
 }
 
@@ -137,13 +165,8 @@ impl Asker {
         message: Option<v1::InferenceTarget>,
     ) -> Result<Held, Refusal> {
         let Target { adapters, tenant } = target(message, &call.principal)?;
-        // A tenant's own key was counted at the gate; a service's call is counted here, where its tenant is known.
-        let counted = tenant
-            .as_ref()
-            .filter(|_| call.principal.tenant().is_none());
-        let permit = counted
-            .map(|tenant| self.shell.gate.enter_tenant(tenant.as_str()))
-            .transpose()?;
+        let tenant = tenant.map_or_else(|| Arc::from(NOBODY), |tenant| Arc::from(tenant.as_str()));
+        let place = self.place(call, &tenant).await?;
         let mut versions: Vec<(Arc<ResolvedVersion>, f32)> = Vec::with_capacity(adapters.len());
         for (index, (reference, weight)) in adapters.iter().enumerate() {
             let registry = &self.shell.registry;
@@ -166,11 +189,10 @@ impl Asker {
             let engine = &self.shell.engine;
             engine.set_merge_policy(version.digest, version.merge_policy);
         }
-        let tenant = tenant.map_or_else(|| Arc::from("-"), |tenant| Arc::from(tenant.as_str()));
         Ok(Held {
             versions,
             tenant,
-            _permit: permit,
+            _place: place,
         })
     }
 
@@ -190,18 +212,26 @@ impl Asker {
         )
     }
 
-    /// Hands a request over to the engine.
-    pub(super) fn submit(
-        &self,
-        call: &Call,
-        held: &Held,
-        id: &str,
-        kind: RequestKind,
-        operation: Operation,
-    ) -> Result<Events, Refusal> {
-        let request = Request {
+    /// A tenant's own key was counted at the gate; a service's call is counted here, where its tenant is known, and a
+    /// bulk item whoever sent it. Callers without a tenant are not counted by tenant.
+    async fn place(&self, call: &Call, tenant: &str) -> Result<Place, Refusal> {
+        let gate = &self.shell.gate;
+        let mut place = Place::default();
+        match call.priority {
+            _ if !call.counted => {}
+            Priority::Bulk => place._item = Some(gate.enter_item(tenant).await),
+            Priority::Interactive if call.principal.tenant().is_some() || tenant == NOBODY => {}
+            Priority::Interactive => place._call = Some(gate.enter_tenant(tenant)?),
+        }
+        Ok(place)
+    }
+
+    /// A request as the engine takes it.
+    fn request(&self, call: &Call, held: &Held, id: &str, kind: RequestKind) -> Request {
+        Request {
             id: id.to_owned(),
             tenant: Arc::clone(&held.tenant),
+            priority: call.priority,
             target: held
                 .versions
                 .iter()
@@ -214,7 +244,32 @@ impl Asker {
             kind,
             deadline: call.deadline,
             received: call.received,
-        };
+        }
+    }
+
+    /// Asks the engine whether it would take a request.
+    pub(super) fn check(
+        &self,
+        call: &Call,
+        held: &Held,
+        id: &str,
+        kind: RequestKind,
+    ) -> Result<(), Refusal> {
+        let request = self.request(call, held, id, kind);
+        let checked = self.shell.engine.check(&request);
+        checked.map_err(|error| refused(error, held))
+    }
+
+    /// Hands a request over to the engine.
+    pub(super) fn submit(
+        &self,
+        call: &Call,
+        held: &Held,
+        id: &str,
+        kind: RequestKind,
+        operation: Operation,
+    ) -> Result<Events, Refusal> {
+        let request = self.request(call, held, id, kind);
         match self.shell.engine.submit(request) {
             Ok(events) => {
                 let (model, wait) = (

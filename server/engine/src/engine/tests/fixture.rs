@@ -18,7 +18,8 @@ use crate::error::EngineError;
 use crate::handle::EngineHandle;
 use crate::model;
 use crate::request::{
-    Candidate, Delta, Event, Output, Request, RequestKind, TargetVersion, TokenLogprob, Usage,
+    Candidate, Delta, Event, Output, Priority, Request, RequestKind, TargetVersion, TokenLogprob,
+    Usage,
 };
 
 pub(super) struct Fixture {
@@ -196,6 +197,7 @@ impl Fixture {
                 .into_iter()
                 .collect(),
             require_resident: false,
+            priority: Priority::Interactive,
             kind,
             deadline: None,
             received: Instant::now(),
