@@ -11,7 +11,7 @@ use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
 use espalier_engine::model::Dtype;
 use espalier_engine::request::{
-    Event, Generate, Request, RequestKind, StopConditions, TargetVersion,
+    Event, Generate, Priority, Request, RequestKind, StopConditions, TargetVersion,
 };
 use rand::{Rng, SeedableRng};
 use tokio::sync::mpsc;
@@ -86,6 +86,7 @@ pub async fn batch(engine: &EngineHandle, rows: &[Row], new: usize) -> Fallible<
             tenant: Arc::from("bench"),
             target: target.into_iter().collect(),
             require_resident: false,
+            priority: Priority::Interactive,
             kind: RequestKind::Generate(Generate {
                 prompt: prompt.clone(),
                 stop: StopConditions {

@@ -74,7 +74,11 @@ impl Server {
     /// Runs the load tester on it.
     fn bench(&self, args: &[&str]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_espalier"))
-            .args(["bench", "--target", &format!("openai=http://{}/v1", self.addr)])
+            .args([
+                "bench",
+                "--target",
+                &format!("openai=http://{}/v1", self.addr),
+            ])
             .args(args)
             .env_remove("OPENAI_API_KEY")
             .output()
@@ -128,7 +132,10 @@ async fn serve(socket: TcpStream, manners: Manners, seen: Arc<Mutex<Seen>>) -> s
         {
             tokio::time::sleep(to - since).await;
         }
-        if manners.refuse_every.is_some_and(|every| number % every == 0) {
+        if manners
+            .refuse_every
+            .is_some_and(|every| number % every == 0)
+        {
             let text = r#"{"error": {"type": "overloaded", "message": "come back later"}}"#;
             whole(&mut socket, "503 Service Unavailable", text).await?;
             continue;
@@ -139,7 +146,9 @@ async fn serve(socket: TcpStream, manners: Manners, seen: Arc<Mutex<Seen>>) -> s
 
 async fn whole(socket: &mut BufReader<TcpStream>, status: &str, text: &str) -> std::io::Result<()> {
     let length = text.len();
-    let head = format!("HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n");
+    let head = format!(
+        "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+    );
     socket.write_all((head + text).as_bytes()).await?;
     socket.flush().await
 }
@@ -149,11 +158,16 @@ async fn stream(
     manners: &Manners,
     body: &Value,
 ) -> std::io::Result<()> {
-    let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+    let head =
+        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
     socket.write_all(head.as_bytes()).await?;
     let tokens = body["max_tokens"].as_u64().unwrap();
     for number in 0..tokens {
-        let wait = if number == 0 { manners.first } else { manners.token };
+        let wait = if number == 0 {
+            manners.first
+        } else {
+            manners.token
+        };
         tokio::time::sleep(wait).await;
         let text = if body["messages"].is_array() {
             r#"{"choices": [{"delta": {"content": " w"}}]}"#
@@ -190,7 +204,18 @@ fn latencies_are_those_of_the_server() {
         token: Duration::from_millis(10),
         ..Manners::default()
     });
-    let args = ["--clients", "2", "-n", "10", "--warmup-requests", "2", "--input", "9", "--output", "5"];
+    let args = [
+        "--clients",
+        "2",
+        "-n",
+        "10",
+        "--warmup-requests",
+        "2",
+        "--input",
+        "9",
+        "--output",
+        "5",
+    ];
     let result = server.result(&args, 0);
     assert_eq!(number(&result, "/completed"), 10.0);
     assert_eq!(number(&result, "/warmup_requests"), 2.0);
@@ -199,7 +224,10 @@ fn latencies_are_those_of_the_server() {
     assert_eq!(number(&result, "/cached_input_tokens"), 30.0);
     let near = |key: &str, at_least: f64| {
         let found = number(&result, key);
-        assert!((at_least..at_least + 60.0).contains(&found), "{key}: {found}");
+        assert!(
+            (at_least..at_least + 60.0).contains(&found),
+            "{key}: {found}"
+        );
     };
     near("/p50_ttft_ms", 60.0);
     near("/p50_tpot_ms", 10.0);
@@ -211,7 +239,14 @@ fn latencies_are_those_of_the_server() {
     assert_eq!(bodies.len(), 12);
     assert_eq!(bodies[0]["model"], "mock-1");
     assert_eq!(bodies[0]["ignore_eos"], true);
-    assert_eq!(bodies[0]["prompt"].as_str().unwrap().split_whitespace().count(), 9);
+    assert_eq!(
+        bodies[0]["prompt"]
+            .as_str()
+            .unwrap()
+            .split_whitespace()
+            .count(),
+        9
+    );
 }
 
 #[test]
@@ -221,7 +256,16 @@ fn a_stall_shows_in_every_request_that_was_due_in_it() {
         stall: Some((Duration::from_secs(1), Duration::from_secs(2))),
         ..Manners::default()
     });
-    let args = ["--rate", "50", "--arrivals", "constant", "--duration", "3s", "--output", "1"];
+    let args = [
+        "--rate",
+        "50",
+        "--arrivals",
+        "constant",
+        "--duration",
+        "3s",
+        "--output",
+        "1",
+    ];
     let result = server.result(&[&args[..], &["--max-in-flight", "4"]].concat(), 0);
     assert_eq!(number(&result, "/completed"), 150.0);
     // A third of the requests was due in the stall, and waited for half a second on average. A
@@ -242,7 +286,16 @@ fn failures_are_counted_by_reason_and_objectives_set_the_exit_status() {
         refuse_every: Some(5),
         ..Manners::default()
     });
-    let args = ["-n", "20", "--output", "2", "--slo", "errors<1%", "--slo", "ttft:p99<10s"];
+    let args = [
+        "-n",
+        "20",
+        "--output",
+        "2",
+        "--slo",
+        "errors<1%",
+        "--slo",
+        "ttft:p99<10s",
+    ];
     let result = server.result(&args, 7);
     assert_eq!(number(&result, "/failed"), 4.0);
     assert_eq!(number(&result, "/errors/overloaded/count"), 4.0);
@@ -255,16 +308,32 @@ fn failures_are_counted_by_reason_and_objectives_set_the_exit_status() {
     let output = server.bench(&["-n", "3"]);
     assert_eq!(output.status.code(), Some(1));
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(errors.contains("no request completed") && errors.contains("overloaded"), "{errors}");
+    assert!(
+        errors.contains("no request completed") && errors.contains("overloaded"),
+        "{errors}"
+    );
 }
 
 #[test]
 fn adapters_are_models_or_fields_of_the_server() {
     let server = Server::start(Manners::default());
-    let list = ["-n", "4", "--output", "1", "--op", "chat", "--adapters", "a[0-1]"];
+    let list = [
+        "-n",
+        "4",
+        "--output",
+        "1",
+        "--op",
+        "chat",
+        "--adapters",
+        "a[0-1]",
+    ];
     let drawn = ["--popularity", "round-robin", "--openai-model", "base"];
     server.result(&[&list[..], &drawn[..]].concat(), 0);
-    let models: Vec<Value> = server.bodies().iter().map(|body| body["model"].clone()).collect();
+    let models: Vec<Value> = server
+        .bodies()
+        .iter()
+        .map(|body| body["model"].clone())
+        .collect();
     assert_eq!(models, ["a0", "a1", "a0", "a1"]);
     let server = Server::start(Manners::default());
     let body = r#"{"lora": [{"id": "{adapter_index}", "scale": 1.0}]}"#;
@@ -280,7 +349,16 @@ fn adapters_are_models_or_fields_of_the_server() {
 fn a_seed_fixes_what_is_sent() {
     let prompts = |seed: &str| -> Vec<String> {
         let server = Server::start(Manners::default());
-        let args = ["-n", "5", "--output", "1", "--seed", seed, "--input", "uniform:4..30"];
+        let args = [
+            "-n",
+            "5",
+            "--output",
+            "1",
+            "--seed",
+            seed,
+            "--input",
+            "uniform:4..30",
+        ];
         server.result(&args, 0);
         let text = |body: &Value| body["prompt"].as_str().unwrap().to_owned();
         server.bodies().iter().map(text).collect()
@@ -296,13 +374,32 @@ fn everything_that_is_written_can_be_read_again() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
     for number in ["1", "2"] {
-        let out = ["--out", &path(&format!("{number}.json")), "--hist", &path(&format!("{number}.hlog"))].map(str::to_owned);
-        let files = ["--csv", &path("requests.csv"), "--html", &path("report.html")].map(str::to_owned);
+        let out = [
+            "--out",
+            &path(&format!("{number}.json")),
+            "--hist",
+            &path(&format!("{number}.hlog")),
+        ]
+        .map(str::to_owned);
+        let files = [
+            "--csv",
+            &path("requests.csv"),
+            "--html",
+            &path("report.html"),
+        ]
+        .map(str::to_owned);
         let all: Vec<&str> = out.iter().chain(&files).map(String::as_str).collect();
-        server.result(&[&["-n", "8", "--output", "3", "--seed", number][..], &all].concat(), 0);
+        server.result(
+            &[&["-n", "8", "--output", "3", "--seed", number][..], &all].concat(),
+            0,
+        );
     }
     let program = |args: &[&str]| {
-        Command::new(env!("CARGO_BIN_EXE_espalier")).arg("bench").args(args).output().unwrap()
+        Command::new(env!("CARGO_BIN_EXE_espalier"))
+            .arg("bench")
+            .args(args)
+            .output()
+            .unwrap()
     };
     let merged = program(&["merge", &path("1.hlog"), &path("2.hlog"), "--json"]);
     let merged: Value = serde_json::from_slice(&merged.stdout).unwrap();
@@ -313,12 +410,27 @@ fn everything_that_is_written_can_be_read_again() {
     assert_eq!(rows.lines().count(), 9);
     let page = std::fs::read_to_string(path("report.html")).unwrap();
     assert!(page.contains("\"model_id\":\"mock-1\""));
-    assert!(program(&["report", &path("1.json"), "-o", &path("again.html")]).status.success());
+    assert!(
+        program(&["report", &path("1.json"), "-o", &path("again.html")])
+            .status
+            .success()
+    );
     let output = program(&["compare", &path("1.json"), &path("2.json")]);
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && text.contains("p99_ttft_ms") && text.contains("seed: 1 then, 2 now"), "{text}");
+    assert!(
+        output.status.success()
+            && text.contains("p99_ttft_ms")
+            && text.contains("seed: 1 then, 2 now"),
+        "{text}"
+    );
     worse(&path("1.json"), Path::new(&path("slow.json")));
-    let args = ["compare", &path("1.json"), &path("slow.json"), "--fail-if-worse", "10%"];
+    let args = [
+        "compare",
+        &path("1.json"),
+        &path("slow.json"),
+        "--fail-if-worse",
+        "10%",
+    ];
     assert_eq!(program(&args).status.code(), Some(7));
 }
 
@@ -337,7 +449,12 @@ fn sweeps_and_searches_give_a_step_a_load() {
     });
     let args = ["--output", "2", "--duration", "400ms"];
     let result = server.result(&[&args[..], &["--sweep", "20,40"]].concat(), 0);
-    let loads: Vec<f64> = result["steps"].as_array().unwrap().iter().map(|step| number(step, "/step/load")).collect();
+    let loads: Vec<f64> = result["steps"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|step| number(step, "/step/load"))
+        .collect();
     assert_eq!(loads, [20.0, 40.0]);
     let search = ["--search", "10..40", "--slo", "ttft:p50<10s"];
     let result = server.result(&[&args[..], &search[..]].concat(), 0);
@@ -367,8 +484,16 @@ fn wrong_options_name_the_flag_and_the_next_step() {
     check(&["--input", "normal:5"], 2, &["--input", "lognormal:"]);
     check(&["--slo", "ttft<1s"], 2, &["--slo", "ttft:p99<200ms"]);
     check(&["--search", "1..9"], 2, &["--search", "--slo"]);
-    check(&["--op", "classify", "--labels", "a,b"], 2, &["--op", "generate, chat or embed"]);
+    check(
+        &["--op", "classify", "--labels", "a,b"],
+        2,
+        &["--op", "generate, chat or embed"],
+    );
     check(&["--rate", "1..9"], 2, &["--rate", "--duration"]);
-    check(&["--out", "/no/such/dir/x.json"], 2, &["/no/such/dir", "directory"]);
+    check(
+        &["--out", "/no/such/dir/x.json"],
+        2,
+        &["/no/such/dir", "directory"],
+    );
     check(&[], 1, &["cannot reach", "is the server running"]);
 }

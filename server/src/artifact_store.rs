@@ -193,7 +193,10 @@ impl ArtifactStore {
             }
             Err(source) => return Err(StoreError::io("open a blob")(source)),
         };
-        let size = file.metadata().map_err(StoreError::io("read a blob"))?.len();
+        let size = file
+            .metadata()
+            .map_err(StoreError::io("read a blob"))?
+            .len();
         Ok((file, size))
     }
 
@@ -455,7 +458,10 @@ mod tests {
             bytes[5000] ^= 1;
             fs::write(&path, &bytes).unwrap();
             // The first look compares with the checksum of the bytes that were put, the second with the digest.
-            assert_eq!(store.proven().contains_key(&artifact.digest().into()), known);
+            assert_eq!(
+                store.proven().contains_key(&artifact.digest().into()),
+                known
+            );
             assert!(matches!(
                 store.get_artifact(&artifact.digest()),
                 Err(StoreError::Corrupt { .. })

@@ -52,6 +52,9 @@ mod tests {
     fn a_build_is_named_by_its_program() {
         let text = describe();
         assert!(text.starts_with(env!("CARGO_PKG_VERSION")), "{text}");
-        assert!(text.contains(" program ") && !text.contains("unread"), "{text}");
+        assert!(
+            text.contains(" program ") && !text.contains("unread"),
+            "{text}"
+        );
     }
 }

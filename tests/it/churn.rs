@@ -77,7 +77,9 @@ impl Head {
             for site in Site::ALL {
                 let (inputs, outputs) = self.shape.dims(site);
                 let mut numbers = |count: usize| -> Vec<f32> {
-                    (0..count).map(|_| random.random_range(-0.02..0.02)).collect()
+                    (0..count)
+                        .map(|_| random.random_range(-0.02..0.02))
+                        .collect()
                 };
                 let (mut a, mut b) = (numbers(RANK * inputs), numbers(outputs * RANK));
                 if layer + 1 == self.shape.layers {
@@ -108,8 +110,7 @@ impl Head {
             // The same directions for both, so that gate and up of a unit are equal.
             Site::Gate | Site::Up => {
                 let mut random = ChaCha8Rng::seed_from_u64(u64::from(token));
-                a[..UNITS / 2 * hidden]
-                    .fill_with(|| random.random_range(-0.2..0.2));
+                a[..UNITS / 2 * hidden].fill_with(|| random.random_range(-0.2..0.2));
                 for unit in 0..UNITS {
                     let sign = if unit % 2 == 0 { 30.0 } else { -30.0 };
                     b[unit * RANK..(unit + 1) * RANK].fill(0.0);
@@ -159,7 +160,9 @@ impl World {
     /// Uploads a version that forces the token of its generation.
     async fn push(&self, adapter: usize, generation: usize) {
         let token = token_of(adapter, generation);
-        let artifact = self.head.forcing(token, (adapter + 1000 * generation) as u64);
+        let artifact = self
+            .head
+            .forcing(token, (adapter + 1000 * generation) as u64);
         let dir = tempfile::tempdir().unwrap();
         peft::to_dir(&artifact, dir.path()).unwrap();
         let upload = AdapterUpload {
@@ -170,11 +173,23 @@ impl World {
             set_aliases: Vec::new(),
             ..Default::default()
         };
-        let version = self.client.upload_adapter(upload).await.unwrap().version.unwrap();
-        self.tokens.write().unwrap().insert(version.name.clone(), token);
+        let version = self
+            .client
+            .upload_adapter(upload)
+            .await
+            .unwrap()
+            .version
+            .unwrap();
+        self.tokens
+            .write()
+            .unwrap()
+            .insert(version.name.clone(), token);
         let name = self.client.names().adapter(&self.name(adapter)).unwrap();
         let number = version.name.rsplit('/').next().unwrap();
-        self.client.set_alias(&name, "default", number).await.unwrap();
+        self.client
+            .set_alias(&name, "default", number)
+            .await
+            .unwrap();
     }
 
     /// The token that the reply must show, by the version that it names.
@@ -311,7 +326,11 @@ impl World {
             ..Default::default()
         };
         let found = self.client.list_adapter_versions(versions).await.unwrap();
-        for old in found.versions.iter().filter(|version| version.aliases.is_empty()) {
+        for old in found
+            .versions
+            .iter()
+            .filter(|version| version.aliases.is_empty())
+        {
             // Another client may be faster.
             let _ = self.client.delete_adapter_version(&old.name).await;
         }
@@ -328,8 +347,7 @@ impl World {
         let policy = policies[turn % policies.len()];
         self.client.set_merge_policy(&name, policy).await.unwrap();
         let held = memory(&self.client).await;
-        let is_merged =
-            |one: &&v1::AdapterResidency| one.merge_state() == v1::MergeState::Merged;
+        let is_merged = |one: &&v1::AdapterResidency| one.merge_state() == v1::MergeState::Merged;
         let merged = held.residency.iter().filter(is_merged).count();
         self.merged.fetch_add(merged, Ordering::Relaxed);
     }
@@ -338,7 +356,9 @@ impl World {
     async fn turn(&self, n: usize) {
         let mut random = ChaCha8Rng::seed_from_u64(n as u64);
         // A few are asked for most.
-        let adapter = random.random_range(0..ADAPTERS).min(random.random_range(0..ADAPTERS));
+        let adapter = random
+            .random_range(0..ADAPTERS)
+            .min(random.random_range(0..ADAPTERS));
         let prompt = PROMPTS[random.random_range(0..PROMPTS.len())];
         let count = random.random_range(1..6);
         match n % 16 {
@@ -390,7 +410,12 @@ async fn settled(client: &Client) {
     let began = Instant::now();
     loop {
         let info = client.server_info().await.unwrap();
-        let leases: u32 = memory(client).await.residency.iter().map(|one| one.leases).sum();
+        let leases: u32 = memory(client)
+            .await
+            .residency
+            .iter()
+            .map(|one| one.leases)
+            .sum();
         let left = (info.requests_running, info.requests_waiting, leases);
         if left == (0, 0, 0) && info.kv_cache_usage == 0.0 {
             return;
@@ -407,7 +432,10 @@ async fn settled(client: &Client) {
 /// Kibibytes of a process that are in memory.
 fn resident(id: u32) -> f64 {
     let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
@@ -444,7 +472,9 @@ async fn ten_thousand_mixed_requests_show_no_wrong_token_and_leave_nothing() {
         for count in 1..6 {
             let request = greedy(&world.client, None, prompt, count);
             let reply = world.client.generate(request).await.unwrap();
-            world.base.insert((prompt, count), reply.candidates[0].token_ids.clone());
+            world
+                .base
+                .insert((prompt, count), reply.candidates[0].token_ids.clone());
         }
     }
     for adapter in 0..ADAPTERS {
@@ -462,7 +492,10 @@ async fn ten_thousand_mixed_requests_show_no_wrong_token_and_leave_nothing() {
     let held = memory(&world.client).await;
     assert!(held.used_bytes <= held.budget_bytes && held.merged_bytes <= held.merged_budget_bytes);
     let loads = world.loads.load(Ordering::Relaxed);
-    assert!(loads > REQUESTS / 20, "memory held all adapters: {loads} loads");
+    assert!(
+        loads > REQUESTS / 20,
+        "memory held all adapters: {loads} loads"
+    );
     let merged = world.merged.load(Ordering::Relaxed);
     assert!(merged > 0, "nothing was ever merged");
     let growth = after / before - 1.0;

@@ -348,7 +348,10 @@ fn check_texts(loaded: &LoadedModel, texts: &Texts) {
             .map(|m| Message::new(m.role.clone(), m.content.clone()))
             .collect();
         let template = loaded.template.as_ref().unwrap();
-        assert_eq!(template.render(&messages, &[], true).unwrap(), case.rendered);
+        assert_eq!(
+            template.render(&messages, &[], true).unwrap(),
+            case.rendered
+        );
     }
 }
 

@@ -32,7 +32,10 @@ async fn a_version_is_warmed_before_anybody_asks_and_leaves_when_deleted() {
     assert_eq!((disk.bytes, disk.last_used_time), (0, None));
     assert!(memory(&acme).await.residency.is_empty());
 
-    let warm = acme.warm_adapter_version(&version.name, true).await.unwrap();
+    let warm = acme
+        .warm_adapter_version(&version.name, true)
+        .await
+        .unwrap();
     assert_eq!(warm.level(), ResidencyLevel::Resident);
     assert!(warm.bytes > 0 && !warm.pinned && warm.leases == 0);
     assert_eq!(warm.digest, version.digest);
@@ -43,11 +46,16 @@ async fn a_version_is_warmed_before_anybody_asks_and_leaves_when_deleted() {
 
     // Without waiting it comes a moment later.
     let second = push(&acme, "b", 1).await;
-    acme.warm_adapter_version(&second.name, false).await.unwrap();
+    acme.warm_adapter_version(&second.name, false)
+        .await
+        .unwrap();
     while level(&acme, "b").await != ResidencyLevel::Resident {
         tokio::time::sleep(std::time::Duration::from_millis(2)).await;
     }
-    let (code, _) = reason(acme.warm_adapter_version("tenants/acme/adapters/no", true).await);
+    let (code, _) = reason(
+        acme.warm_adapter_version("tenants/acme/adapters/no", true)
+            .await,
+    );
     assert_eq!(code, Code::NotFound);
 
     assert_eq!(memory(&acme).await.residency.len(), 2);
@@ -59,20 +67,23 @@ async fn a_version_is_warmed_before_anybody_asks_and_leaves_when_deleted() {
     acme.delete_adapter(delete).await.unwrap();
     let held = memory(&acme).await;
     assert_eq!(held.residency.len(), 1);
-    assert_eq!(held.used_bytes, warm.bytes, "a deleted adapter takes nothing");
+    assert_eq!(
+        held.used_bytes, warm.bytes,
+        "a deleted adapter takes nothing"
+    );
     server.ended().await;
 }
 
 #[tokio::test]
 async fn a_pin_holds_within_its_share_and_over_a_restart() {
-    let settings = [("adapter_cache_bytes", "1MiB"), ("max_pinned_share", "0.08")];
+    let settings = [
+        ("adapter_cache_bytes", "1MiB"),
+        ("max_pinned_share", "0.08"),
+    ];
     let server = TestServer::start(&settings).await;
     let acme = tenant(server.addr, "acme").await;
     // Large ones, so that the second does not fit beside the first in a twelfth of the budget.
-    let versions = [
-        push(&acme, "a", 2).await,
-        push(&acme, "b", 5).await,
-    ];
+    let versions = [push(&acme, "a", 2).await, push(&acme, "b", 5).await];
     let pinned = acme.pin_adapter_version(&versions[0].name).await.unwrap();
     assert!(pinned.pinned && pinned.level() == ResidencyLevel::Resident);
     let held = memory(&acme).await;
@@ -80,12 +91,32 @@ async fn a_pin_holds_within_its_share_and_over_a_restart() {
     assert_eq!(held.pinned_budget_bytes, 83_886);
     assert!(2 * pinned.bytes > held.pinned_budget_bytes, "{pinned:?}");
     let (code, why) = reason(acme.pin_adapter_version(&versions[1].name).await);
-    assert_eq!((code, why.as_str()), (Code::ResourceExhausted, "PINNED_CAPACITY"));
-    assert!(!acme.get_adapter_version(&versions[1].name).await.unwrap().pinned);
-    assert!(acme.get_adapter_version(&versions[0].name).await.unwrap().pinned);
+    assert_eq!(
+        (code, why.as_str()),
+        (Code::ResourceExhausted, "PINNED_CAPACITY")
+    );
+    assert!(
+        !acme
+            .get_adapter_version(&versions[1].name)
+            .await
+            .unwrap()
+            .pinned
+    );
+    assert!(
+        acme.get_adapter_version(&versions[0].name)
+            .await
+            .unwrap()
+            .pinned
+    );
     let policy = v1::MergePolicy::Unmerged;
-    let kept = acme.set_merge_policy(&versions[0].name, policy).await.unwrap();
-    assert!(kept.pinned && kept.merge_policy() == policy, "one change leaves the other");
+    let kept = acme
+        .set_merge_policy(&versions[0].name, policy)
+        .await
+        .unwrap();
+    assert!(
+        kept.pinned && kept.merge_policy() == policy,
+        "one change leaves the other"
+    );
 
     drop(acme);
     let server = TestServer::start_in(server.ended().await, &settings).await;

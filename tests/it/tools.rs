@@ -35,9 +35,15 @@ fn directory(jinja: &str, control: &str) -> TempDir {
     let mut tokenizer: Value = serde_json::from_str(&tiny.tokenizer.to_json().unwrap()).unwrap();
     let added = json!({"id": vocab, "content": control, "special": true, "single_word": false,
         "lstrip": false, "rstrip": false, "normalized": false});
-    tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    tokenizer["added_tokens"]
+        .as_array_mut()
+        .unwrap()
+        .push(added);
     write("tokenizer.json", tokenizer.to_string().as_bytes());
-    write("tokenizer_config.json", json!({"eos_token": "<|im_end|>"}).to_string().as_bytes());
+    write(
+        "tokenizer_config.json",
+        json!({"eos_token": "<|im_end|>"}).to_string().as_bytes(),
+    );
     write("chat_template.jinja", jinja.as_bytes());
     let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
     for (name, mut shape, values) in tiny.weights.tensors(config) {
@@ -46,14 +52,21 @@ fn directory(jinja: &str, control: &str) -> TempDir {
             shape[0] += 1;
             values.extend_from_within(..config.hidden);
         }
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let bytes = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
         tensors.push((name, shape, bytes));
     }
     let views = tensors.iter().map(|(name, shape, bytes)| {
-        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes);
+        let view =
+            safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes);
         (name.as_str(), view.unwrap())
     });
-    write("model.safetensors", &safetensors::serialize(views, None).unwrap());
+    write(
+        "model.safetensors",
+        &safetensors::serialize(views, None).unwrap(),
+    );
     dir
 }
 
@@ -67,20 +80,25 @@ fn tools() -> Vec<v1::Tool> {
     let city = r##"{"type": "object", "properties": {"city": {"enum": ["Rome", "Köln"]}, "days": {"$ref": "#/$defs/count"}},
         "required": ["city", "days"], "additionalProperties": false, "$defs": {"count": {"type": "integer", "minimum": 1, "maximum": 9}}}"##;
     let stop = r#"{"type": "object", "properties": {"now": {"type": "boolean"}}, "required": ["now"], "additionalProperties": false}"#;
-    [("weather", "Looks outside.", city), ("stop", "Stops <|im_end|>.", stop)]
-        .map(|(name, description, parameters)| v1::Tool {
-            name: name.to_owned(),
-            description: description.to_owned(),
-            parameters: parameters.to_owned(),
-        })
-        .to_vec()
+    [
+        ("weather", "Looks outside.", city),
+        ("stop", "Stops <|im_end|>.", stop),
+    ]
+    .map(|(name, description, parameters)| v1::Tool {
+        name: name.to_owned(),
+        description: description.to_owned(),
+        parameters: parameters.to_owned(),
+    })
+    .to_vec()
 }
 
 fn request(choice: Option<Choice>, seed: u64) -> v1::ChatRequest {
     v1::ChatRequest {
         messages: vec![user("What is it like in Rome?")],
         tools: tools(),
-        tool_choice: choice.map(|choice| v1::ToolChoice { choice: Some(choice) }),
+        tool_choice: choice.map(|choice| v1::ToolChoice {
+            choice: Some(choice),
+        }),
         sampling: Some(v1::SamplingParams {
             temperature: Some(1.0),
             seed: Some(seed),
@@ -107,8 +125,14 @@ fn checked(calls: &[v1::ToolCall]) -> &str {
     let arguments: Value = serde_json::from_str(&call.arguments).unwrap();
     match call.name.as_str() {
         "weather" => {
-            assert!(arguments["city"] == "Rome" || arguments["city"] == "Köln", "{arguments}");
-            assert!((1..=9).contains(&arguments["days"].as_i64().unwrap()), "{arguments}");
+            assert!(
+                arguments["city"] == "Rome" || arguments["city"] == "Köln",
+                "{arguments}"
+            );
+            assert!(
+                (1..=9).contains(&arguments["days"].as_i64().unwrap()),
+                "{arguments}"
+            );
         }
         "stop" => assert!(arguments["now"].is_boolean(), "{arguments}"),
         other => panic!("{other}"),
@@ -131,12 +155,20 @@ async fn a_required_call_satisfies_its_schema_in_every_form() {
         let (server, mut client) = serve(model.path()).await;
         let mut names = std::collections::BTreeSet::new();
         for seed in 0..8 {
-            let whole = client.chat(request(required(), seed)).await.unwrap().into_inner();
+            let whole = client
+                .chat(request(required(), seed))
+                .await
+                .unwrap()
+                .into_inner();
             let candidate = &whole.candidates[0];
             assert_eq!(candidate.text, "", "{control}: {candidate:?}");
             assert_eq!(candidate.finish_reason(), v1::FinishReason::Constraint);
             names.insert(checked(&candidate.tool_calls).to_owned());
-            let mut stream = client.stream_chat(request(required(), seed)).await.unwrap().into_inner();
+            let mut stream = client
+                .stream_chat(request(required(), seed))
+                .await
+                .unwrap()
+                .into_inner();
             let (mut text, mut calls) = (String::new(), Vec::new());
             while let Some(chunk) = stream.next().await {
                 if let Some(v1::chat_chunk::Event::Delta(delta)) = chunk.unwrap().event {
@@ -146,10 +178,16 @@ async fn a_required_call_satisfies_its_schema_in_every_form() {
             }
             checked(&calls);
             let same = |call: &v1::ToolCall| (call.name.clone(), call.arguments.clone());
-            assert_eq!((text.as_str(), same(&calls[0])), ("", same(&candidate.tool_calls[0])));
+            assert_eq!(
+                (text.as_str(), same(&calls[0])),
+                ("", same(&candidate.tool_calls[0]))
+            );
         }
         assert_eq!(names.len(), 2, "{control}: only {names:?}");
-        let only = client.chat(request(Some(Choice::Tool("stop".to_owned())), 3)).await.unwrap();
+        let only = client
+            .chat(request(Some(Choice::Tool("stop".to_owned())), 3))
+            .await
+            .unwrap();
         assert_eq!(checked(&only.into_inner().candidates[0].tool_calls), "stop");
         server.ended().await;
     }
@@ -173,7 +211,10 @@ async fn definitions_are_rendered_and_results_go_back() {
         (reply.pieces.concat(), reply.token_ids)
     };
     let (text, ids) = tokenize(tools(), vec![user("hi")]).await;
-    assert!(text.contains("\"name\": \"weather\"") && text.contains("Stops <|im_end|>."), "{text}");
+    assert!(
+        text.contains("\"name\": \"weather\"") && text.contains("Stops <|im_end|>."),
+        "{text}"
+    );
     // What the description spells stays text: the turn's own end and nothing else.
     assert_eq!(ids.iter().filter(|&&id| id == 2).count(), 1);
     let call = v1::ToolCall {
@@ -196,7 +237,12 @@ async fn definitions_are_rendered_and_results_go_back() {
         },
     ];
     let (text, _) = tokenize(tools(), turns).await;
-    assert!(text.contains("<tool_call>{\"name\": \"stop\", \"arguments\": {\"now\": true}}</tool_call>"), "{text}");
+    assert!(
+        text.contains(
+            "<tool_call>{\"name\": \"stop\", \"arguments\": {\"now\": true}}</tool_call>"
+        ),
+        "{text}"
+    );
     assert!(text.contains("<|im_start|>tool\ndone<|im_end|>"), "{text}");
     let free = client.chat(request(None, 1)).await.unwrap().into_inner();
     let none = Some(Choice::Mode(v1::ToolChoiceMode::None.into()));
@@ -210,7 +256,10 @@ async fn what_cannot_be_done_is_refused_by_name() {
     let server = TestServer::start(&[]).await;
     let mut client = inference(&server).await;
     let (code, reason, message) = refused(client.chat(request(None, 1)).await);
-    assert_eq!((code, reason.as_str()), (Code::Unimplemented, "UNSUPPORTED_BY_MODEL"));
+    assert_eq!(
+        (code, reason.as_str()),
+        (Code::Unimplemented, "UNSUPPORTED_BY_MODEL")
+    );
     assert!(message.contains("never reads `tools`"), "{message}");
     // Left out, they are not needed.
     let none = Some(Choice::Mode(v1::ToolChoiceMode::None.into()));
@@ -223,11 +272,22 @@ async fn what_cannot_be_done_is_refused_by_name() {
     both.constraint = Some(v1::Constraint {
         kind: Some(v1::constraint::Kind::Regex("a".to_owned())),
     });
-    assert!(refused(client.chat(both).await).2.contains("constraint: cannot stand beside tools"));
+    assert!(
+        refused(client.chat(both).await)
+            .2
+            .contains("constraint: cannot stand beside tools")
+    );
     let mut schema = request(required(), 1);
-    schema.tools[0].parameters = r#"{"type": "object", "properties": {"a": {"type": "strnig"}}}"#.to_owned();
+    schema.tools[0].parameters =
+        r#"{"type": "object", "properties": {"a": {"type": "strnig"}}}"#.to_owned();
     let (code, reason, message) = refused(client.chat(schema).await);
-    assert_eq!((code, reason.as_str()), (Code::InvalidArgument, "CONSTRAINT_INVALID"));
-    assert!(message.starts_with("tools:") && message.contains("strnig"), "{message}");
+    assert_eq!(
+        (code, reason.as_str()),
+        (Code::InvalidArgument, "CONSTRAINT_INVALID")
+    );
+    assert!(
+        message.starts_with("tools:") && message.contains("strnig"),
+        "{message}"
+    );
     server.ended().await;
 }

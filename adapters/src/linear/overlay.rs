@@ -40,7 +40,8 @@ impl OverlayBytes {
             let weight = base.weight(layer, site);
             let (outputs, inputs) = base.ops().dims(weight);
             // Layouts fill outputs up to whole panels.
-            bytes.merged += outputs.next_multiple_of(32) * inputs
+            bytes.merged += outputs.next_multiple_of(32)
+                * inputs
                 * match base.ops().kind(weight) {
                     WeightKind::Bf16 => size_of::<bf16>(),
                     _ => size_of::<O::T>(),
@@ -59,7 +60,8 @@ impl<M> Overlay<M> {
         base: &impl BaseSites<O>,
         go_on: impl Fn() -> bool,
     ) -> Option<Self> {
-        let mut sites: Vec<Option<M>> = (0..base.layers() * Site::ALL.len()).map(|_| None).collect();
+        let mut sites: Vec<Option<M>> =
+            (0..base.layers() * Site::ALL.len()).map(|_| None).collect();
         let mut bytes = 0;
         for (layer, site) in adapted(adapter, base) {
             if !go_on() {

@@ -21,7 +21,7 @@ use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
 use espalier_engine::metrics::EngineStats;
 use espalier_engine::request::{
-    Event, Generate, Request, RequestKind, StopConditions, TargetVersion, Timings,
+    Event, Generate, Priority, Request, RequestKind, StopConditions, TargetVersion, Timings,
 };
 use espalier_server::artifact_store::ArtifactStore;
 use rand::{Rng, RngCore, SeedableRng};
@@ -40,7 +40,9 @@ const NEW: usize = 32;
 const DRAWS: usize = 40;
 
 #[derive(Parser)]
-#[command(about = "Adapters beyond memory: throughput against their number, cold beside warm, and 10,000 at rest")]
+#[command(
+    about = "Adapters beyond memory: throughput against their number, cold beside warm, and 10,000 at rest"
+)]
 struct Args {
     /// The base: a GGUF or a Hugging Face directory.
     #[arg(long, env = "ESPALIER_MODEL")]
@@ -165,6 +167,7 @@ async fn ask(engine: &EngineHandle, digest: VersionDigest, seed: u64) -> Fallibl
             weight: 1.0,
         }],
         require_resident: false,
+        priority: Priority::Interactive,
         kind: RequestKind::Generate(Generate {
             prompt: prompt.collect(),
             stop: StopConditions {
@@ -260,7 +263,9 @@ async fn zipf(args: &Args) -> Fallible<()> {
         .map(|round| POINTS.iter().map(|n| draws(round, *n)).collect())
         .collect();
     let wanted: BTreeSet<usize> = plan.iter().flatten().flatten().flatten().copied().collect();
-    let shape = espalier_engine::model::load(&args.model)?.config.base_shape();
+    let shape = espalier_engine::model::load(&args.model)?
+        .config
+        .base_shape();
     let began = Instant::now();
     let digests = publish(&store, &shape, &wanted)?;
     let took = began.elapsed().as_secs_f64();
@@ -304,7 +309,11 @@ async fn measure(
                 break;
             }
             let seed = (client * 100_000 + turn) as u64 * 7919 + before.steps;
-            replies.push(ask(engine, digests[adapter], seed).await.map_err(|e| e.to_string())?);
+            replies.push(
+                ask(engine, digests[adapter], seed)
+                    .await
+                    .map_err(|e| e.to_string())?,
+            );
         }
         Ok::<_, String>(replies)
     });
@@ -357,18 +366,34 @@ fn report(points: &mut [Point], base: f64, size: f64) {
             point.requests,
         );
         if ratio < 0.9 * allowed {
-            failures.push(format!("{n} adapters: throughput is {ratio:.3}, at least {:.3} is wanted", 0.9 * allowed));
+            failures.push(format!(
+                "{n} adapters: throughput is {ratio:.3}, at least {:.3} is wanted",
+                0.9 * allowed
+            ));
         }
         if p99 > 2.0 * first_p99 {
-            failures.push(format!("{n} adapters: p99 of the first token is {:.2} times that of 5", p99 / first_p99));
+            failures.push(format!(
+                "{n} adapters: p99 of the first token is {:.2} times that of 5",
+                p99 / first_p99
+            ));
         }
     }
     let cliff = rate(&points[2]) / rate(&points[1]);
-    println!("\nFrom {BUDGET} to {} adapters: {:+.1} % tokens/s.", BUDGET + 1, (cliff - 1.0) * 100.0);
+    println!(
+        "\nFrom {BUDGET} to {} adapters: {:+.1} % tokens/s.",
+        BUDGET + 1,
+        (cliff - 1.0) * 100.0
+    );
     if cliff < 0.95 {
-        failures.push(format!("the step beyond the budget costs {:.1} %", (1.0 - cliff) * 100.0));
+        failures.push(format!(
+            "the step beyond the budget costs {:.1} %",
+            (1.0 - cliff) * 100.0
+        ));
     }
-    verdict("falls no more than 10 % beyond the bytes, p99 TTFT within 2x, no cliff", &failures);
+    verdict(
+        "falls no more than 10 % beyond the bytes, p99 TTFT within 2x, no cliff",
+        &failures,
+    );
 }
 
 fn verdict(what: &str, failures: &[String]) {
@@ -383,7 +408,10 @@ fn quantile(values: &[f64], at: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let index = (at * sorted.len() as f64).ceil() as usize;
-    sorted.get(index.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(f64::NAN)
+    sorted
+        .get(index.clamp(1, sorted.len().max(1)) - 1)
+        .copied()
+        .unwrap_or(f64::NAN)
 }
 
 // === a cold adapter's first token beside a warm one's ===
@@ -391,7 +419,9 @@ fn quantile(values: &[f64], at: f64) -> f64 {
 async fn cold(args: &Args) -> Fallible<()> {
     let directory = tempfile::tempdir()?;
     let store = ArtifactStore::open(directory.path())?;
-    let shape = espalier_engine::model::load(&args.model)?.config.base_shape();
+    let shape = espalier_engine::model::load(&args.model)?
+        .config
+        .base_shape();
     let mut digests = Vec::new();
     for seed in 0..args.pairs as u64 {
         let artifact = artifact(&shape, 16, 1_000_000 + seed)?;
@@ -422,14 +452,29 @@ async fn cold(args: &Args) -> Fallible<()> {
     }
     let median = |values: &[f64]| quantile(values, 0.5);
     let more = median(&cold) - median(&warm);
-    println!("\n## A cold adapter's first token (rank 16, all sites, f32 file, page cache warm), {PROMPT} in, medians of {}\n", args.pairs);
+    println!(
+        "\n## A cold adapter's first token (rank 16, all sites, f32 file, page cache warm), {PROMPT} in, medians of {}\n",
+        args.pairs
+    );
     println!("| | first token, ms |\n|---|---|");
     println!("| warm | {:.1} |", median(&warm));
-    println!("| cold | {:.1} (its load {:.1}) |", median(&cold), median(&load));
-    println!("| cold, the first load after a restart: hashed once more | {:.1} |", median(&hashed));
+    println!(
+        "| cold | {:.1} (its load {:.1}) |",
+        median(&cold),
+        median(&load)
+    );
+    println!(
+        "| cold, the first load after a restart: hashed once more | {:.1} |",
+        median(&hashed)
+    );
     let miss = format!("{more:.1} ms later");
     let failures = if more > 25.0 { vec![miss] } else { Vec::new() };
-    verdict(&format!("a cold adapter's first token comes {more:.1} ms after a warm one's, 25 are allowed"), &failures);
+    verdict(
+        &format!(
+            "a cold adapter's first token comes {more:.1} ms after a warm one's, 25 are allowed"
+        ),
+        &failures,
+    );
     engine.drain(Duration::ZERO).await?;
     restarted.drain(Duration::ZERO).await?;
     Ok(())
@@ -450,7 +495,14 @@ impl Daemon {
         let _ = std::fs::remove_file(&ready);
         let began = Instant::now();
         let child = Command::new(program)
-            .args(["--model", "tiny:1", "--listen", "127.0.0.1:0", "--metrics-listen", "off"])
+            .args([
+                "--model",
+                "tiny:1",
+                "--listen",
+                "127.0.0.1:0",
+                "--metrics-listen",
+                "off",
+            ])
             .args(["--log", "error"])
             .arg("--data-dir")
             .arg(data)
@@ -502,7 +554,9 @@ async fn rest(args: &Args) -> Fallible<()> {
     let shape = espalier_engine::model::load("tiny:1")?.config.base_shape();
     let data = tempfile::tempdir()?;
     println!("\n## What registered adapters cost at rest (tiny model, a real server over gRPC)\n");
-    println!("| registered | ready after, ms | resident after the start, MB | after one request, MB | registering one, ms |\n|---|---|---|---|---|");
+    println!(
+        "| registered | ready after, ms | resident after the start, MB | after one request, MB | registering one, ms |\n|---|---|---|---|---|"
+    );
     let mut registered = 0;
     let mut table = Vec::new();
     for count in [0, 2_000, 10_000] {
@@ -561,7 +615,9 @@ async fn rest(args: &Args) -> Fallible<()> {
         failures.push(format!("{more_memory:.1} MB"));
     }
     verdict(
-        &format!("10,000 registered adapters cost {more_memory:+.1} MB and {more_time:+.0} ms of start-up (allowed 16 MB, 250 ms)"),
+        &format!(
+            "10,000 registered adapters cost {more_memory:+.1} MB and {more_time:+.0} ms of start-up (allowed 16 MB, 250 ms)"
+        ),
         &failures,
     );
     Ok(())

@@ -14,7 +14,7 @@ use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
 use espalier_engine::model::{Dtype, load_as};
 use espalier_engine::request::{
-    Event, Generate, Request, RequestKind, StopConditions, TargetVersion,
+    Event, Generate, Priority, Request, RequestKind, StopConditions, TargetVersion,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -129,6 +129,7 @@ async fn first_token(
         tenant: tenant.into(),
         target: target.into_iter().collect(),
         require_resident: false,
+        priority: Priority::Interactive,
         kind: RequestKind::Generate(Generate {
             prompt,
             stop: StopConditions {

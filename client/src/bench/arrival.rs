@@ -47,7 +47,9 @@ impl Rate {
             return arrivals / self.from;
         }
         // The root of from t + slope t^2 / 2 = arrivals, in the form that loses no digits.
-        let root = (self.from * self.from + 2.0 * slope * arrivals).max(0.0).sqrt();
+        let root = (self.from * self.from + 2.0 * slope * arrivals)
+            .max(0.0)
+            .sqrt();
         2.0 * arrivals / (self.from + root)
     }
 }
@@ -87,7 +89,9 @@ impl Iterator for Arrivals {
             Spread::Constant => 1.0,
         };
         self.begun = true;
-        Some(Duration::from_secs_f64(self.rate.when(self.passed).min(1e9)))
+        Some(Duration::from_secs_f64(
+            self.rate.when(self.passed).min(1e9),
+        ))
     }
 }
 
@@ -153,13 +157,21 @@ mod tests {
         assert!((mean - 0.02).abs() < 1e-6 && deviation < 1e-6);
         let (mean, deviation) = mean_and_deviation(&gaps(Spread::Gamma(0.25)));
         assert!((mean - 0.02).abs() < 0.002, "{mean}");
-        assert!((deviation / mean - 2.0).abs() < 0.15, "{}", deviation / mean);
+        assert!(
+            (deviation / mean - 2.0).abs() < 0.15,
+            "{}",
+            deviation / mean
+        );
     }
 
     #[test]
     fn a_ramp_sends_what_its_integral_says() {
         let over = Duration::from_secs(10);
-        let up = Rate { from: 2.0, to: 18.0, over };
+        let up = Rate {
+            from: 2.0,
+            to: 18.0,
+            over,
+        };
         let moments: Vec<f64> = arrivals(Spread::Constant, up, 1)
             .map(|at| at.as_secs_f64())
             .take_while(|at| *at < 20.0)
@@ -169,7 +181,11 @@ mod tests {
         assert!((before(5.0) - 30).abs() <= 1, "{}", before(5.0));
         assert!((before(10.0) - 100).abs() <= 1, "{}", before(10.0));
         assert!((before(20.0) - 280).abs() <= 1, "{}", before(20.0));
-        let down = Rate { from: 18.0, to: 2.0, over };
+        let down = Rate {
+            from: 18.0,
+            to: 2.0,
+            over,
+        };
         let count = arrivals(Spread::Constant, down, 1)
             .take_while(|at| at.as_secs_f64() < 10.0)
             .count() as i64;
@@ -179,7 +195,9 @@ mod tests {
     #[test]
     fn a_seed_fixes_the_moments() {
         let take = |seed| -> Vec<Duration> {
-            arrivals(Spread::Poisson, Rate::steady(5.0), seed).take(50).collect()
+            arrivals(Spread::Poisson, Rate::steady(5.0), seed)
+                .take(50)
+                .collect()
         };
         assert_eq!(take(4), take(4));
         assert_ne!(take(4), take(5));

@@ -39,7 +39,9 @@ const KEYS: [(&str, bool); 18] = [
 pub(crate) fn ratios(old: &Value, new: &Value) -> Vec<Ratio> {
     let figure = |document: &Value, key: &str| {
         // vLLM writes the median under a name of its own.
-        let other = key.strip_prefix("p50_").map(|rest| format!("median_{rest}"));
+        let other = key
+            .strip_prefix("p50_")
+            .map(|rest| format!("median_{rest}"));
         let found = document[key].as_f64();
         found.or_else(|| other.and_then(|key| document[key.as_str()].as_f64()))
     };
@@ -96,7 +98,10 @@ pub(crate) fn differences(old: &Value, new: &Value) -> Vec<String> {
     }
     let settings = |document: &Value| {
         let found = document.pointer("/server/info/configuration");
-        found.and_then(Value::as_object).cloned().unwrap_or_default()
+        found
+            .and_then(Value::as_object)
+            .cloned()
+            .unwrap_or_default()
     };
     let (before, after) = (settings(old), settings(new));
     if !before.is_empty() && !after.is_empty() {
@@ -104,8 +109,13 @@ pub(crate) fn differences(old: &Value, new: &Value) -> Vec<String> {
         for key in keys {
             let (old, new) = (before.get(key), after.get(key));
             if old != new {
-                let text = |value: Option<&Value>| value.map_or("unset".to_owned(), Value::to_string);
-                found.push(format!("setting {key}: {} then, {} now", text(old), text(new)));
+                let text =
+                    |value: Option<&Value>| value.map_or("unset".to_owned(), Value::to_string);
+                found.push(format!(
+                    "setting {key}: {} then, {} now",
+                    text(old),
+                    text(new)
+                ));
             }
         }
     }
@@ -132,11 +142,12 @@ mod tests {
 
     #[test]
     fn different_questions_are_named() {
-        let document = |seed: u64, blocks: u64| {
-            json!({"seed": seed, "server": {"info": {"configuration": {"blocks": blocks}}}})
-        };
+        let document = |seed: u64, blocks: u64| json!({"seed": seed, "server": {"info": {"configuration": {"blocks": blocks}}}});
         assert!(differences(&document(1, 2), &document(1, 2)).is_empty());
         let found = differences(&document(1, 2), &document(3, 4));
-        assert_eq!(found, ["seed: 1 then, 3 now", "setting blocks: 2 then, 4 now"]);
+        assert_eq!(
+            found,
+            ["seed: 1 then, 3 now", "setting blocks: 2 then, 4 now"]
+        );
     }
 }

@@ -135,7 +135,14 @@ mod tests {
     #[test]
     fn refusals_say_what_to_write() {
         for wrong in [
-            "0", "x", "uniform:5", "uniform:9..3", "normal:5", "normal:0,1", "zipf:3", "normal:5,-1",
+            "0",
+            "x",
+            "uniform:5",
+            "uniform:9..3",
+            "normal:5",
+            "normal:0,1",
+            "zipf:3",
+            "normal:5,-1",
         ] {
             let error = wrong.parse::<Lengths>().unwrap_err();
             assert!(!error.is_empty(), "{wrong}");

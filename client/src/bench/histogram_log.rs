@@ -50,7 +50,9 @@ impl Counts {
             input_tokens: summary.input_tokens,
             output_tokens: summary.output_tokens,
             cached_tokens: summary.cached_tokens,
-            errors: failures.map(|(reason, found)| (reason.clone(), found.count)).collect(),
+            errors: failures
+                .map(|(reason, found)| (reason.clone(), found.count))
+                .collect(),
         }
     }
 
@@ -98,7 +100,9 @@ pub(crate) fn write(counts: &Counts, histograms: &Histograms) -> Result<Vec<u8>,
 /// A file read back.
 pub(crate) fn read(log: &[u8]) -> Result<(Counts, Histograms), String> {
     let text = String::from_utf8_lossy(log);
-    let comment = text.lines().find_map(|line| line.strip_prefix('#')?.strip_prefix(COUNTS));
+    let comment = text
+        .lines()
+        .find_map(|line| line.strip_prefix('#')?.strip_prefix(COUNTS));
     let json = comment
         .and_then(|line| line.trim_end().strip_suffix(']'))
         .ok_or("is no histogram file of `espalier bench --hist`")?;

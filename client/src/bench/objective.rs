@@ -66,7 +66,9 @@ fn time(name: &str) -> Result<Metric, String> {
         "tpot" => Ok(Metric::Tpot),
         "itl" => Ok(Metric::Itl),
         "e2e" | "e2el" => Ok(Metric::E2e),
-        _ => Err(format!("{name:?} is not measured; use ttft, tpot, itl, e2e or errors")),
+        _ => Err(format!(
+            "{name:?} is not measured; use ttft, tpot, itl, e2e or errors"
+        )),
     }
 }
 
@@ -81,7 +83,9 @@ fn statistic(name: &str) -> Result<Statistic, String> {
                 Ok(percent) if (0.0..=100.0).contains(&percent) => {
                     Ok(Statistic::Quantile(percent / 100.0))
                 }
-                _ => Err(format!("{name:?} is no statistic; use mean, median, max or p50 to p99.99")),
+                _ => Err(format!(
+                    "{name:?} is no statistic; use mean, median, max or p50 to p99.99"
+                )),
             }
         }
     }

@@ -116,15 +116,16 @@ mod tests {
 
     #[test]
     fn draws_follow_the_popularity() {
-        let near = |count: usize, expected: f64| {
-            (count as f64 / 30_000.0 - expected).abs() < 0.01
-        };
+        let near = |count: usize, expected: f64| (count as f64 / 30_000.0 - expected).abs() < 0.01;
         assert!(counts("uniform", 3).iter().all(|c| near(*c, 1.0 / 3.0)));
         assert_eq!(counts("round-robin", 3), [10_000; 3]);
         // Weights 1, 1/2, 1/3 and 1/4 over their sum.
         let sum = 1.0 + 0.5 + 1.0 / 3.0 + 0.25;
         for (place, count) in counts("zipf:1", 4).into_iter().enumerate() {
-            assert!(near(count, 1.0 / (place as f64 + 1.0) / sum), "{place}: {count}");
+            assert!(
+                near(count, 1.0 / (place as f64 + 1.0) / sum),
+                "{place}: {count}"
+            );
         }
         let hot = counts("hot:0.9", 11);
         assert!(near(hot[0], 0.9) && hot[1..].iter().all(|c| near(*c, 0.01)));

@@ -111,7 +111,10 @@ mod tests {
     fn streams_are_fixed_for_ever_and_differ_by_purpose() {
         let first = |seed, purpose| Random::new(seed, purpose).unit();
         // A change of these numbers changes every schedule that anybody has published.
-        assert_eq!(first(1, Purpose::Arrivals(0)), first(1, Purpose::Arrivals(0)));
+        assert_eq!(
+            first(1, Purpose::Arrivals(0)),
+            first(1, Purpose::Arrivals(0))
+        );
         let all = [
             first(1, Purpose::Arrivals(0)),
             first(1, Purpose::Arrivals(1)),

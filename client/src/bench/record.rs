@@ -388,7 +388,13 @@ pub(crate) mod tests {
             recorder.sending();
         }
         recorder.add(finished(Ok(reply.clone()), due));
-        recorder.add(finished(Ok(reply), Due { warmup: true, ..due }));
+        recorder.add(finished(
+            Ok(reply),
+            Due {
+                warmup: true,
+                ..due
+            },
+        ));
         let refusal = Refusal {
             reason: "SERVER_OVERLOADED".to_owned(),
             message: "full".to_owned(),
@@ -397,9 +403,16 @@ pub(crate) mod tests {
         let measured = recorder.take();
         assert_eq!((measured.rows.len(), measured.warmup), (2, 1));
         let row = &measured.rows[0];
-        assert_eq!((row.ttft(), row.e2e(), row.tpot()), (Some(400_000), 800_000, Some(150_000)));
+        assert_eq!(
+            (row.ttft(), row.e2e(), row.tpot()),
+            (Some(400_000), 800_000, Some(150_000))
+        );
         let max = |metric| measured.histograms.get(metric).max() / 1000;
-        assert_eq!(measured.histograms.get(Metric::Ttft).len(), 1, "no warm-up, no failure");
+        assert_eq!(
+            measured.histograms.get(Metric::Ttft).len(),
+            1,
+            "no warm-up, no failure"
+        );
         assert!((399..=401).contains(&max(Metric::Ttft)));
         assert!((99..=101).contains(&max(Metric::SentTtft)));
         assert_eq!(measured.histograms.get(Metric::Lag).len(), 2);

@@ -13,7 +13,10 @@ use crate::bench::{
 #[derive(Clone, Debug)]
 pub(crate) enum Pattern {
     /// At moments of their own, whatever the server does.
-    Open { spread: Spread, sources: Vec<Source> },
+    Open {
+        spread: Spread,
+        sources: Vec<Source>,
+    },
     /// So many clients, each with one request at a time; from the first number to the second
     /// over the test.
     Closed { from: usize, to: usize },
@@ -130,7 +133,11 @@ impl Iterator for Schedule {
     type Item = Due;
 
     fn next(&mut self) -> Option<Due> {
-        if self.extent.requests.is_some_and(|limit| self.measured >= limit) {
+        if self
+            .extent
+            .requests
+            .is_some_and(|limit| self.measured >= limit)
+        {
             return None;
         }
         let (at, tenant, row) = self.moment()?;
@@ -174,7 +181,10 @@ mod tests {
         };
         let pattern = open(&[(Some(0), 20.0), (Some(1), 5.0)]);
         let all: Vec<Due> = Schedule::new(&pattern, extent, 1).unwrap().collect();
-        assert!(all.windows(2).all(|w| w[0].at <= w[1].at && w[0].index + 1 == w[1].index));
+        assert!(
+            all.windows(2)
+                .all(|w| w[0].at <= w[1].at && w[0].index + 1 == w[1].index)
+        );
         assert!(all.iter().all(|due| due.warmup == (due.at < extent.warmup)));
         let of = |tenant| all.iter().filter(|due| due.tenant == Some(tenant)).count();
         assert!((2000..2400).contains(&of(0)), "{}", of(0));
@@ -190,7 +200,9 @@ mod tests {
             requests: Some(20),
             ..Extent::default()
         };
-        let all: Vec<Due> = Schedule::new(&open(&[(None, 9.0)]), extent, 1).unwrap().collect();
+        let all: Vec<Due> = Schedule::new(&open(&[(None, 9.0)]), extent, 1)
+            .unwrap()
+            .collect();
         assert_eq!(all.len(), 27);
         assert_eq!(all.iter().filter(|due| due.warmup).count(), 7);
     }

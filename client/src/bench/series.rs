@@ -86,7 +86,9 @@ impl Series {
 
     pub(crate) fn to_json(&self) -> Value {
         let figure = |figures: &Option<Figures>, name| {
-            let found = figures.as_ref().and_then(|figures| figures.percentile(name));
+            let found = figures
+                .as_ref()
+                .and_then(|figures| figures.percentile(name));
             found.map(rounded)
         };
         let spans = self.spans.iter().map(|span| {
@@ -117,13 +119,18 @@ mod tests {
         let mut measured = Measured::default();
         for i in 0..60 {
             let due = i * 50_000;
-            measured.rows.push(row(i, due, due + 10_000, due + 90_000, 4));
+            measured
+                .rows
+                .push(row(i, due, due + 10_000, due + 90_000, 4));
         }
         measured.rows[5].error = Some(0);
         measured.tokens = vec![8; 31];
         let series = Series::of(&measured);
         let sum = |f: fn(&Span) -> u64| series.spans.iter().map(f).sum::<u64>();
-        assert_eq!((sum(|s| s.arrivals), sum(|s| s.completed), sum(|s| s.failed)), (60, 59, 1));
+        assert_eq!(
+            (sum(|s| s.arrivals), sum(|s| s.completed), sum(|s| s.failed)),
+            (60, 59, 1)
+        );
         assert_eq!(sum(|s| s.tokens), 31 * 8);
         assert_eq!(series.spans.last().unwrap().in_flight, 0);
         let first = series.spans[0].ttft.as_ref().unwrap();

@@ -124,12 +124,19 @@ impl Summary {
         let ok = || measured.rows.iter().filter(|row| row.is_ok());
         let sum = |field: fn(&Row) -> u32| ok().map(|row| u64::from(field(row))).sum::<u64>();
         let goals = if judging.goals.is_empty() {
-            judging.objectives.iter().filter_map(Objective::as_goal).collect()
+            judging
+                .objectives
+                .iter()
+                .filter_map(Objective::as_goal)
+                .collect()
         } else {
             judging.goals.clone()
         };
         let is_good = |row: &&Row| goals.iter().all(|goal| goal.is_reached(row));
-        let a_second = measured.tokens.chunks(10).map(|ticks| ticks.iter().sum::<u32>());
+        let a_second = measured
+            .tokens
+            .chunks(10)
+            .map(|ticks| ticks.iter().sum::<u32>());
         Self {
             duration: window.seconds(),
             completed: ok().count() as u64,
@@ -142,10 +149,16 @@ impl Summary {
             steady_output_throughput: window.steady(&measured.tokens),
             most_tokens_a_second: f64::from(a_second.max().unwrap_or(0)),
             most_in_flight: measured.most_in_flight,
-            verdicts: judging.objectives.iter().map(|one| one.judge(measured)).collect(),
+            verdicts: judging
+                .objectives
+                .iter()
+                .map(|one| one.judge(measured))
+                .collect(),
             operations: parts(&measured.rows, |row| row.operation.name().to_owned()),
             adapters: parts(&measured.rows, |row| adapter_name(row, tenants)),
-            tenants: parts(&measured.rows, |row| tenants[row.tenant as usize].name.clone()),
+            tenants: parts(&measured.rows, |row| {
+                tenants[row.tenant as usize].name.clone()
+            }),
             series: Series::of(measured),
             histograms: measured.histograms.clone(),
             failures: measured.failures.clone(),
@@ -180,10 +193,16 @@ impl Summary {
         put("failed", self.failed.into());
         put("total_input_tokens", self.input_tokens.into());
         put("total_output_tokens", self.output_tokens.into());
-        put("request_throughput", rounded(self.rate(self.completed)).into());
+        put(
+            "request_throughput",
+            rounded(self.rate(self.completed)).into(),
+        );
         let goodput = self.good.map(|good| rounded(self.rate(good)));
         put("request_goodput", json!(goodput));
-        put("output_throughput", rounded(self.rate(self.output_tokens)).into());
+        put(
+            "output_throughput",
+            rounded(self.rate(self.output_tokens)).into(),
+        );
         put("total_token_throughput", rounded(self.rate(total)).into());
         put("max_output_tokens_per_s", self.most_tokens_a_second.into());
         put("max_concurrent_requests", self.most_in_flight.into());
@@ -195,7 +214,10 @@ impl Summary {
         ] {
             let figures = self.figures(metric).unwrap_or_default();
             put(&format!("mean_{name}_ms"), rounded(figures.mean).into());
-            put(&format!("median_{name}_ms"), rounded(figures.percentiles[0]).into());
+            put(
+                &format!("median_{name}_ms"),
+                rounded(figures.percentiles[0]).into(),
+            );
             put(&format!("std_{name}_ms"), rounded(figures.deviation).into());
             for ((percentile, _), found) in PERCENTILES.iter().zip(figures.percentiles) {
                 put(&format!("{percentile}_{name}_ms"), rounded(found).into());
@@ -256,12 +278,17 @@ fn curve(cells: &Histogram<u64>) -> Vec<[f64; 2]> {
     let coarse = (0..100).map(|percent| f64::from(percent) / 100.0);
     let fine = [0.992, 0.994, 0.996, 0.998, 0.999, 0.9995, 0.9999, 1.0];
     let points = coarse.chain(fine);
-    points.map(|q| [q, rounded(quantile_ms(cells, q))]).collect()
+    points
+        .map(|q| [q, rounded(quantile_ms(cells, q))])
+        .collect()
 }
 
 fn adapter_name(row: &Row, tenants: &[Tenant]) -> String {
     let tenant = &tenants[row.tenant as usize];
-    let Some(adapter) = row.adapter.and_then(|place| tenant.adapters.get(place as usize)) else {
+    let Some(adapter) = row
+        .adapter
+        .and_then(|place| tenant.adapters.get(place as usize))
+    else {
         return "base".to_owned();
     };
     if tenants.len() > 1 {
@@ -277,7 +304,10 @@ fn parts(rows: &[Row], name: impl Fn(&Row) -> String) -> Vec<Part> {
     for row in rows {
         groups.entry(name(row)).or_default().push(row);
     }
-    let mut parts: Vec<Part> = groups.into_iter().map(|(name, rows)| Part::of(name, &rows)).collect();
+    let mut parts: Vec<Part> = groups
+        .into_iter()
+        .map(|(name, rows)| Part::of(name, &rows))
+        .collect();
     parts.sort_by_key(|part| std::cmp::Reverse(part.completed + part.failed));
     parts
 }
@@ -373,9 +403,16 @@ mod tests {
         let mut measured = measured();
         measured.rows[1].error = Some(0);
         let found = summary(measured, Extent::default());
-        let names: Vec<_> = found.adapters.iter().map(|part| part.name.as_str()).collect();
+        let names: Vec<_> = found
+            .adapters
+            .iter()
+            .map(|part| part.name.as_str())
+            .collect();
         assert_eq!(names, ["a", "base"]);
-        assert_eq!((found.adapters[1].completed, found.adapters[1].failed), (9, 1));
+        assert_eq!(
+            (found.adapters[1].completed, found.adapters[1].failed),
+            (9, 1)
+        );
         assert_eq!(found.operations.len(), 1);
         assert_eq!(found.good, Some(19));
         let own = found.own_keys();

@@ -141,7 +141,9 @@ fn row<'a>(
         let length = || match text.parse::<f64>() {
             // A recorded length of zero still was a request.
             Ok(value) if (0.0..=1e6).contains(&value) => Ok(Some((value as u32).max(1))),
-            _ => Err(format!("{name}: {text:?} is no number of tokens up to 1000000")),
+            _ => Err(format!(
+                "{name}: {text:?} is no number of tokens up to 1000000"
+            )),
         };
         match field {
             Field::Time => at = Some(moment(&text, unit).ok_or_else(|| no_time(name, &text))?),
@@ -223,7 +225,11 @@ mod tests {
         let rows = trace(text, Duration::from_secs(1), 2.0).unwrap();
         assert_eq!(rows[0].adapter.as_deref(), Some("a, with a comma"));
         assert_eq!((rows[0].input, rows[0].output), (Some(20), Some(7)));
-        assert_eq!(rows[1].at, Duration::from_secs(1), "a leap day, at twice the speed");
+        assert_eq!(
+            rows[1].at,
+            Duration::from_secs(1),
+            "a leap day, at twice the speed"
+        );
         assert_eq!(rows[1].output, Some(1));
     }
 
@@ -233,7 +239,10 @@ mod tests {
             let error = trace(text, Duration::from_secs(1), 1.0).unwrap_err();
             assert!(error.contains(expected), "{error}");
         };
-        check("{\"timestamp\": 0}\n{\"input_length\": 3}", "line 2: has no timestamp");
+        check(
+            "{\"timestamp\": 0}\n{\"input_length\": 3}",
+            "line 2: has no timestamp",
+        );
         check("timestamp,input_length\n0,many", "line 2: input_length");
         check("timestamp\nyesterday", "neither a number");
         check("timestamp,op\n0,dream", "dream");

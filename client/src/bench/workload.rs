@@ -201,7 +201,9 @@ impl Workload {
     /// by an earlier one.
     pub(crate) fn reseeded(&self, step: u64) -> Self {
         let mut other = self.clone();
-        other.seed = self.seed.wrapping_add(step.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        other.seed = self
+            .seed
+            .wrapping_add(step.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         other
     }
 
@@ -267,7 +269,11 @@ impl Workload {
                 };
                 (input, prompt.output)
             }
-            Prompts::Synthetic { words, input, prefix } => {
+            Prompts::Synthetic {
+                words,
+                input,
+                prefix,
+            } => {
                 let drawn = input.draw(random);
                 let length = row.and_then(|row| row.input).unwrap_or(drawn);
                 let around = match operation {
@@ -337,7 +343,10 @@ pub(crate) mod tests {
         assert_eq!(first, calls(parts(), Popularity::Uniform));
         let other = Ingredients { seed: 2, ..parts() };
         assert_ne!(first, calls(other, Popularity::Uniform));
-        let classify = first.iter().filter(|c| c.operation == Operation::Classify).count();
+        let classify = first
+            .iter()
+            .filter(|c| c.operation == Operation::Classify)
+            .count();
         assert!((900..1100).contains(&classify), "{classify}");
         // The popularity must not change the words.
         let hot = calls(parts(), Popularity::Hot(1.0));
@@ -361,10 +370,17 @@ pub(crate) mod tests {
         assert!((900..1100).contains(&base), "{base}");
         let turn: Vec<usize> = all[..4].iter().map(|call| call.tenant).collect();
         assert_eq!(turn, [0, 1, 0, 1]);
-        let parts = Ingredients { base_share: 0.0, ..parts };
+        let parts = Ingredients {
+            base_share: 0.0,
+            ..parts
+        };
         let all = calls(parts, Popularity::RoundRobin);
         let places: Vec<_> = all[..8].iter().filter_map(|call| call.adapter).collect();
-        assert_eq!(places, [0, 0, 1, 1, 2, 2, 0, 0], "each tenant goes through its own");
+        assert_eq!(
+            places,
+            [0, 0, 1, 1, 2, 2, 0, 0],
+            "each tenant goes through its own"
+        );
     }
 
     #[test]
@@ -372,9 +388,18 @@ pub(crate) mod tests {
         let prompts = Prompts::Synthetic {
             words: Words::guessed(),
             input: Lengths::Fixed(8),
-            prefix: Some(Prefix { tokens: 32, count: 2 }),
+            prefix: Some(Prefix {
+                tokens: 32,
+                count: 2,
+            }),
         };
-        let all = calls(Ingredients { prompts, ..ingredients() }, Popularity::Uniform);
+        let all = calls(
+            Ingredients {
+                prompts,
+                ..ingredients()
+            },
+            Popularity::Uniform,
+        );
         let head = |call: &Call| match &call.input {
             Input::Text(text) => {
                 let words: Vec<&str> = text.split_whitespace().collect();
@@ -398,11 +423,19 @@ pub(crate) mod tests {
             operation: Some(Operation::Embed),
             ..trace::Row::default()
         };
-        let parts = Ingredients { trace: Some(Arc::new(vec![row])), ..ingredients() };
+        let parts = Ingredients {
+            trace: Some(Arc::new(vec![row])),
+            ..ingredients()
+        };
         let workload = Workload::new(parts, Popularity::Uniform);
-        let call = workload.call(&Due { row: Some(0), ..due(0) });
+        let call = workload.call(&Due {
+            row: Some(0),
+            ..due(0)
+        });
         assert_eq!((call.operation, call.output), (Operation::Embed, 9));
-        let Input::Text(text) = call.input else { panic!("text") };
+        let Input::Text(text) = call.input else {
+            panic!("text")
+        };
         assert_eq!(text.split_whitespace().count(), 3);
     }
 

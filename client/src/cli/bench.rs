@@ -64,7 +64,12 @@ impl Bench {
 
 async fn load_test(args: &RunArgs, global: &Global, out: Out) -> Result<(), Failure> {
     // Before the test: a path that cannot be read would be found out too late.
-    let old = args.output.compare.as_deref().map(files::read_json).transpose()?;
+    let old = args
+        .output
+        .compare
+        .as_deref()
+        .map(files::read_json)
+        .transpose()?;
     files::check_places(&args.output)?;
     let steps = Steps::of(args)?;
     let plan = Plan::of(args, global).await?;
@@ -120,7 +125,9 @@ impl Ended {
         let mut result = match (&self.search, self.documents.as_slice()) {
             (None, [one]) => return one.clone(),
             (Some(search), all) => {
-                let answer = search["step"].as_u64().and_then(|step| all.get(step as usize));
+                let answer = search["step"]
+                    .as_u64()
+                    .and_then(|step| all.get(step as usize));
                 answer.or(all.last()).cloned().unwrap_or_default()
             }
             (None, all) => all.last().cloned().unwrap_or_default(),

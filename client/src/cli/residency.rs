@@ -13,7 +13,15 @@ use crate::{
 };
 
 const HEAD: [&str; 9] = [
-    "VERSION", "LEVEL", "SIZE", "IN USE", "REQUESTS", "LOAD", "MERGED", "LAST USED", "ERROR",
+    "VERSION",
+    "LEVEL",
+    "SIZE",
+    "IN USE",
+    "REQUESTS",
+    "LOAD",
+    "MERGED",
+    "LAST USED",
+    "ERROR",
 ];
 
 /// What is in the server's memory right now.
@@ -43,7 +51,9 @@ impl Residency {
                 std::mem::take(&mut page.residency),
                 std::mem::take(&mut page.next_page_token),
             );
-            *memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = page;
+            *memory
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner) = page;
             Ok((entries, next))
         })
         .await?;
@@ -83,7 +93,10 @@ impl Warm {
     pub(crate) async fn run(self, Session { client, out }: &Session) -> Result<(), Failure> {
         for name in &self.names {
             let name = client.names().adapter(name)?;
-            show(*out, client.warm_adapter_version(&name, !self.no_wait).await?)?;
+            show(
+                *out,
+                client.warm_adapter_version(&name, !self.no_wait).await?,
+            )?;
         }
         Ok(())
     }

@@ -15,9 +15,9 @@ use tokio::sync::oneshot;
 
 use crate::adapter_pool::{ResidentVersion, Shelf};
 use crate::command::{CommandSender, EngineCommand};
+use crate::config::EngineConfig;
 use crate::error::EngineError;
 use crate::metrics;
-use crate::config::EngineConfig;
 use crate::model::{Model, ModelConfig, ResidentAdapter};
 use crate::model_runner::SELF_CHECK_TOKENS;
 

@@ -81,14 +81,9 @@ pub(crate) enum Lookup {
 }
 
 enum Slot {
-    Loading {
-        since: Instant,
-    },
+    Loading { since: Instant },
     Resident(Resident),
-    Failed {
-        error: EngineError,
-        at: Instant,
-    },
+    Failed { error: EngineError, at: Instant },
 }
 
 struct Resident {
@@ -279,10 +274,7 @@ impl AdapterPool {
     }
 
     pub(crate) fn is_resident(&self, digest: &VersionDigest) -> bool {
-        matches!(
-            self.shelf.book().slots.get(digest),
-            Some(Slot::Resident(_))
-        )
+        matches!(self.shelf.book().slots.get(digest), Some(Slot::Resident(_)))
     }
 
     /// Evicts a version that nobody holds.
@@ -595,8 +587,7 @@ impl Shelf {
 impl Resident {
     /// Nobody holds it, nobody is about to, and it is not to stay.
     fn is_idle(&self, now: Instant) -> bool {
-        let awaited =
-            self.requests == 0 && now.saturating_duration_since(self.last_used) < FRESH;
+        let awaited = self.requests == 0 && now.saturating_duration_since(self.last_used) < FRESH;
         !self.pinned && !awaited && leases(&self.version) == 0
     }
 }

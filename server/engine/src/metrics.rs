@@ -139,8 +139,14 @@ pub(crate) fn describe(config: &EngineConfig) {
     describe_gauge!(LORA_LEASES, "requests that hold an adapter");
     describe_gauge!(LORA_PINNED, "bytes of adapters that are never evicted");
     describe_gauge!(MERGED_COPIES, "adapters that have a merged copy");
-    describe_gauge!(MERGED_BYTES, "bytes of merged copies, those in the making included");
-    describe_counter!(MERGES, "merged copies made, or given up before they were made");
+    describe_gauge!(
+        MERGED_BYTES,
+        "bytes of merged copies, those in the making included"
+    );
+    describe_counter!(
+        MERGES,
+        "merged copies made, or given up before they were made"
+    );
     describe_histogram!(MERGE_DURATION, "time that making a merged copy took");
     describe_counter!(DEMOTIONS, "merged copies given up");
     describe_counter!(ADAPTER_LOADS, "adapters loaded");

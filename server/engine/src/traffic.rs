@@ -107,7 +107,11 @@ impl Traffic {
     /// The version's part of all rows.
     pub(crate) fn share_of(&self, digest: &VersionDigest) -> f64 {
         let rows = self.versions.get(digest).map_or(0.0, |counts| counts.rows);
-        if self.rows > 0.0 { rows / self.rows } else { 0.0 }
+        if self.rows > 0.0 {
+            rows / self.rows
+        } else {
+            0.0
+        }
     }
 
     /// Versions seen lately, those with most rows first.

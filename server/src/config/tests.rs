@@ -146,8 +146,17 @@ fn what_is_told_to_callers_names_no_place_and_no_key() {
     let told = config.of_serving();
     assert_eq!(told["max_sequences"], "17");
     assert_eq!(told["kv_cache_bytes"], "512MiB");
-    for key in ["service_key", "service_key_file", "data_dir", "listen", "model"] {
+    for key in [
+        "service_key",
+        "service_key_file",
+        "data_dir",
+        "listen",
+        "model",
+    ] {
         assert!(!told.contains_key(key), "{key}");
     }
-    assert!(told.values().all(|value| !value.contains("0123456789abcdef")));
+    assert!(
+        told.values()
+            .all(|value| !value.contains("0123456789abcdef"))
+    );
 }

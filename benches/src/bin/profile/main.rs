@@ -19,7 +19,7 @@ use espalier_engine::handle::EngineHandle;
 use espalier_engine::metrics::{EngineStats, StepTimes};
 use espalier_engine::model::{Dtype, load_as};
 use espalier_engine::request::{
-    Event, Generate, Request, RequestKind, SamplingParams, StopConditions, TargetVersion,
+    Event, Generate, Priority, Request, RequestKind, SamplingParams, StopConditions, TargetVersion,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -214,6 +214,7 @@ fn ask(
             weight: 1.0,
         }],
         require_resident: false,
+        priority: Priority::Interactive,
         kind: RequestKind::Generate(Generate {
             prompt,
             sampling,

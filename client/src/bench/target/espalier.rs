@@ -91,7 +91,8 @@ impl Espalier {
         let targets_of = |(client, tenant): (&Client, &Tenant)| {
             let names = tenant.adapters.iter().map(|name| Some(name.as_str()));
             let all = std::iter::once(None).chain(names);
-            all.map(|name| client.target(name)).collect::<Result<Vec<_>, _>>()
+            all.map(|name| client.target(name))
+                .collect::<Result<Vec<_>, _>>()
         };
         let targets = lanes[0].iter().zip(tenants).map(targets_of);
         Ok(Self {
@@ -214,7 +215,10 @@ impl Espalier {
             ..v1::GenerateRequest::default()
         };
         let request = client.request(request, Some(self.timeout));
-        let mut chunks = Self::stub(client).stream_generate(request).await?.into_inner();
+        let mut chunks = Self::stub(client)
+            .stream_generate(request)
+            .await?
+            .into_inner();
         let mut clock = Clock::expecting(call.output);
         let mut ended = None;
         while let Some(chunk) = chunks.message().await? {

@@ -58,7 +58,9 @@ fn fill(value: &Value, adapter: (&str, usize)) -> Value {
         }
         Value::Array(items) => items.iter().map(|item| fill(item, adapter)).collect(),
         Value::Object(fields) => {
-            let fields = fields.iter().map(|(key, item)| (key.clone(), fill(item, adapter)));
+            let fields = fields
+                .iter()
+                .map(|(key, item)| (key.clone(), fill(item, adapter)));
             Value::Object(fields.collect())
         }
         other => other.clone(),
@@ -291,7 +293,10 @@ impl OpenAi {
             Ok(value) if value["error"].is_object() => Err(reported(&value["error"], &named)),
             _ => {
                 let text = String::from_utf8_lossy(&body);
-                Err(Refusal::new(named, text.chars().take(300).collect::<String>()))
+                Err(Refusal::new(
+                    named,
+                    text.chars().take(300).collect::<String>(),
+                ))
             }
         }
     }
@@ -424,7 +429,10 @@ mod tests {
             Template::parse(r#"{"lora": [{"id": "{adapter_index}", "scale": 1.0}], "top_k": 1}"#)
                 .unwrap();
         let fields = Value::Object(template.filled(Some(("a7", 7))));
-        assert_eq!(fields, json!({"lora": [{"id": 7, "scale": 1.0}], "top_k": 1}));
+        assert_eq!(
+            fields,
+            json!({"lora": [{"id": 7, "scale": 1.0}], "top_k": 1})
+        );
         let fields = Value::Object(template.filled(None));
         assert_eq!(fields, json!({"top_k": 1}));
         assert!(Template::parse("[1]").is_err() && Template::parse("{").is_err());

@@ -49,7 +49,8 @@ mod tests {
 
     #[test]
     fn events_are_the_same_however_the_body_is_cut() {
-        let body = b": hello\ndata: {\"a\": 1}\r\n\r\nevent: x\ndata:{\"b\": 2}\n\ndata: [DONE]\n\n";
+        let body =
+            b": hello\ndata: {\"a\": 1}\r\n\r\nevent: x\ndata:{\"b\": 2}\n\ndata: [DONE]\n\n";
         for size in 1..=body.len() {
             let mut lines = Lines::default();
             let mut found = Vec::new();
@@ -59,7 +60,11 @@ mod tests {
                     found.push(String::from_utf8(data.to_vec()).unwrap());
                 }
             }
-            assert_eq!(found, ["{\"a\": 1}", "{\"b\": 2}", "[DONE]"], "pieces of {size}");
+            assert_eq!(
+                found,
+                ["{\"a\": 1}", "{\"b\": 2}", "[DONE]"],
+                "pieces of {size}"
+            );
         }
     }
 

@@ -40,7 +40,12 @@ pub(crate) struct ServerArgs {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = |t: &str| quantity::count(t, 1024))]
     pub(crate) connections: usize,
     /// Key of an OpenAI target.
-    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true, value_name = "KEY")]
+    #[arg(
+        long,
+        env = "OPENAI_API_KEY",
+        hide_env_values = true,
+        value_name = "KEY"
+    )]
     pub(crate) openai_key: Option<String>,
     /// Base model of an OpenAI target. Without it, the first that the server lists.
     #[arg(long, value_name = "NAME")]

@@ -48,7 +48,10 @@ impl Compare {
 /// Whether a figure of the document is worse than allowed.
 pub(crate) fn is_any_worse(document: &Value) -> bool {
     let figures = document["figures"].as_array();
-    figures.into_iter().flatten().any(|figure| figure["worse"] == true)
+    figures
+        .into_iter()
+        .flatten()
+        .any(|figure| figure["worse"] == true)
 }
 
 /// The ratios as JSON; `worse` names the figures that are worse by more than the share.
@@ -80,8 +83,13 @@ pub(crate) fn print(
         let why = "the two results have no figure in common; both must be JSON of `espalier bench --out` or `vllm bench serve`";
         return Err(Failure::Local(why.to_owned()));
     }
-    let is_worse = |ratio: &compare::Ratio| allowed.is_some_and(|share| ratio.worse() > 1.0 + share);
-    let worse: Vec<&str> = ratios.iter().filter(|r| is_worse(r)).map(|r| r.key).collect();
+    let is_worse =
+        |ratio: &compare::Ratio| allowed.is_some_and(|share| ratio.worse() > 1.0 + share);
+    let worse: Vec<&str> = ratios
+        .iter()
+        .filter(|r| is_worse(r))
+        .map(|r| r.key)
+        .collect();
     out.line("")?;
     let row = |ratio: &compare::Ratio| {
         let word = match ratio.worse() {

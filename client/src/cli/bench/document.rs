@@ -108,7 +108,11 @@ fn pattern_text(pattern: &Pattern) -> String {
     };
     match pattern {
         Pattern::Closed { from, to } => {
-            let word = if from.max(to) == &1 { "client" } else { "clients" };
+            let word = if from.max(to) == &1 {
+                "client"
+            } else {
+                "clients"
+            };
             format!("closed loop, {} {word}", range(*from as f64, *to as f64))
         }
         Pattern::Trace(rows) => format!("trace of {} requests", rows.len()),
@@ -146,13 +150,20 @@ pub(crate) fn client_line(tested: &Tested, plan: &Plan) -> String {
     let mut text = "client    ".to_owned();
     if let Some(cpu) = tested.cpu {
         let share = 100.0 * cpu / tested.summary.duration.max(1e-3);
-        text.push_str(&format!("{cpu:.2} s of processor time ({share:.1} % of one core), "));
+        text.push_str(&format!(
+            "{cpu:.2} s of processor time ({share:.1} % of one core), "
+        ));
     }
     if matches!(plan.pattern, Pattern::Closed { .. }) {
         text.push_str("sends when it has its answer");
     } else {
         let p = |q| milliseconds(quantile_ms(lag, q));
-        text.push_str(&format!("sent late by p50 {}, p99 {}, max {}", p(0.5), p(0.99), p(1.0)));
+        text.push_str(&format!(
+            "sent late by p50 {}, p99 {}, max {}",
+            p(0.5),
+            p(0.99),
+            p(1.0)
+        ));
     }
     text
 }

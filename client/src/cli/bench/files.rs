@@ -63,10 +63,18 @@ pub(crate) fn read_json(path: &Path) -> Result<Value, Failure> {
 
 /// A result must not be lost because its directory is missing.
 pub(crate) fn check_places(args: &OutputArgs) -> Result<(), Failure> {
-    for path in [&args.out, &args.html, &args.csv, &args.hist].into_iter().flatten() {
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    for path in [&args.out, &args.html, &args.csv, &args.hist]
+        .into_iter()
+        .flatten()
+    {
+        let parent = path
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty());
         if parent.is_some_and(|parent| !parent.is_dir()) {
-            let text = format!("cannot write {}: its directory does not exist", path.display());
+            let text = format!(
+                "cannot write {}: its directory does not exist",
+                path.display()
+            );
             return Err(Failure::Usage(text));
         }
     }
@@ -104,9 +112,27 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
 }
 
 const HEAD: [&str; 21] = [
-    "step", "index", "operation", "tenant", "adapter", "due_us", "sent_us", "first_us", "last_us",
-    "end_us", "ttft_us", "tpot_us", "e2e_us", "input_tokens", "output_tokens", "cached_tokens",
-    "server_queue_us", "server_adapter_load_us", "server_ttft_us", "server_total_us", "error",
+    "step",
+    "index",
+    "operation",
+    "tenant",
+    "adapter",
+    "due_us",
+    "sent_us",
+    "first_us",
+    "last_us",
+    "end_us",
+    "ttft_us",
+    "tpot_us",
+    "e2e_us",
+    "input_tokens",
+    "output_tokens",
+    "cached_tokens",
+    "server_queue_us",
+    "server_adapter_load_us",
+    "server_ttft_us",
+    "server_total_us",
+    "error",
 ];
 
 /// A CSV row for each measured request, microseconds since the start of its step.
@@ -116,18 +142,26 @@ fn requests(ended: &Ended, plan: &Plan) -> Result<Vec<u8>, Failure> {
     writer.write_record(HEAD).map_err(failed)?;
     for (step, tested) in ended.tested.iter().enumerate() {
         for row in &tested.rows {
-            writer.write_record(cells(step, row, tested, plan)).map_err(failed)?;
+            writer
+                .write_record(cells(step, row, tested, plan))
+                .map_err(failed)?;
         }
     }
-    writer.into_inner().map_err(|error| Failure::Local(format!("--csv: {error}")))
+    writer
+        .into_inner()
+        .map_err(|error| Failure::Local(format!("--csv: {error}")))
 }
 
 fn cells(step: usize, row: &Row, tested: &Tested, plan: &Plan) -> [String; 21] {
     let tenant = &plan.workload.tenants[row.tenant as usize];
-    let adapter = row.adapter.and_then(|place| tenant.adapters.get(place as usize));
+    let adapter = row
+        .adapter
+        .and_then(|place| tenant.adapters.get(place as usize));
     let some = |value: Option<u64>| value.map_or(String::new(), |value| value.to_string());
     let server = |value: Option<u32>| some(value.map(u64::from));
-    let error = row.error.and_then(|place| tested.reasons.get(usize::from(place)));
+    let error = row
+        .error
+        .and_then(|place| tested.reasons.get(usize::from(place)));
     [
         step.to_string(),
         row.index.to_string(),

@@ -142,7 +142,10 @@ impl View {
         let slowest = new.iter().filter_map(|row| row.ttft()).max();
         let answered = measured.rows.len();
         let by_count = self.extent.requests.map(|all| answered as f64 / all as f64);
-        let by_time = self.extent.end().map(|end| elapsed.as_secs_f64() / end.as_secs_f64());
+        let by_time = self
+            .extent
+            .end()
+            .map(|end| elapsed.as_secs_f64() / end.as_secs_f64());
         let glance = Glance {
             elapsed: elapsed.as_secs_f64(),
             done: by_count.unwrap_or(0.0).max(by_time.unwrap_or(0.0)).min(1.0),
@@ -153,7 +156,11 @@ impl View {
             },
             answered,
             warmup: measured.warmup,
-            failed: measured.failures.values().map(|failures| failures.count).sum(),
+            failed: measured
+                .failures
+                .values()
+                .map(|failures| failures.count)
+                .sum(),
             in_flight: self.recorder.in_flight(),
             tokens_a_second,
             ttft: pair(Metric::Ttft),
@@ -178,11 +185,18 @@ impl View {
             glance.answered,
             glance.in_flight,
             glance.failed,
-            if glance.answered == 0 && glance.warmup > 0 { " · warming up" } else { "" },
+            if glance.answered == 0 && glance.warmup > 0 {
+                " · warming up"
+            } else {
+                ""
+            },
         );
         let rates = sparkline(&self.token_rates);
         if glance.ttft.is_some() {
-            text.push_str(&format!("\n  tokens {rates} {:.0}/s", glance.tokens_a_second));
+            text.push_str(&format!(
+                "\n  tokens {rates} {:.0}/s",
+                glance.tokens_a_second
+            ));
         }
         let mut row = |name: &str, line: &str, pair: Option<[f64; 2]>| {
             if let Some([p50, p99]) = pair {
@@ -204,7 +218,12 @@ impl Glance {
     fn line(&self, title: &str) -> String {
         let mut text = format!(
             "{title}{:.0}{} · {} answered, {} in flight, {} failed · {:.0} tokens/s",
-            self.elapsed, self.total, self.answered, self.in_flight, self.failed, self.tokens_a_second
+            self.elapsed,
+            self.total,
+            self.answered,
+            self.in_flight,
+            self.failed,
+            self.tokens_a_second
         );
         for (name, pair) in [("ttft", self.ttft), ("tpot", self.tpot), ("e2e", self.e2e)] {
             if let Some([p50, p99]) = pair {

@@ -103,7 +103,10 @@ fn document(counts: &Counts, histograms: &Histograms, processes: usize) -> Value
         let figures = Figures::of(histograms.get(metric)).unwrap_or_default();
         let name = metric.tag();
         put(&format!("mean_{name}_ms"), rounded(figures.mean).into());
-        put(&format!("median_{name}_ms"), rounded(figures.percentiles[0]).into());
+        put(
+            &format!("median_{name}_ms"),
+            rounded(figures.percentiles[0]).into(),
+        );
         put(&format!("std_{name}_ms"), rounded(figures.deviation).into());
         for ((percentile, _), found) in PERCENTILES.iter().zip(figures.percentiles) {
             put(&format!("{percentile}_{name}_ms"), rounded(found).into());

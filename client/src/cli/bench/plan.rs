@@ -124,14 +124,18 @@ fn check_together(args: &RunArgs) -> Result<(), Failure> {
         return Err(usage("--op", why));
     }
     if is_openai && args.work.tenants.is_some() {
-        return Err(usage("--tenants", "an OpenAI target knows no tenants; leave it out"));
+        return Err(usage(
+            "--tenants",
+            "an OpenAI target knows no tenants; leave it out",
+        ));
     }
     if is_openai && !args.load.beside.is_empty() {
         let why = "an OpenAI target knows neither training nor uploads; leave it out";
         return Err(usage("--beside", why));
     }
     if args.work.adapters.is_none() && args.work.base_share > 0.0 {
-        let why = "without --adapters every request asks the base model; name adapters or leave it out";
+        let why =
+            "without --adapters every request asks the base model; name adapters or leave it out";
         return Err(usage("--base-share", why));
     }
     let needs_labels = args.work.op.has(Operation::Classify)
@@ -144,12 +148,18 @@ fn check_together(args: &RunArgs) -> Result<(), Failure> {
     if let (Some((from, to)), None) = (args.load.rate, args.load.duration)
         && from != to
     {
-        return Err(usage("--rate", "a ramp needs to know over how long; add --duration"));
+        return Err(usage(
+            "--rate",
+            "a ramp needs to know over how long; add --duration",
+        ));
     }
     if let (Some((from, to)), None) = (args.load.clients, args.load.duration)
         && from != to
     {
-        return Err(usage("--clients", "a ramp needs to know over how long; add --duration"));
+        return Err(usage(
+            "--clients",
+            "a ramp needs to know over how long; add --duration",
+        ));
     }
     Ok(())
 }
@@ -186,7 +196,10 @@ fn pattern(
     for (name, range) in &load.tenant_rate {
         let place = tenants.iter().position(|tenant| tenant.name == *name);
         let tenant = place.ok_or_else(|| {
-            usage("--tenant-rate", format!("{name:?} is not among the tenants of --tenants"))
+            usage(
+                "--tenant-rate",
+                format!("{name:?} is not among the tenants of --tenants"),
+            )
         })?;
         sources.push(Source {
             tenant: Some(tenant),
@@ -212,12 +225,21 @@ fn pattern(
 /// `a,b[0-3]` as names.
 fn names(flag: &str, list: &str) -> Result<Vec<String>, Failure> {
     let mut names = Vec::new();
-    for part in list.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+    for part in list
+        .split(',')
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+    {
         let Some((head, rest)) = part.split_once('[') else {
             names.push(part.to_owned());
             continue;
         };
-        let wrong = || usage(flag, format!("{part:?} is no range; write for example a[0-63]"));
+        let wrong = || {
+            usage(
+                flag,
+                format!("{part:?} is no range; write for example a[0-63]"),
+            )
+        };
         let (range, tail) = rest.split_once(']').ok_or_else(wrong)?;
         let (from, to) = range.split_once('-').ok_or_else(wrong)?;
         let read = |text: &str| text.parse::<usize>().map_err(|_| wrong());
@@ -229,7 +251,10 @@ fn names(flag: &str, list: &str) -> Result<Vec<String>, Failure> {
         names.extend((from..=to).map(|number| format!("{head}{number}{tail}")));
     }
     if names.is_empty() {
-        return Err(usage(flag, "names nothing; write for example a,b or a[0-63]"));
+        return Err(usage(
+            flag,
+            "names nothing; write for example a,b or a[0-63]",
+        ));
     }
     Ok(names)
 }
@@ -249,7 +274,11 @@ fn tenant_keys(path: &Path) -> Result<BTreeMap<String, String>, Failure> {
             (Some(tenant), Some(key), None) => keys.insert(tenant.to_owned(), key.to_owned()),
             // Not quoted: it may hold a key.
             _ => {
-                let why = format!("line {} of {} is not `TENANT KEY`", number + 1, path.display());
+                let why = format!(
+                    "line {} of {} is not `TENANT KEY`",
+                    number + 1,
+                    path.display()
+                );
                 return Err(usage("--tenant-keys", why));
             }
         };
@@ -266,12 +295,19 @@ async fn tenants(
 ) -> Result<Vec<Tenant>, Failure> {
     let mut found = match &args.work.tenants {
         Some(list) => names("--tenants", list)?,
-        None if !args.load.tenant_rate.is_empty() => {
-            args.load.tenant_rate.iter().map(|(name, _)| name.clone()).collect()
-        }
+        None if !args.load.tenant_rate.is_empty() => args
+            .load
+            .tenant_rate
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect(),
         None => keys.keys().cloned().collect(),
     };
-    for tenant in rows.into_iter().flatten().filter_map(|row| row.tenant.as_ref()) {
+    for tenant in rows
+        .into_iter()
+        .flatten()
+        .filter_map(|row| row.tenant.as_ref())
+    {
         if !found.contains(tenant) {
             found.push(tenant.clone());
         }
@@ -454,6 +490,9 @@ mod tests {
         let Err(Failure::Usage(text)) = tenant_keys(&path) else {
             panic!("a line without a tenant")
         };
-        assert!(text.contains("line 1") && !text.contains("secret3"), "{text}");
+        assert!(
+            text.contains("line 1") && !text.contains("secret3"),
+            "{text}"
+        );
     }
 }

@@ -80,7 +80,9 @@ pub(crate) async fn test(plan: &Plan, stop: &Stop, out: Out, title: String) -> T
         &plan.workload.tenants,
         &plan.judging,
     );
-    let cpu = cpu_before.zip(cpu::seconds()).map(|(before, after)| after - before);
+    let cpu = cpu_before
+        .zip(cpu::seconds())
+        .map(|(before, after)| after - before);
     Tested {
         summary,
         rows: std::mem::take(&mut measured.rows),
@@ -96,7 +98,11 @@ pub(crate) fn outcome(ended: &Ended, got_worse: bool) -> Result<(), Failure> {
     if ended.tested.iter().any(|tested| tested.interrupted) {
         return Err(Failure::Interrupted);
     }
-    if let Some(empty) = ended.tested.iter().find(|tested| tested.summary.completed == 0) {
+    if let Some(empty) = ended
+        .tested
+        .iter()
+        .find(|tested| tested.summary.completed == 0)
+    {
         return Err(Failure::Local(why_empty(&empty.summary)));
     }
     let missed = ended.is_judged && ended.tested.iter().any(|tested| !tested.summary.is_met());
@@ -107,13 +113,18 @@ pub(crate) fn outcome(ended: &Ended, got_worse: bool) -> Result<(), Failure> {
 }
 
 fn why_empty(summary: &Summary) -> String {
-    let common = summary.failures.iter().max_by_key(|(_, failures)| failures.count);
+    let common = summary
+        .failures
+        .iter()
+        .max_by_key(|(_, failures)| failures.count);
     match common {
         Some((reason, failures)) => format!(
             "no request completed; {} failed, most with {reason}: {}",
             summary.failed, failures.example
         ),
-        None => "no request was due in the measured time; raise --duration or --rate, or lower --warmup"
-            .to_owned(),
+        None => {
+            "no request was due in the measured time; raise --duration or --rate, or lower --warmup"
+                .to_owned()
+        }
     }
 }

@@ -56,14 +56,18 @@ impl Steps {
         for (axis, range) in bounds {
             let Some((from, to)) = range else { continue };
             if args.output.slo.is_empty() {
-                let why = "--search: what must hold at the highest load? Add --slo 'ttft:p99<200ms'";
+                let why =
+                    "--search: what must hold at the highest load? Add --slo 'ttft:p99<200ms'";
                 return Err(Failure::Usage(why.to_owned()));
             }
             if from >= to {
                 let why = format!("--search {from}..{to}: the second load must be above the first");
                 return Err(Failure::Usage(why));
             }
-            return Ok(Some(Self::Search(axis, Search::new(axis, from, to, PRECISION))));
+            return Ok(Some(Self::Search(
+                axis,
+                Search::new(axis, from, to, PRECISION),
+            )));
         }
         if !load.sweep.is_empty() {
             return Ok(Some(Self::Sweep(Axis::Rate, load.sweep.clone())));
@@ -113,7 +117,10 @@ impl Steps {
                     if !runner.step(axis, load, title, &mut ended).await? {
                         break;
                     }
-                    let holds = ended.tested.last().is_some_and(|tested| holds(&tested.summary));
+                    let holds = ended
+                        .tested
+                        .last()
+                        .is_some_and(|tested| holds(&tested.summary));
                     search.found(load, holds);
                 }
                 runner.table(axis, &ended)?;
@@ -157,14 +164,22 @@ impl Runner<'_> {
             Axis::Clients => "clients",
         };
         document["step"] = json!({"axis": name, "load": rounded(load)});
-        let word = if holds(&tested.summary) { "" } else { ", objectives missed" };
+        let word = if holds(&tested.summary) {
+            ""
+        } else {
+            ", objectives missed"
+        };
         let summary = &tested.summary;
         self.out.remark(format_args!(
             "{}: {:.2}/s completed, {} failed{}",
             Load(axis, load),
             summary.rate(summary.completed),
             summary.failed,
-            if summary.verdicts.is_empty() { "" } else { word },
+            if summary.verdicts.is_empty() {
+                ""
+            } else {
+                word
+            },
         ));
         ended.documents.push(document);
         ended.tested.push(tested);
@@ -182,8 +197,18 @@ impl Runner<'_> {
             Axis::Clients => "clients",
         };
         let head = [
-            first, "completed/s", "failed", "tokens/s", "ttft p50", "ttft p99", "tpot p50",
-            "tpot p99", "e2e p50", "e2e p99", "goodput/s", "objectives",
+            first,
+            "completed/s",
+            "failed",
+            "tokens/s",
+            "ttft p50",
+            "ttft p99",
+            "tpot p50",
+            "tpot p99",
+            "e2e p50",
+            "e2e p99",
+            "goodput/s",
+            "objectives",
         ];
         let mut steps: Vec<_> = ended.tested.iter().zip(&ended.documents).collect();
         steps.sort_by(|a, b| {
@@ -208,7 +233,10 @@ impl Runner<'_> {
         });
         let text = match found {
             None => "not even the lowest load meets the objectives".to_owned(),
-            Some((load, true)) => format!("highest load that meets the objectives: {}", Load(axis, load)),
+            Some((load, true)) => format!(
+                "highest load that meets the objectives: {}",
+                Load(axis, load)
+            ),
             Some((load, false)) => format!(
                 "all loads up to {} meet the objectives; search higher",
                 Load(axis, load)
@@ -252,7 +280,9 @@ fn row(load: f64, summary: &Summary) -> Vec<String> {
         p(Metric::Tpot, "p99"),
         p(Metric::E2e, "p50"),
         p(Metric::E2e, "p99"),
-        summary.good.map_or("-".to_owned(), |good| format!("{:.2}", summary.rate(good))),
+        summary
+            .good
+            .map_or("-".to_owned(), |good| format!("{:.2}", summary.rate(good))),
         verdict.to_owned(),
     ]
 }

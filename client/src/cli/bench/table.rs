@@ -128,7 +128,10 @@ pub(crate) fn latencies(figures: impl Fn(Metric) -> Option<Figures>) -> Vec<Stri
 }
 
 fn breakdown(title: &str, parts: &[Part]) -> Vec<String> {
-    let head = [title, "requests", "failed", "tokens", "ttft p50", "ttft p99", "tpot p50", "e2e p50", "e2e p99"];
+    let head = [
+        title, "requests", "failed", "tokens", "ttft p50", "ttft p99", "tpot p50", "e2e p50",
+        "e2e p99",
+    ];
     let cell = |figures: &Option<Figures>, name| match figures {
         Some(figures) => milliseconds(figures.percentile(name).unwrap_or_default()),
         None => "-".to_owned(),
@@ -150,7 +153,9 @@ fn breakdown(title: &str, parts: &[Part]) -> Vec<String> {
     let mut lines = aligned(&head, &rows);
     if parts.len() > MOST_PARTS {
         let more = parts.len() - MOST_PARTS;
-        lines.push(format!("and {more} more; the JSON of --out has all of them"));
+        lines.push(format!(
+            "and {more} more; the JSON of --out has all of them"
+        ));
     }
     lines
 }
@@ -174,7 +179,15 @@ pub(crate) fn beside(out: Out, document: Option<&Value>) -> Result<(), Failure> 
         ]
     };
     let rows: Vec<Vec<String>> = work.iter().map(row).collect();
-    let head = ["beside", "completed", "failed", "unfinished", "p50", "max", "the first error"];
+    let head = [
+        "beside",
+        "completed",
+        "failed",
+        "unfinished",
+        "p50",
+        "max",
+        "the first error",
+    ];
     out.line("")?;
     for line in aligned(&head, &rows) {
         out.line(line)?;
@@ -187,5 +200,8 @@ fn errors(summary: &Summary) -> Vec<String> {
         let example: String = failures.example.chars().take(100).collect();
         vec![reason.clone(), failures.count.to_string(), example]
     });
-    aligned(&["errors", "count", "the first one"], &rows.collect::<Vec<_>>())
+    aligned(
+        &["errors", "count", "the first one"],
+        &rows.collect::<Vec<_>>(),
+    )
 }

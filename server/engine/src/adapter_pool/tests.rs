@@ -132,10 +132,7 @@ fn a_lease_holds_and_starved_loads_close_the_door() {
 fn steady_traffic_on_the_residents_cannot_keep_one_out() {
     let fixture = fixture(100);
     // Every 10 ms each resident gets a request of 30 ms, so that one always holds it.
-    let mut held = vec![
-        (fixture.load(1, 50, 0), 30),
-        (fixture.load(2, 50, 0), 30),
-    ];
+    let mut held = vec![(fixture.load(1, 50, 0), 30), (fixture.load(2, 50, 0), 30)];
     assert!(fixture.waits(3, 1));
     let asked = fixture.ask(50, 1);
     let mut came = None;
@@ -259,7 +256,9 @@ fn pinned_versions_stay_within_their_share() {
     assert!(fixture.waits(4, 2_001));
     fixture.finish(&fixture.ask(61, 2_001), 2_001);
     assert!(matches!(
-        fixture.pool.lease(digest(4), fixture.at(0), fixture.at(2_002)),
+        fixture
+            .pool
+            .lease(digest(4), fixture.at(0), fixture.at(2_002)),
         Lookup::Failed(EngineError::AdapterCapacity { in_use: 40, .. })
     ));
     assert!(fixture.pool.unpin(&digest(1)) && !fixture.pool.unpin(&digest(1)));

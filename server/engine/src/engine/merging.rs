@@ -99,12 +99,17 @@ impl Engine {
     /// that runs on it, and the next look finds them.
     fn make_merged_room(&mut self, wanted: &MergeView) {
         let share = self.traffic.share_of(&wanted.digest);
-        let rank = |view: &MergeView| (view.policy == MergePolicy::Merged, self.traffic.share_of(&view.digest));
-        let least = self
-            .pool
-            .merged()
-            .into_iter()
-            .min_by(|a, b| rank(a).partial_cmp(&rank(b)).unwrap_or(std::cmp::Ordering::Equal));
+        let rank = |view: &MergeView| {
+            (
+                view.policy == MergePolicy::Merged,
+                self.traffic.share_of(&view.digest),
+            )
+        };
+        let least = self.pool.merged().into_iter().min_by(|a, b| {
+            rank(a)
+                .partial_cmp(&rank(b))
+                .unwrap_or(std::cmp::Ordering::Equal)
+        });
         let Some(least) = least else { return };
         let (kept, least_share) = rank(&least);
         let wins = if kept {

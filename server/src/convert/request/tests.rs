@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use super::*;
-use crate::convert::chat::messages;
 use crate::config::Config;
+use crate::convert::chat::messages;
 use crate::names::ApiKeyId;
 
 fn limits(pairs: &[(&str, &str)]) -> Limits {

@@ -31,8 +31,10 @@ impl AdapterService {
             &self.config.catalog,
         )?;
         let held = self.engine.residency().await?;
-        let held: HashMap<VersionDigest, AdapterResidency> =
-            held.into_iter().map(|entry| (entry.digest, entry)).collect();
+        let held: HashMap<VersionDigest, AdapterResidency> = held
+            .into_iter()
+            .map(|entry| (entry.digest, entry))
+            .collect();
         let mut named: Vec<v1::AdapterResidency> = self
             .registry
             .names_of(tenant, held.keys().copied().collect())
@@ -97,7 +99,10 @@ impl AdapterService {
             pinned: Some(true),
             ..ServingChange::default()
         };
-        let stored = self.registry.set_serving(version.name.clone(), change).await;
+        let stored = self
+            .registry
+            .set_serving(version.name.clone(), change)
+            .await;
         if let Err(error) = stored {
             release(&self.engine, &self.registry, version.content.digest).await?;
             return Err(error.into());
@@ -134,8 +139,7 @@ impl AdapterService {
             ..ServingChange::default()
         };
         let version = self.registry.set_serving(version.name, change).await?;
-        self.engine
-            .set_merge_policy(version.content.digest, policy);
+        self.engine.set_merge_policy(version.content.digest, policy);
         Ok(convert::version(version))
     }
 

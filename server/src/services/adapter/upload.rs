@@ -16,7 +16,7 @@ use crate::config::Config;
 use crate::database::RequestKey;
 use crate::names::{AdapterName, TenantId, VersionName, VersionNumber};
 use crate::registry::{
-    Serving,     AliasPlan, NewVersion, Provenance, Publish, Version, VersionState, summarize,
+    AliasPlan, NewVersion, Provenance, Publish, Serving, Version, VersionState, summarize,
 };
 use crate::services::Call;
 use crate::services::control::{Incoming, next_message, request_key};

@@ -43,7 +43,10 @@ fn all(fixture: &Fixture) -> Vec<Reply> {
 fn close(a: &[f32], b: &[f32]) {
     assert_eq!(a.len(), b.len());
     for (a, b) in a.iter().zip(b) {
-        assert!((a - b).abs() < TOLERANCE * (1.0 + b.abs()), "{a} beside {b}");
+        assert!(
+            (a - b).abs() < TOLERANCE * (1.0 + b.abs()),
+            "{a} beside {b}"
+        );
     }
 }
 
@@ -86,13 +89,19 @@ fn a_merged_version_answers_alike_and_nobody_else_notices() {
             assert_eq!(merged.results(), plain.results(), "{adapter:?}");
         }
     }
-    assert!(differs, "sums in another order that end in the same bits: was it merged?");
+    assert!(
+        differs,
+        "sums in another order that end in the same bits: was it merged?"
+    );
     // Alone as in the batch, bit for bit.
     for ((adapter, kind), together) in mixed_work().into_iter().zip(&merged) {
         assert_eq!(fixture.ask(adapter, kind).results(), together.results());
     }
     let stats = fixture.engine.stats();
-    assert!(stats.merged == 1 && stats.merged_bytes <= 1 << 20, "{stats:?}");
+    assert!(
+        stats.merged == 1 && stats.merged_bytes <= 1 << 20,
+        "{stats:?}"
+    );
 
     fixture
         .engine
