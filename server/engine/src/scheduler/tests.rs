@@ -145,7 +145,6 @@ fn arrive(scheduler: &mut Scheduler, live: &mut Vec<Live>, next_id: &mut u64, jo
             of,
             tokens: job.prompt - 1,
         });
-        sequence.priority = job.priority;
         parent.get_or_insert(id);
         scheduler.add(NewSequence {
             id,
@@ -153,6 +152,7 @@ fn arrive(scheduler: &mut Scheduler, live: &mut Vec<Live>, next_id: &mut u64, jo
             tokens: tokens.clone(),
             reusable: job.reusable,
             prefix,
+            priority: job.priority,
         });
         live.push(Live {
             id,
