@@ -198,7 +198,7 @@ async fn the_real_model_writes_what_the_schema_says() {
     let Some(model) = model() else { return };
     let settings = [
         ("model", model.to_str().unwrap()),
-        ("kv_cache_bytes", "64MiB"),
+        ("kv_cache_bytes", "128MiB"),
     ];
     let server = TestServer::start(&settings).await;
     let mut client = inference(&server).await;

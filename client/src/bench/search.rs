@@ -52,10 +52,10 @@ impl Search {
                 let is_close = broke / held <= 1.0 + self.precision;
                 (!is_close).then(|| (held * broke).sqrt())
             }
-            Axis::Clients => {
-                let middle = (held * broke).sqrt().round().clamp(held + 1.0, broke - 1.0);
-                (broke - held > 1.0).then_some(middle)
-            }
+            Axis::Clients => (broke - held > 1.0).then(|| {
+                let middle = (held * broke).sqrt().round();
+                middle.clamp(held + 1.0, broke - 1.0)
+            }),
         }
     }
 

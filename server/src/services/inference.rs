@@ -12,6 +12,7 @@ use std::pin::Pin;
 
 use espalier_adapters::text::Message;
 use espalier_engine::constraint::ConstraintSource;
+use espalier_engine::request::RequestKind;
 use espalier_proto::v1;
 use futures::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
