@@ -408,8 +408,8 @@ impl Train {
                 }),
                 hyper_parameters: Some(v1::HyperParameters {
                     max_steps: Some(self.steps),
-                    // The steps above decide.
-                    epochs: Some(1e4),
+                    // The most that a server takes; the steps above decide.
+                    epochs: Some(100.0),
                     ..v1::HyperParameters::default()
                 }),
                 ..v1::TrainingSpec::default()

@@ -53,8 +53,9 @@ impl Search {
                 (!is_close).then(|| (held * broke).sqrt())
             }
             Axis::Clients => {
-                let middle = (held * broke).sqrt().round().clamp(held + 1.0, broke - 1.0);
-                (broke - held > 1.0).then_some(middle)
+                let middle = (held * broke).sqrt().round();
+                // Between neighbours there is nothing to try.
+                (broke - held > 1.0).then(|| middle.clamp(held + 1.0, broke - 1.0))
             }
         }
     }
