@@ -123,6 +123,10 @@ pub fn log(server: &Server) -> Result<(), TelemetryError> {
 /// # Errors
 /// An address that cannot be bound, or a second call.
 pub fn metrics(server: &Server) -> Result<(), TelemetryError> {
+    // Without a page nothing is recorded: a histogram keeps every sample until somebody collects them.
+    let Some(addr) = server.metrics_listen.0 else {
+        return Ok(());
+    };
     let mut builder = PrometheusBuilder::new();
     let full = [
         (metric::RPC_DURATION, CALL_SECONDS),
@@ -140,12 +144,7 @@ pub fn metrics(server: &Server) -> Result<(), TelemetryError> {
     builder = builder
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), STEP_SECONDS)?
         .set_buckets_for_metric(Matcher::Prefix("espalier_batch_".to_owned()), COUNTS)?;
-    match server.metrics_listen.0 {
-        Some(addr) => builder.with_http_listener(addr).install()?,
-        None => {
-            builder.install_recorder()?;
-        }
-    }
+    builder.with_http_listener(addr).install()?;
     describe();
     Ok(())
 }

@@ -219,11 +219,6 @@ impl OpenAi {
         })
     }
 
-    /// The name of the base model.
-    pub(crate) fn model(&self) -> &str {
-        &self.model
-    }
-
     pub(crate) async fn send(&self, call: Call) -> Result<Reply, Refusal> {
         match tokio::time::timeout(self.timeout, self.stream(call)).await {
             Ok(outcome) => outcome,
