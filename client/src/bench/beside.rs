@@ -57,13 +57,29 @@ impl fmt::Display for Beside {
                 train.jobs,
                 train.steps
             ),
-            Self::Upload { dir, adapter, every } => {
+            Self::Upload {
+                dir,
+                adapter,
+                every,
+            } => {
                 let ms = every.as_millis();
-                write!(f, "upload:dir={},adapter={adapter},every={ms}ms", dir.display())
+                write!(
+                    f,
+                    "upload:dir={},adapter={adapter},every={ms}ms",
+                    dir.display()
+                )
             }
-            Self::Alias { adapter, alias, versions, every } => {
+            Self::Alias {
+                adapter,
+                alias,
+                versions,
+                every,
+            } => {
                 let (versions, ms) = (versions.join("/"), every.as_millis());
-                write!(f, "alias:adapter={adapter}@{alias},versions={versions},every={ms}ms")
+                write!(
+                    f,
+                    "alias:adapter={adapter}@{alias},versions={versions},every={ms}ms"
+                )
             }
         }
     }
@@ -232,7 +248,11 @@ impl Work {
                         workers.spawn(worker.train(request, number as u64));
                     }
                 }
-                Beside::Upload { dir, adapter, every } => {
+                Beside::Upload {
+                    dir,
+                    adapter,
+                    every,
+                } => {
                     let upload = AdapterUpload {
                         adapter: client.names().adapter(adapter)?,
                         dir: dir.clone(),
@@ -245,7 +265,12 @@ impl Work {
                     }
                     workers.spawn(worker.upload(upload, *every));
                 }
-                Beside::Alias { adapter, alias, versions, every } => {
+                Beside::Alias {
+                    adapter,
+                    alias,
+                    versions,
+                    every,
+                } => {
                     let name = client.names().adapter(adapter)?;
                     let (alias, versions) = (alias.clone(), versions.clone());
                     workers.spawn(worker.alias(name, alias, versions, *every));
@@ -344,7 +369,10 @@ impl Worker {
         if state == v1::TrainingJobState::Succeeded {
             Ok(())
         } else {
-            Err(Error::argument(format!("{name} ended as {}", state.as_str_name())))
+            Err(Error::argument(format!(
+                "{name} ended as {}",
+                state.as_str_name()
+            )))
         }
     }
 
@@ -382,8 +410,7 @@ fn format_of(path: &Path) -> v1::DataFormat {
 impl Train {
     fn request(&self, client: &Client) -> Result<v1::CreateTrainingJobRequest, Error> {
         use v1::training_spec::Method;
-        let content =
-            std::fs::read(&self.file).map_err(|error| Error::file(&self.file, &error))?;
+        let content = std::fs::read(&self.file).map_err(|error| Error::file(&self.file, &error))?;
         let rows = v1::InlineData {
             format: format_of(&self.file).into(),
             content,
@@ -425,13 +452,27 @@ mod tests {
 
     #[test]
     fn work_is_read_with_its_defaults() {
-        let train: Beside = "train:file=a.csv,adapter=x,method=head,text=ticket".parse().unwrap();
-        let Beside::Train(train) = train else { panic!("training") };
+        let train: Beside = "train:file=a.csv,adapter=x,method=head,text=ticket"
+            .parse()
+            .unwrap();
+        let Beside::Train(train) = train else {
+            panic!("training")
+        };
         assert_eq!((train.jobs, train.steps), (1, 100));
         assert!(train.classifies && train.head_only);
         assert_eq!(train.columns.text, "ticket");
-        let alias: Beside = "alias:adapter=x@live,versions=1/2,every=100ms".parse().unwrap();
-        let Beside::Alias { adapter, alias, versions, every } = alias else { panic!("alias") };
+        let alias: Beside = "alias:adapter=x@live,versions=1/2,every=100ms"
+            .parse()
+            .unwrap();
+        let Beside::Alias {
+            adapter,
+            alias,
+            versions,
+            every,
+        } = alias
+        else {
+            panic!("alias")
+        };
         assert_eq!((adapter.as_str(), alias.as_str()), ("x", "live"));
         assert_eq!((versions.len(), every), (2, Duration::from_millis(100)));
     }

@@ -94,7 +94,10 @@ mod tests {
         for limit in [1.0, 1.7, 30.0, 99.0] {
             let (answer, steps) = run(Search::new(Axis::Rate, 1.0, 100.0, 0.05), limit);
             let (found, bounded) = answer.unwrap();
-            assert!(found <= limit && limit / found <= 1.05 && bounded, "{limit}: {found}");
+            assert!(
+                found <= limit && limit / found <= 1.05 && bounded,
+                "{limit}: {found}"
+            );
             assert!(steps <= 9, "{steps}");
         }
     }
@@ -102,11 +105,17 @@ mod tests {
     #[test]
     fn clients_are_whole_and_bounds_are_answers_too() {
         for limit in 1..=32 {
-            let (answer, _) = run(Search::new(Axis::Clients, 1.0, 32.0, 0.05), f64::from(limit));
+            let (answer, _) = run(
+                Search::new(Axis::Clients, 1.0, 32.0, 0.05),
+                f64::from(limit),
+            );
             let bounded = limit < 32;
             assert_eq!(answer, Some((f64::from(limit), bounded)));
         }
         assert_eq!(run(Search::new(Axis::Rate, 1.0, 9.0, 0.05), 0.5), (None, 1));
-        assert_eq!(run(Search::new(Axis::Rate, 3.0, 3.0, 0.05), 5.0).0, Some((3.0, false)));
+        assert_eq!(
+            run(Search::new(Axis::Rate, 3.0, 3.0, 0.05), 5.0).0,
+            Some((3.0, false))
+        );
     }
 }

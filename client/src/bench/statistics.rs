@@ -65,7 +65,11 @@ impl Figures {
         let (min, max) = (*values.first()?, *values.last()?);
         let count = values.len() as f64;
         let mean = values.iter().map(|v| *v as f64).sum::<f64>() / count;
-        let variance = values.iter().map(|v| (*v as f64 - mean).powi(2)).sum::<f64>() / count;
+        let variance = values
+            .iter()
+            .map(|v| (*v as f64 - mean).powi(2))
+            .sum::<f64>()
+            / count;
         Some(Self {
             count: values.len() as u64,
             mean: mean / 1e3,
