@@ -192,7 +192,7 @@ async fn a_single_call_does_not_wait_for_bulk_items() {
     let mut client = inference(&server).await;
     let (sender, mut replies) = open(&mut client).await;
     for index in 0..6 {
-        let request = generate(&format!("long item {index}"), 300);
+        let request = generate(&format!("long item {index}"), 1200);
         sender
             .send(item(&index.to_string(), request))
             .await
@@ -226,7 +226,7 @@ async fn a_single_call_does_not_wait_for_bulk_items() {
         let Some(Answer::Response(response)) = reply.result else {
             panic!("{reply:?}");
         };
-        assert_eq!(response.usage.unwrap().output_tokens, 300);
+        assert_eq!(response.usage.unwrap().output_tokens, 1200);
         keys.insert(reply.key);
     }
     assert_eq!(keys.len(), 6, "what gave way was computed again");

@@ -154,7 +154,7 @@ async fn a_required_call_satisfies_its_schema_in_every_form() {
         let model = directory(jinja, control);
         let (server, mut client) = serve(model.path()).await;
         let mut names = std::collections::BTreeSet::new();
-        for seed in 0..8 {
+        for seed in 0..32 {
             let whole = client
                 .chat(request(required(), seed))
                 .await

@@ -175,7 +175,7 @@ impl BlockPanels {
                                     .as_slice()
                                     .as_ptr()
                                     .add(panel * blocks * cell_bytes(self.kind)),
-                                x: rounded.from_row(row),
+                                x: rounded.at_row(row),
                                 y: out.at(row * self.outputs + panel * PANEL),
                                 y_row: self.outputs,
                                 rows: tall.min(rows - row),

@@ -72,7 +72,7 @@ impl DotTile {
             // SAFETY: the block's rows are rows of this tile, so the caller's promise covers them.
             unsafe {
                 let block = DotTile {
-                    x: self.x.from_row(row),
+                    x: self.x.at_row(row),
                     y: self.y.add(row * self.y_row),
                     rows,
                     ..*self

@@ -83,7 +83,7 @@ impl Problem {
             let rows = start..start + count;
             // Rows between segments are the base's.
             start = rows.end + index % 2;
-            for output in 0..2 {
+            for (output, width) in widths.into_iter().enumerate() {
                 for _ in 0..1 + usize::from(index % 3 == 1) {
                     let rank = [1, 16, 3, 37, 9][kind % 5];
                     made.push(Made {
@@ -92,7 +92,7 @@ impl Problem {
                         rank,
                         scale: rng.random_range(-2.0..2.0),
                         a: Owned::random(&mut rng, rank * inputs, kind),
-                        bt: Owned::random(&mut rng, rank * widths[output], kind),
+                        bt: Owned::random(&mut rng, rank * width, kind),
                     });
                     kind += 1;
                 }

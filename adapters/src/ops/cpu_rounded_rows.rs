@@ -38,7 +38,7 @@ impl RowsView {
     ///
     /// # Safety
     /// The row exists, or is the end.
-    pub(super) unsafe fn from_row(self, row: usize) -> Self {
+    pub(super) unsafe fn at_row(self, row: usize) -> Self {
         // SAFETY: promised by the caller.
         unsafe {
             RowsView {

@@ -385,7 +385,6 @@ async fn all_adapters(
             parent: parent.clone(),
             page_size: crate::cli::PAGE,
             page_token,
-            ..Default::default()
         };
         let client = &client;
         async move {

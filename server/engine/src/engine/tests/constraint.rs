@@ -17,6 +17,9 @@ use crate::request::{
 
 const EOS: u32 = 2;
 
+/// Whether a text is one that the constraint allows.
+type Check = Box<dyn Fn(&str) -> bool>;
+
 fn generate(source: ConstraintSource, seed: u64, max_tokens: usize) -> Generate {
     Generate {
         prompt: prompt(seed, 5 + seed as usize % 20),
@@ -67,7 +70,7 @@ fn random_constraints_hold_in_a_mixed_batch() {
     let mut running = Vec::new();
     for seed in 0..24 {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let (source, check): (_, Box<dyn Fn(&str) -> bool>) = if seed % 2 == 0 {
+        let (source, check): (_, Check) = if seed % 2 == 0 {
             let pattern = format!("x{}", regex(&mut rng));
             let oracle = ::regex::Regex::new(&format!("^(?:{pattern})$")).unwrap();
             (re(&pattern), Box::new(move |text| oracle.is_match(text)))
