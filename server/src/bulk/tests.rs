@@ -120,7 +120,11 @@ async fn ended_jobs_go_with_their_time_and_running_ones_stay() {
     let store = open(data.path()).await;
     let create = |id: &str| store.create(job(id, 1), b"x".to_vec(), None);
     let first = create("a").await.unwrap();
-    assert!(matches!(create("a").await, Err(BulkError::Exists { .. })));
+    let mut again = job("a", 1);
+    // Each job has files of its own, whatever it is called.
+    again.uid = "uid-again".to_owned();
+    let again = store.create(again, b"x".to_vec(), None).await;
+    assert!(matches!(again, Err(BulkError::Exists { .. })));
     create("b").await.unwrap();
     let error = create("c").await.unwrap_err();
     assert_eq!(
