@@ -203,7 +203,8 @@ async fn the_real_model_writes_what_the_schema_says() {
     let server = TestServer::start(&settings).await;
     let mut client = inference(&server).await;
     for seed in 0..4 {
-        let inner = constrained(Kind::JsonSchema(PERSON.to_owned()), seed);
+        let mut inner = constrained(Kind::JsonSchema(PERSON.to_owned()), seed);
+        inner.stop.as_mut().unwrap().max_tokens = Some(600);
         let request = v1::ChatRequest {
             messages: vec![user(
                 "Describe a person named Ada, aged 36, who likes tea, as JSON.",
