@@ -626,6 +626,30 @@ impl Scheduler {
         }
     }
 
+    /// Every sequence in a few words, for a test that fails.
+    #[cfg(test)]
+    fn describe(&self) -> String {
+        let line = |(id, entry): (&SequenceId, &Entry)| {
+            format!(
+                "\n{id:?} {:?} {:?} yields {} paused {} {}/{} tokens, {} blocks, prefix {:?}",
+                entry.status,
+                entry.priority,
+                entry.yields,
+                entry.paused,
+                entry.computed,
+                entry.tokens.len(),
+                entry.table.blocks().len(),
+                entry.prefix
+            )
+        };
+        let lines: String = self.entries.iter().map(line).collect();
+        format!(
+            "running {:?}, {} blocks left{lines}",
+            self.running,
+            self.blocks.available()
+        )
+    }
+
     #[cfg(test)]
     fn check_integrity(&self) {
         self.blocks

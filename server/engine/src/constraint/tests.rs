@@ -336,7 +336,9 @@ fn a_late_constraint_is_an_error_and_kept_for_the_next_try() {
         ..ConstraintLimits::default()
     };
     let compiler = compiler(limits);
-    let source = || ConstraintSource::Regex("[a-z]{3}".to_owned());
+    // Enough to compile that no thread has it ready before the first look.
+    let words: Vec<String> = (0..400).map(|i| format!("w{i}[a-z]{{2,9}}")).collect();
+    let source = || ConstraintSource::Regex(words.join("|"));
     let error = wait(compiler.compile("t", source())).unwrap_err();
     assert!(
         matches!(&error, EngineError::ConstraintTooComplex { reason, .. } if reason.contains("limit of time")),

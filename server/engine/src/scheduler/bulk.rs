@@ -23,8 +23,19 @@ impl Scheduler {
 
     /// The first sequence of a priority that can begin, of the tenant with the least service; a promoted one before.
     fn next_of(&self, priority: Priority) -> Option<SequenceId> {
-        let first_ready =
-            |tenant: &TenantQueue| tenant.waiting.iter().copied().find(|&id| self.is_ready(id));
+        // What gave way stands first in its queue again, before the promoted one that it gave way to.
+        let first_ready = |tenant: &TenantQueue| {
+            let ready = || {
+                tenant
+                    .waiting
+                    .iter()
+                    .copied()
+                    .filter(|&id| self.is_ready(id))
+            };
+            ready()
+                .find(|&id| !self.yields(id))
+                .or_else(|| ready().next())
+        };
         self.tenants
             .iter()
             .filter(|((of, _), _)| *of == priority)

@@ -292,7 +292,12 @@ fn simulate(jobs: &[Job], prefix_cache: bool) {
         .sum();
     for step in 0.. {
         // Preemption repeats work: the bound is generous, but a bound.
-        assert!(step < work * 4 + 1000, "{} sequences never end", live.len());
+        assert!(
+            step < work * 4 + 1000,
+            "{} sequences never end: {}",
+            live.len(),
+            scheduler.describe()
+        );
         while until_next == 0 {
             let Some(job) = arrivals.next() else { break };
             arrive(&mut scheduler, &mut live, &mut next_id, job);
