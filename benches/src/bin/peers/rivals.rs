@@ -121,9 +121,10 @@ fn peer(options: &Serve, contest: &Contest) -> Fallible<f64> {
             let new = (NEW - 1).to_string();
             command
                 .arg(&sides.peer)
-                .args(["generate", "--new", &new])
+                .arg("generate")
                 .arg(&sides.hf)
-                .args((0..contest.adapters).map(|i| sides.adapters.join(format!("a{i}"))));
+                .args((0..contest.adapters).map(|i| sides.adapters.join(format!("a{i}"))))
+                .args(["--new", &new]);
             figure(last_json_line(command)?, PEFT_KEY)
         }
         Peer::Llama => {
