@@ -2,6 +2,7 @@
 //! their ceilings), `peers` (Espalier beside PEFT, a llama.cpp server and their like), `shell` (gRPC beside the engine
 //! in process). Here lies what several of them stand on; it must not know what is measured.
 
+pub mod ceilings;
 pub mod daemon;
 pub mod in_process;
 pub mod processor_time;

@@ -410,13 +410,26 @@ impl<T: Real> ResidentAdapter<T> {
     }
 }
 
+/// Rows of a factor that are turned at a time.
+const TURNED_ROWS: usize = 64;
+
 /// Columns of `from [_, columns]` become rows of `into [columns, _]`.
 fn turned<E, N>(from: &[E], columns: usize, into: &mut [N], of: impl Fn(&E) -> N) {
+    if columns == 1 {
+        into.iter_mut()
+            .zip(from)
+            .for_each(|(into, from)| *into = of(from));
+        return;
+    }
     let rows = from.len() / columns;
-    for (column, into) in into.chunks_exact_mut(rows).enumerate() {
-        let column = from.iter().skip(column).step_by(columns);
-        for (into, from) in into.iter_mut().zip(column) {
-            *into = of(from);
+    // A strip of rows at a time stays in the first-level cache for all of its columns.
+    for first in (0..rows).step_by(TURNED_ROWS) {
+        let strip = &from[first * columns..(first + TURNED_ROWS).min(rows) * columns];
+        for (column, into) in into.chunks_exact_mut(rows).enumerate() {
+            let column = strip[column..].iter().step_by(columns);
+            for (into, from) in into[first..].iter_mut().zip(column) {
+                *into = of(from);
+            }
         }
     }
 }

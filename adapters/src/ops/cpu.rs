@@ -137,6 +137,10 @@ impl Ops for Cpu {
         cpu_rows::swiglu_backward(self.isa, gate, up, dy);
     }
 
+    fn store_keys(&self, from: &[f32], rows: &[usize], block_size: usize, k: &mut [f32]) {
+        cpu_attention::store_keys(self.isa, from, rows, block_size, k);
+    }
+
     fn attention(
         &self,
         shape: AttentionShape,

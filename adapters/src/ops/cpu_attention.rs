@@ -1,7 +1,7 @@
 //! Causal attention of query rows over one sequence's keys and values, wherever these lie.
 //!
-//! A task is a few query rows of one sequence and one key head, with all query heads that share it. Keys are turned into panels of 32 positions, scores of a
-//! block of queries are computed with the tile kernel, their softmax is exact (the whole row is there, nothing is rescaled), and the weighted sum over values
+//! A task is a few query rows of one sequence and one key head, with all query heads that share it. Keys are read in panels of 32 positions (the cache's
+//! blocks have them so, flat ones are turned first), scores of a block of queries are computed with the tile kernel, their softmax is exact (the whole row is there, nothing is rescaled), and the weighted sum over values
 //! runs in ascending positions. Panels are aligned to absolute positions, so a row's bits depend on its position and its sequence only: not on how a prompt
 //! was cut into chunks, nor on the other rows. It must not know about requests or cache policy.
 
@@ -12,9 +12,9 @@ use std::ops::Range;
 use super::cpu_buffer::{Scratch, spread, with_scratch};
 use super::cpu_rows::scaled;
 use super::cpu_softmax::exponentials;
-use super::cpu_tile::{Isa, Out, PANEL, Tile};
-use super::cpu_transpose::transpose_block;
-use super::{AttentionShape, AttentionSpan, KvRows};
+use super::cpu_tile::{HALF, Isa, Out, PANEL, Tile};
+use super::cpu_transpose::{prefetch, transpose_block};
+use super::{AttentionShape, AttentionSpan, KvRows, store_key};
 
 /// Query rows in one task: enough to pay for turning the keys, few enough to share the work out.
 const ROWS_PER_TASK: usize = 64;
@@ -83,6 +83,9 @@ pub(super) fn check(
     assert_eq!(k.len(), v.len(), "keys and values have one shape");
     let kv_rows = k.len() / shape.kv_width().max(1);
     for span in spans {
+        if let KvRows::Paged { block_size, .. } = span.kv {
+            assert!(kv_rows.is_multiple_of(block_size), "blocks come whole");
+        }
         assert!(
             span.rows.end * shape.q_width() <= q.len(),
             "rows {:?} of q",
@@ -97,7 +100,7 @@ pub(super) fn check(
     }
 }
 
-/// Positions whose rows follow each other in memory.
+/// Positions whose values follow each other in memory.
 pub(super) struct Run {
     /// The first position.
     pub(super) position: usize,
@@ -120,15 +123,8 @@ pub(super) fn runs<'a>(
         let (position, row) = (at, kv.row(at));
         at = match *kv {
             KvRows::Flat { .. } => positions.end,
-            KvRows::Paged { table, block_size } => {
-                let mut block = at / block_size;
-                // Blocks that happen to follow each other in memory are one run.
-                while (block + 1) * block_size < positions.end
-                    && table[block + 1] == table[block] + 1
-                {
-                    block += 1;
-                }
-                ((block + 1) * block_size).min(positions.end)
+            KvRows::Paged { block_size, .. } => {
+                ((at / block_size + 1) * block_size).min(positions.end)
             }
         };
         Some(Run {
@@ -209,7 +205,7 @@ impl Attend<'_> {
         let width = (seen.end - origin).next_multiple_of(PANEL);
         let [keys, queries, scores, sums, totals, ..] = &mut scratch.0;
         let keys = keys.first(width * shape.head_dim);
-        turn_rows(self.isa, shape, self.k, task, seen, origin, keys);
+        let keys = self.keys(task, seen, origin, keys);
 
         let height = (SCORES / (width * group)).clamp(1, 32);
         for first in task.rows.clone().step_by(height) {
@@ -228,13 +224,44 @@ impl Attend<'_> {
             let sums = sums.first(n * shape.head_dim);
             let totals = totals.first(n);
             pack_heads(shape, self.q, &block.rows, task.kv_head, queries);
-            let lanes = panel_scores(self.isa, shape, &block, queries, keys, scores);
+            let lanes = panel_scores(self.isa, shape, &block, queries, &keys, scores);
             for (i, row) in scores.chunks_exact_mut(width).enumerate() {
                 let position = start + i / group;
                 totals[i] = self.softmax(&block, i, position, lanes.clone(), row);
             }
             self.weigh(task.kv, &block, scores, sums);
             self.store(&block, totals, sums);
+        }
+    }
+
+    /// The keys of a task, panel by panel: where the cache has them if its blocks hold whole halves, else turned into `turned`.
+    fn keys<'k>(
+        &'k self,
+        task: &Task<'k>,
+        seen: Range<usize>,
+        origin: usize,
+        turned: &'k mut [f32],
+    ) -> Keys<'k> {
+        match *task.kv {
+            KvRows::Paged { table, block_size } if block_size.is_multiple_of(HALF as usize) => {
+                Keys::Blocks(Blocks {
+                    k: self.k,
+                    table,
+                    block_size,
+                    width: self.shape.kv_width(),
+                    head: task.kv_head * self.shape.head_dim,
+                    seen,
+                    origin,
+                })
+            }
+            KvRows::Paged { .. } => {
+                gather_keys(self.shape, self.k, task, seen, origin, turned);
+                Keys::Turned(turned)
+            }
+            KvRows::Flat { .. } => {
+                turn_rows(self.isa, self.shape, self.k, task, seen, origin, turned);
+                Keys::Turned(turned)
+            }
         }
     }
 
@@ -271,9 +298,20 @@ impl Attend<'_> {
     /// `sums = scores V`, positions ascending.
     fn weigh(&self, kv: &KvRows<'_>, block: &Block, scores: &[f32], sums: &mut [f32]) {
         let shape = self.shape;
+        let w_k = match kv {
+            KvRows::Flat { .. } => shape.kv_width(),
+            KvRows::Paged { .. } => shape.head_dim,
+        };
         for (r, run) in runs(kv, block.seen.clone()).enumerate() {
+            let run_at = kv.value(shape, run.position, block.kv_head);
+            if let KvRows::Paged { .. } = kv
+                && run.position + run.len < block.seen.end
+            {
+                let next = kv.value(shape, run.position + run.len, block.kv_head);
+                prefetch(&self.v[next..]);
+            }
             for first in (0..shape.head_dim).step_by(PANEL) {
-                let at = run.row * shape.kv_width() + block.kv_head * shape.head_dim + first;
+                let at = run_at + first;
                 // SAFETY: `check` proved that the run's rows exist; scores and sums are [n, width] and [n, head_dim] of this thread.
                 unsafe {
                     Tile {
@@ -281,7 +319,8 @@ impl Attend<'_> {
                         x_row: block.width,
                         x_k: 1,
                         w: self.v.as_ptr().add(at),
-                        w_k: shape.kv_width(),
+                        w_k,
+                        w_half: HALF,
                         k: run.len,
                         y: sums.as_mut_ptr().add(first),
                         y_row: shape.head_dim,
@@ -322,7 +361,7 @@ fn panel_scores(
     shape: AttentionShape,
     block: &Block,
     queries: &[f32],
-    keys: &[f32],
+    keys: &Keys<'_>,
     scores: &mut [f32],
 ) -> Range<usize> {
     let lanes = (block.seen.start - block.origin) / PANEL * PANEL
@@ -339,30 +378,108 @@ fn panel_scores(
     lanes
 }
 
-/// `scores[:, lanes] = queries * panels`, for whole panels of positions.
+/// Keys (or values) as panels of 32 positions.
+pub(super) enum Keys<'a> {
+    /// `[positions / 32][head_dim][32]`.
+    Turned(&'a [f32]),
+    /// In the cache's own blocks.
+    Blocks(Blocks<'a>),
+}
+
+/// One head's keys in a sequence's blocks, which hold a multiple of 16 positions each.
+pub(super) struct Blocks<'a> {
+    k: &'a [f32],
+    table: &'a [u32],
+    block_size: usize,
+    width: usize,
+    head: usize,
+    seen: Range<usize>,
+    origin: usize,
+}
+
+/// The right side of a tile: see [`Tile::w`].
+struct Panel {
+    w: *const f32,
+    w_k: usize,
+    w_half: isize,
+}
+
+impl Keys<'_> {
+    /// The panel of positions `origin + lane..origin + lane + 32`. What is not seen reads as anything.
+    fn panel(&self, head_dim: usize, lane: usize) -> Panel {
+        match self {
+            Keys::Turned(panels) => Panel {
+                w: panels[lane * head_dim..][..PANEL * head_dim].as_ptr(),
+                w_k: PANEL,
+                w_half: HALF,
+            },
+            Keys::Blocks(blocks) => {
+                let left = blocks.half(lane);
+                let right = blocks.half(lane + HALF as usize);
+                // A half that nobody sees reads its neighbour: its scores count for nothing.
+                let w = left.or(right).unwrap_or(0);
+                let right = right.unwrap_or(w);
+                Panel {
+                    w: blocks.k[w..].as_ptr(),
+                    w_k: blocks.block_size,
+                    w_half: right as isize - w as isize,
+                }
+            }
+        }
+    }
+}
+
+impl Blocks<'_> {
+    /// Where sixteen positions' first element lies; none if no position is seen.
+    fn half(&self, lane: usize) -> Option<usize> {
+        let position = self.origin + lane;
+        let seen = position < self.seen.end && position + HALF as usize > self.seen.start;
+        seen.then(|| {
+            let block = self.table[position / self.block_size] as usize;
+            let first = (block * self.width + self.head) * self.block_size;
+            first + position % self.block_size
+        })
+    }
+
+    /// The hardware cannot know where the next block lies.
+    fn prefetch(&self, lane: usize) {
+        if let Some(at) = self.half(lane) {
+            prefetch(&self.k[at..]);
+        }
+    }
+}
+
+/// `scores[:, lanes] = queries * keys`, for whole panels of positions.
 pub(super) fn products(
     isa: Isa,
     head_dim: usize,
     queries: &[f32],
-    panels: &[f32],
+    keys: &Keys<'_>,
     lanes: Range<usize>,
     width: usize,
     scores: &mut [f32],
 ) {
     let n = queries.len() / head_dim;
     assert!(
-        scores.len() >= n * width && lanes.end <= width && panels.len() >= lanes.end * head_dim,
+        scores.len() >= n * width && lanes.end <= width,
         "scores are [n, width]"
     );
-    for lane in lanes.step_by(PANEL) {
-        // SAFETY: `queries` is [n, head_dim], `panels` is [width / 32][head_dim][32], `scores` is [n, width]: checked above.
+    for lane in lanes.clone().step_by(PANEL) {
+        let panel = keys.panel(head_dim, lane);
+        if let Keys::Blocks(blocks) = keys {
+            blocks.prefetch(lane + PANEL);
+            blocks.prefetch(lane + PANEL + HALF as usize);
+        }
+        // SAFETY: `queries` is [n, head_dim] and `scores` [n, width], checked above; a panel is [head_dim][32] of a live slice, or two halves
+        // of blocks whose rows `check` found in the cache.
         unsafe {
             Tile {
                 x: queries.as_ptr(),
                 x_row: head_dim,
                 x_k: 1,
-                w: panels.as_ptr().add(lane * head_dim),
-                w_k: PANEL,
+                w: panel.w,
+                w_k: panel.w_k,
+                w_half: panel.w_half,
                 k: head_dim,
                 y: scores.as_mut_ptr().add(lane),
                 y_row: width,
@@ -403,6 +520,56 @@ pub(super) fn turn_rows(
                 let to = into.as_mut_ptr().add(d * PANEL + half % 2 * 16);
                 transpose_block(isa, &lines, 0, 16, cols, to, PANEL);
             }
+        }
+    }
+}
+
+/// As [`turn_rows`], from blocks that do not hold whole halves of panels.
+fn gather_keys(
+    shape: AttentionShape,
+    k: &[f32],
+    task: &Task<'_>,
+    seen: Range<usize>,
+    origin: usize,
+    panels: &mut [f32],
+) {
+    let head_dim = shape.head_dim;
+    panels.fill(0.0);
+    for position in seen {
+        let lane = position - origin;
+        let panel = &mut panels[lane / PANEL * PANEL * head_dim..][..PANEL * head_dim];
+        for (d, row) in panel.chunks_exact_mut(PANEL).enumerate() {
+            row[lane % PANEL] = k[task.kv.key(shape, position, task.kv_head, d)];
+        }
+    }
+}
+
+/// Writes keys to turned blocks; see [`Ops::store_keys`](super::Ops::store_keys).
+pub(super) fn store_keys(isa: Isa, from: &[f32], rows: &[usize], block_size: usize, k: &mut [f32]) {
+    let Some(width) = from.len().checked_div(rows.len()) else {
+        return;
+    };
+    let side = HALF as usize;
+    let mut at = 0;
+    while let Some(&row) = rows.get(at) {
+        let run = rows[at..].iter().take(side).enumerate();
+        let adjacent = run.take_while(|(i, next)| **next == row + i).count();
+        if adjacent == side && row % side == 0 && block_size.is_multiple_of(side) {
+            let lines: [&[f32]; 16] = std::array::from_fn(|i| &from[(at + i) * width..][..width]);
+            let lines = lines.map(<[f32]>::as_ptr);
+            let block = &mut k[row / block_size * block_size * width..][..block_size * width];
+            for d in (0..width).step_by(side) {
+                let cols = (width - d).min(side);
+                // SAFETY: sixteen rows of `width` numbers, into rows `d..d + cols` of the block, sixteen columns from one that is a multiple of 16 on.
+                unsafe {
+                    let to = block.as_mut_ptr().add(d * block_size + row % block_size);
+                    transpose_block(isa, &lines, d, side, cols, to, block_size);
+                }
+            }
+            at += side;
+        } else {
+            store_key(&from[at * width..][..width], row, block_size, k);
+            at += 1;
         }
     }
 }

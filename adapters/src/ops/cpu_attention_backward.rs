@@ -8,12 +8,12 @@
 
 use std::ops::Range;
 
-use super::cpu_attention::{Task, check, pack_heads, products, runs, turn_rows, work};
+use super::cpu_attention::{Keys, Task, check, pack_heads, products, runs, turn_rows, work};
 use super::cpu_buffer::{Scratch, spread, with_scratch};
 use super::cpu_rows::dot;
 use super::cpu_softmax::score_gradients;
-use super::cpu_tile::{Isa, Out, PANEL, Tile};
-use super::{AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan};
+use super::cpu_tile::{HALF, Isa, Out, PANEL, Tile};
+use super::{AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, KvRows};
 
 /// Scores kept at a time by one thread, twice: 512 KiB.
 const SCORES: usize = 64 * 1024;
@@ -28,6 +28,8 @@ pub(super) fn attention_backward(
     grads: AttentionGrads<'_, f32>,
 ) {
     check(shape, spans, saved.q, saved.k, saved.v);
+    let flat = |span: &AttentionSpan<'_>| matches!(span.kv, KvRows::Flat { .. });
+    assert!(spans.iter().all(flat), "nothing trains on a paged cache");
     let (q, k) = (saved.q.len(), saved.k.len());
     assert!(
         saved.out.len() == q && dout.len() == q && grads.dq.len() == q,
@@ -119,6 +121,7 @@ impl Backward<'_> {
         let values = values.first(width * shape.head_dim);
         turn_rows(isa, shape, self.saved.k, task, seen.clone(), origin, keys);
         turn_rows(isa, shape, self.saved.v, task, seen, origin, values);
+        let (keys, values) = (Keys::Turned(keys), Keys::Turned(values));
 
         let height = (SCORES / (width * group)).clamp(1, 32);
         for first in task.rows.clone().step_by(height) {
@@ -142,8 +145,8 @@ impl Backward<'_> {
             let lanes = (block.seen.start - origin) / PANEL * PANEL
                 ..(block.seen.end - origin).next_multiple_of(PANEL);
             let head_dim = shape.head_dim;
-            products(isa, head_dim, queries, keys, lanes.clone(), width, scores);
-            products(isa, head_dim, douts, values, lanes.clone(), width, slopes);
+            products(isa, head_dim, queries, &keys, lanes.clone(), width, scores);
+            products(isa, head_dim, douts, &values, lanes.clone(), width, slopes);
             for i in 0..n {
                 let at = i * width;
                 let row = at + lanes.start..at + lanes.end;
@@ -214,6 +217,7 @@ impl Backward<'_> {
                             x_k: block.width,
                             w: right.as_ptr().add(first),
                             w_k: shape.head_dim,
+                            w_half: HALF,
                             k: left.len() / block.width,
                             y: into.at(at),
                             y_row: shape.kv_width(),
@@ -243,6 +247,7 @@ impl Backward<'_> {
                         x_k: 1,
                         w: self.saved.k.as_ptr().add(at),
                         w_k: shape.kv_width(),
+                        w_half: HALF,
                         k: run.len,
                         y: dqs.as_mut_ptr().add(first),
                         y_row: shape.head_dim,

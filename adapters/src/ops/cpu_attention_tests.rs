@@ -159,44 +159,58 @@ fn attention_does_not_see_how_rows_are_cut() {
     }
 }
 
-/// Moves flat key rows into blocks of `size`, as `table` says.
+/// Moves flat rows of keys and values into blocks of `size`, as `table` says.
 fn paged(
-    rows: &[f32],
-    width: usize,
-    positions: Range<usize>,
+    problem: &Problem,
+    rows: Range<usize>,
     size: usize,
     table: &[u32],
-) -> Vec<f32> {
-    let mut blocks = vec![f32::MAX; (KV_ROWS * 2).next_multiple_of(size) * width];
+) -> (Vec<f32>, Vec<f32>) {
+    let width = problem.shape.kv_width();
+    let mut k = vec![f32::MAX; (KV_ROWS * 2).next_multiple_of(size) * width];
+    let mut v = k.clone();
     let kv = KvRows::Paged {
         table,
         block_size: size,
     };
-    for (position, row) in positions.enumerate() {
-        blocks[kv.row(position) * width..][..width].copy_from_slice(&rows[row * width..][..width]);
-    }
-    blocks
+    let places: Vec<usize> = (0..rows.len()).map(|position| kv.row(position)).collect();
+    let from = &problem.v[rows.start * width..rows.end * width];
+    Cpu::default().store_values(from, problem.shape.head_dim, &places, size, &mut v);
+    let from = &problem.k[rows.start * width..rows.end * width];
+    // As a prompt in chunks does: runs that begin and end anywhere.
+    let (first, rest) = places.split_at(21);
+    Cpu::default().store_keys(&from[..21 * width], first, size, &mut k);
+    Cpu::default().store_keys(&from[21 * width..], rest, size, &mut k);
+    (k, v)
 }
 
 #[test]
 fn paged_keys_give_the_bits_of_flat_ones() {
+    let tables: [(usize, &[u32]); 4] = [
+        (16, &[7, 2, 3, 4, 0]),
+        (32, &[3, 0, 5]),
+        (48, &[2, 0]),
+        (
+            4,
+            &[
+                9, 1, 2, 17, 4, 5, 30, 7, 8, 0, 10, 11, 12, 13, 14, 15, 16, 3,
+            ],
+        ),
+    ];
     for problem in Problem::all() {
-        let width = problem.shape.kv_width();
         let flat = problem.forward(Cpu::default(), &problem.spans(1000), &problem.k, &problem.v);
-        let table = [7, 2, 3, 4, 0];
-        let k = paged(&problem.k, width, FIRST.0..KV_ROWS, 16, &table);
-        let v = paged(&problem.v, width, FIRST.0..KV_ROWS, 16, &table);
-        let spans = [AttentionSpan {
-            rows: FIRST.0..problem.rows(),
-            start: SECOND.1,
-            kv: KvRows::Paged {
-                table: &table,
-                block_size: 16,
-            },
-        }];
-        let got = problem.forward(Cpu::default(), &spans, &k, &v);
-        let part = FIRST.0 * problem.shape.q_width()..problem.q.len();
-        assert_same_bits("paged", &got[part.clone()], &flat[part]);
+        for (block_size, table) in tables {
+            let (k, v) = paged(&problem, FIRST.0..KV_ROWS, block_size, table);
+            let spans = [AttentionSpan {
+                rows: FIRST.0..problem.rows(),
+                start: SECOND.1,
+                kv: KvRows::Paged { table, block_size },
+            }];
+            everywhere("paged", |cpu| problem.forward(cpu, &spans, &k, &v));
+            let got = problem.forward(Cpu::default(), &spans, &k, &v);
+            let part = FIRST.0 * problem.shape.q_width()..problem.q.len();
+            assert_same_bits("paged", &got[part.clone()], &flat[part]);
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::cpu_buffer::{Aligned, spread, with_scratch};
 use super::cpu_thin::{FEW_ROWS, FactorAt, axpys, dots};
-use super::cpu_tile::{Isa, Out, PANEL, Tile};
+use super::cpu_tile::{HALF, Isa, Out, PANEL, Tile};
 use super::{Factor, LowRank, threads};
 
 /// Rows of one update that a thread does at a time; a multiple of the tallest tile.
@@ -162,6 +162,7 @@ unsafe fn tiles(isa: Isa, h: &[f32], bt: &[f32], rank: usize, width: usize, y: *
                 x_k: 1,
                 w: bt.as_ptr().add(first),
                 w_k: width,
+                w_half: HALF,
                 k: rank,
                 y: y.add(first),
                 y_row: width,

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use super::cpu_buffer::{Aligned, spread, spread_parts, with_scratch};
 use super::cpu_stored::Stored;
-use super::cpu_tile::{Isa, Out, PANEL, Tile};
+use super::cpu_tile::{HALF, Isa, Out, PANEL, Tile};
 use super::cpu_transpose::{prefetch, transpose};
 
 /// Numbers of `x` that one task keeps in L2 beside a panel.
@@ -138,6 +138,7 @@ impl<W: Stored> Panels<W> {
                         x_k: 1,
                         w: self.panels.as_slice().as_ptr().add(panel * PANEL * k),
                         w_k: PANEL,
+                        w_half: HALF,
                         k,
                         y: out.at(row * self.outputs + panel * PANEL),
                         y_row: self.outputs,
@@ -240,6 +241,7 @@ pub(super) fn backward(
                                 x_k: 1,
                                 w: turned.as_ptr(),
                                 w_k: PANEL,
+                                w_half: HALF,
                                 k: part.len(),
                                 y: out.at(first),
                                 y_row: inputs,

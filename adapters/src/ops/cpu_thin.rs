@@ -13,7 +13,7 @@ use half::{bf16, f16};
 
 use super::cpu_buffer::{rows_per_task, spread, spread_parts, with_scratch, worth_threads};
 use super::cpu_lanes::{LANES, Lanes, per_isa};
-use super::cpu_tile::{Isa, Out, PANEL, Tile};
+use super::cpu_tile::{HALF, Isa, Out, PANEL, Tile};
 
 /// Up to this many rows, `expand` streams the factor row by row instead of tile by tile: one pass in memory order.
 pub(super) const FEW_ROWS: usize = 3;
@@ -184,6 +184,7 @@ pub(super) fn expand(isa: Isa, h: &[f32], bt: &[f32], rank: usize, scale: f32, y
                             x_k: 1,
                             w: bt.as_ptr().add(first),
                             w_k: outputs,
+                            w_half: HALF,
                             k: rank,
                             y: out.at(row * outputs + first),
                             y_row: outputs,
@@ -253,6 +254,7 @@ pub(super) fn outer(isa: Isa, h: &[f32], x: &[f32], rank: usize, scale: f32, dw:
                     x_k: rank,
                     w: x.as_ptr().add(first),
                     w_k: width,
+                    w_half: HALF,
                     k: rows,
                     y: out.at(first),
                     y_row: width,

@@ -20,6 +20,9 @@ use super::cpu_stored::Stored;
 /// Outputs in one packed panel of weights, and the widest tile.
 pub(super) const PANEL: usize = 32;
 
+/// Columns of half a tile, and how far apart its halves are in a row of adjacent columns.
+pub(super) const HALF: isize = 16;
+
 /// How many steps of `k` ahead the weights are prefetched: 2 KiB of a packed panel, which covers the latency of main memory.
 const fn ahead<W>() -> usize {
     2048 / PANEL / size_of::<W>()
@@ -101,6 +104,8 @@ pub(super) struct Tile<W = f32> {
     pub(super) w: *const W,
     /// Distance between two steps of `k` in `w`.
     pub(super) w_k: usize,
+    /// Where column 16 lies behind column 0: [`HALF`] where columns are adjacent, anything where the halves come from two places.
+    pub(super) w_half: isize,
     /// Length of the sums.
     pub(super) k: usize,
     /// Outputs `y[i * y_row + j]`.
@@ -169,9 +174,12 @@ unsafe fn portable<W: Stored>(t: &Tile<W>) {
             }
             for k in 0..t.k {
                 let x = *t.x.add(i * t.x_row + k * t.x_k);
-                let w = std::slice::from_raw_parts(t.w.add(k * t.w_k), t.cols);
-                for (a, w) in acc.iter_mut().zip(w) {
-                    *a = x.mul_add(w.widen(), *a);
+                for (half, acc) in acc.chunks_mut(HALF as usize).enumerate() {
+                    let w = t.w.add(k * t.w_k).wrapping_offset(half as isize * t.w_half);
+                    let w = std::slice::from_raw_parts(w, acc.len());
+                    for (a, w) in acc.iter_mut().zip(w) {
+                        *a = x.mul_add(w.widen(), *a);
+                    }
                 }
             }
             y.copy_from_slice(acc);
@@ -234,10 +242,9 @@ mod x86 {
             for _ in 0..t.k {
                 let mut b = [_mm512_setzero_ps(); N];
                 for n in 0..N {
-                    b[n] = W::load16(w.wrapping_add(16 * n), mask[n]);
-                    _mm_prefetch::<_MM_HINT_T0>(
-                        w.wrapping_add(ahead::<W>() * t.w_k + 16 * n).cast(),
-                    );
+                    let w = w.wrapping_offset(n as isize * t.w_half);
+                    b[n] = W::load16(w, mask[n]);
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(ahead::<W>() * t.w_k).cast());
                 }
                 for r in 0..R {
                     let a = _mm512_set1_ps(*x.add(r * x_row));
@@ -264,7 +271,7 @@ mod x86 {
             // SAFETY: a half's columns are columns of the tile; the rest is promised by the caller.
             unsafe {
                 let half = Tile {
-                    w: t.w.add(first),
+                    w: t.w.wrapping_offset((first / 16) as isize * t.w_half),
                     y: t.y.add(first),
                     cols: (t.cols - first).min(16),
                     ..*t

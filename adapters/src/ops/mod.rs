@@ -181,7 +181,8 @@ impl AttentionShape {
     }
 }
 
-/// Where the keys and values of one sequence lie: position `t` is a row of `[rows, kv_heads * head_dim]`.
+/// Where the keys and values of one sequence lie. Flat: position `t` is a row of `[rows, kv_heads * head_dim]`. In blocks each
+/// head's numbers stand together, and keys are turned, so that a vector holds one element of adjacent positions.
 #[derive(Clone, Copy, Debug)]
 pub enum KvRows<'a> {
     /// Position `t` is row `first + t` (training: the rows of the micro-batch themselves).
@@ -189,7 +190,9 @@ pub enum KvRows<'a> {
         /// The row of position 0.
         first: usize,
     },
-    /// Position `t` is row `table[t / block_size] * block_size + t % block_size` (serving: the paged cache).
+    /// Position `t` is row `table[t / block_size] * block_size + t % block_size` (serving: the paged cache). The keys of a
+    /// block are `[kv_heads, head_dim, block_size]`, its values `[kv_heads, block_size, head_dim]`; [`Ops::store_keys`] and
+    /// [`Ops::store_values`] write them.
     Paged {
         /// The sequence's blocks in order.
         table: &'a [u32],
@@ -205,6 +208,30 @@ impl KvRows<'_> {
             KvRows::Flat { first } => first + position,
             KvRows::Paged { table, block_size } => {
                 table[position / block_size] as usize * block_size + position % block_size
+            }
+        }
+    }
+
+    /// Where element `d` of key head `head` of a position lies.
+    pub fn key(&self, shape: AttentionShape, position: usize, head: usize, d: usize) -> usize {
+        let (row, first) = (self.row(position), head * shape.head_dim);
+        match *self {
+            KvRows::Flat { .. } => row * shape.kv_width() + first + d,
+            KvRows::Paged { block_size, .. } => {
+                let block = row / block_size * shape.kv_width();
+                (block + first + d) * block_size + row % block_size
+            }
+        }
+    }
+
+    /// Where value head `head` of a position begins: `head_dim` numbers.
+    pub fn value(&self, shape: AttentionShape, position: usize, head: usize) -> usize {
+        let (row, first) = (self.row(position), head * shape.head_dim);
+        match *self {
+            KvRows::Flat { .. } => row * shape.kv_width() + first,
+            KvRows::Paged { block_size, .. } => {
+                let block = row / block_size * shape.kv_width();
+                (block + first) * block_size + row % block_size * shape.head_dim
             }
         }
     }
@@ -348,6 +375,39 @@ pub trait Ops: Clone + Debug + Default + Send + Sync + 'static {
     /// Replaces `gate` and `up` by their gradients for `dy`, the gradient of [`Ops::swiglu`]'s output.
     fn swiglu_backward(&self, gate: &mut [Self::T], up: &mut [Self::T], dy: &[Self::T]);
 
+    /// Row `i` of `from [rows, width]` becomes the key of row `rows[i]` of the paged cache `k`, whose blocks are turned
+    /// (see [`KvRows::Paged`]).
+    fn store_keys(&self, from: &[Self::T], rows: &[usize], block_size: usize, k: &mut [Self::T]) {
+        let Some(width) = from.len().checked_div(rows.len()) else {
+            return;
+        };
+        for (from, row) in from.chunks_exact(width).zip(rows) {
+            store_key(from, *row, block_size, k);
+        }
+    }
+
+    /// Row `i` of `from [rows, kv_heads * head_dim]` becomes the value of row `rows[i]` of the paged cache `v` (see
+    /// [`KvRows::Paged`]).
+    fn store_values(
+        &self,
+        from: &[Self::T],
+        head_dim: usize,
+        rows: &[usize],
+        block_size: usize,
+        v: &mut [Self::T],
+    ) {
+        let Some(width) = from.len().checked_div(rows.len()) else {
+            return;
+        };
+        for (from, row) in from.chunks_exact(width).zip(rows) {
+            let block = &mut v[row / block_size * block_size * width..][..block_size * width];
+            let heads = block.chunks_exact_mut(block_size * head_dim);
+            for (to, from) in heads.zip(from.chunks_exact(head_dim)) {
+                to[row % block_size * head_dim..][..head_dim].copy_from_slice(from);
+            }
+        }
+    }
+
     /// Causal attention of the spans' rows of `q [rows, heads * head_dim]` over `k`, `v [kv rows, kv_heads *
     /// head_dim]`, into the same rows of `out`. With `lse [rows, heads]`, the log of each softmax's denominator goes
     /// there (see [`AttentionSaved::lse`]). Sums run over positions in ascending order.
@@ -366,7 +426,7 @@ pub trait Ops: Clone + Debug + Default + Send + Sync + 'static {
         lse: Option<&mut [Self::T]>,
     );
     /// The gradients of [`Ops::attention`] for `dout [rows, heads * head_dim]`, over the spans' rows only. Scores are
-    /// computed again from `q`, `k` and `lse`; no score matrix is kept.
+    /// computed again from `q`, `k` and `lse`; no score matrix is kept. The spans are flat: nothing trains on a paged cache.
     fn attention_backward(
         &self,
         shape: AttentionShape,
@@ -407,6 +467,14 @@ pub trait Ops: Clone + Debug + Default + Send + Sync + 'static {
             }
         }
     }
+}
+
+/// One row of [`Ops::store_keys`].
+fn store_key<T: Copy>(from: &[T], row: usize, block_size: usize, k: &mut [T]) {
+    let numbers = block_size * from.len();
+    let block = &mut k[row / block_size * numbers..][..numbers];
+    let column = block.iter_mut().skip(row % block_size).step_by(block_size);
+    column.zip(from).for_each(|(to, from)| *to = *from);
 }
 
 /// Outputs are packed in panels of this many; a part of a matrix product begins and ends at one.

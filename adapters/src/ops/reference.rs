@@ -240,8 +240,11 @@ impl<T: Real> Ops for Reference<T> {
                 let seen = shape.first_visible(last)..last + 1;
                 for head in 0..shape.heads {
                     let q = &q[shape.q_at(row, head)];
+                    let kv_head = head / (shape.heads / shape.kv_heads);
                     let score = |position: usize| {
-                        scale * dot(q, &k[shape.kv_at(span.kv.row(position), head)])
+                        let key = |d| k[span.kv.key(shape, position, kv_head, d)];
+                        let key: Vec<T> = (0..shape.head_dim).map(key).collect();
+                        scale * dot(q, &key)
                     };
                     let scores: Vec<T> = seen.clone().map(score).collect();
                     let highest = scores
@@ -252,11 +255,8 @@ impl<T: Real> Ops for Reference<T> {
                     let out = &mut out[shape.q_at(row, head)];
                     out.fill(T::ZERO);
                     for (position, weight) in seen.clone().zip(weights) {
-                        axpy(
-                            weight / total,
-                            &v[shape.kv_at(span.kv.row(position), head)],
-                            out,
-                        );
+                        let value = &v[span.kv.value(shape, position, kv_head)..][..shape.head_dim];
+                        axpy(weight / total, value, out);
                     }
                     if let Some(lse) = lse.as_deref_mut() {
                         lse[row * shape.heads + head] = highest + total.ln();

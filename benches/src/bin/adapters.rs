@@ -15,6 +15,7 @@ use espalier_adapters::config::{BaseShape, LoraConfig, Site};
 use espalier_adapters::peft;
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
 use espalier_adapters::weights::{AdapterWeights, SiteAdapter};
+use espalier_benches::Fallible;
 use espalier_client::{AdapterUpload, Client, ClientConfig, v1};
 use espalier_engine::adapter_loader::{AdapterSource, SourceError};
 use espalier_engine::config::EngineConfig;
@@ -26,8 +27,6 @@ use espalier_engine::request::{
 use espalier_server::artifact_store::ArtifactStore;
 use rand::{Rng, RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-
-type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// Numbers of adapters, in the order of the table.
 const POINTS: [usize; 6] = [5, 50, 51, 200, 1000, 2000];

@@ -9,9 +9,9 @@ use candle_core::{Device, Tensor};
 use espalier_adapters::ops::{
     AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, Cpu, KvRows, Ops,
 };
+use espalier_benches::ceilings::{Ceilings, Probe};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 
 /// Seconds of the fastest of several runs, at least a fifth of a second altogether.
 fn fastest(mut run: impl FnMut()) -> f64 {
@@ -26,78 +26,23 @@ fn fastest(mut run: impl FnMut()) -> f64 {
     best
 }
 
-/// Multiply-adds on registers alone, all threads: the FLOP/s that no product can pass.
-fn peak_flops() -> f64 {
-    const ROUNDS: usize = 4096;
-    let cpu = Cpu::default();
-    // A panel of 32 outputs and 16 inputs stays in the first-level cache, and so do 12 rows.
-    let (rows, inputs) = (12, 64);
-    let weight = cpu.pack(&vec![0.5; 32 * inputs], 32, inputs);
-    let x = vec![0.25; rows * inputs];
-    let threads = rayon::current_num_threads();
-    let seconds = fastest(|| {
-        (0..threads).into_par_iter().for_each(|_| {
-            let mut y = vec![0.0; rows * 32];
-            for _ in 0..ROUNDS {
-                cpu.matmul(black_box(&x), &weight, &mut y);
-            }
-            black_box(&y);
-        });
-    });
-    (threads * ROUNDS * rows * inputs * 32 * 2) as f64 / seconds
-}
-
-/// Bytes a second that all threads read from memory that no cache holds.
-fn read_bandwidth(memory: &[f32]) -> f64 {
-    let seconds = fastest(|| {
-        let parts: f32 = memory
-            .par_chunks(1 << 20)
-            .map(|part| {
-                // Four streams a thread, so that the hardware's prefetchers are not the limit.
-                let (left, right) = part.split_at(part.len() / 2);
-                let (a, b) = left.split_at(left.len() / 2);
-                let (c, d) = right.split_at(right.len() / 2);
-                let mut sums = [0.0_f32; 16];
-                let lines = a.chunks_exact(16).zip(b.chunks_exact(16));
-                let lines = lines.zip(c.chunks_exact(16).zip(d.chunks_exact(16)));
-                for ((a, b), (c, d)) in lines {
-                    for (i, sum) in sums.iter_mut().enumerate() {
-                        *sum += (a[i] + b[i]) + (c[i] + d[i]);
-                    }
-                }
-                sums.iter().sum::<f32>()
-            })
-            .sum();
-        black_box(parts);
-    });
-    size_of_val(memory) as f64 / seconds
-}
-
 fn random(rng: &mut ChaCha8Rng, len: usize) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
 }
 
-/// What this machine can do at most.
-struct Ceilings {
-    flops: f64,
-    bytes: f64,
-}
-
-impl Ceilings {
-    /// One line: the rate, and its share of the tighter ceiling.
-    fn line(&self, what: &str, flops: f64, bytes: f64, seconds: f64, rival: Option<f64>) {
-        let bound = (flops / self.flops).max(bytes / self.bytes);
-        let rival = rival.map_or(String::new(), |rival| {
-            format!("  candle {:9.3} ms, {:5.2} x", rival * 1e3, rival / seconds)
-        });
-        println!(
-            "{what:44} {:9.3} ms {:7.1} GFLOP/s {:6.1} GB/s  {:4.0} % of the ceiling{rival}",
-            seconds * 1e3,
-            flops / seconds * 1e-9,
-            bytes / seconds * 1e-9,
-            100.0 * bound / seconds
-        );
-    }
+/// One line: the rate, and its share of the tighter ceiling.
+fn line(ceilings: &Ceilings, what: &str, flops: f64, bytes: f64, seconds: f64, rival: Option<f64>) {
+    let bound = (flops / ceilings.f32).max(bytes / ceilings.bytes);
+    let rival = rival.map_or(String::new(), |rival| {
+        format!("  candle {:9.3} ms, {:5.2} x", rival * 1e3, rival / seconds)
+    });
+    println!(
+        "{what:44} {:9.3} ms {:7.1} GFLOP/s {:6.1} GB/s  {:4.0} % of the ceiling{rival}",
+        seconds * 1e3,
+        flops / seconds * 1e-9,
+        bytes / seconds * 1e-9,
+        100.0 * bound / seconds
+    );
 }
 
 /// Weights in turn, so that small ones come from memory as they do in a model and not from a cache.
@@ -135,8 +80,15 @@ fn matmul(cpu: &Cpu, ceilings: &Ceilings, outputs: usize, inputs: usize, rows: &
             })
         });
         let name = format!("[{outputs}, {inputs}] x {rows}");
-        ceilings.line(&name, flops, moved, forward, theirs.ok());
-        ceilings.line(&format!("{name} backward"), flops, moved, backward, None);
+        line(ceilings, &name, flops, moved, forward, theirs.ok());
+        line(
+            ceilings,
+            &format!("{name} backward"),
+            flops,
+            moved,
+            backward,
+            None,
+        );
     }
 }
 
@@ -168,7 +120,7 @@ fn thin(cpu: &Cpu, ceilings: &Ceilings, rows: usize) {
     let outer = fastest(|| cpu.outer(&h, &x, rank, 1e-6, &mut dw));
     for (name, seconds) in [("shrink", shrink), ("expand", expand), ("outer", outer)] {
         let name = format!("{name} rank {rank}, {width} x {rows}");
-        ceilings.line(&name, flops, moved, seconds, None);
+        line(ceilings, &name, flops, moved, seconds, None);
     }
 }
 
@@ -209,7 +161,7 @@ fn attention(cpu: &Cpu, ceilings: &Ceilings, length: usize, decode: bool) {
         cpu.attention(shape, &q, &k, &v, &spans, &mut out, Some(&mut lse));
     });
     let name = format!("attention {sequences} x {per_sequence} rows at {length}");
-    ceilings.line(&name, flops, moved, seconds, None);
+    line(ceilings, &name, flops, moved, seconds, None);
     if decode {
         return;
     }
@@ -230,7 +182,8 @@ fn attention(cpu: &Cpu, ceilings: &Ceilings, length: usize, decode: bool) {
         };
         cpu.attention_backward(shape, saved, &spans, &dout, grads);
     });
-    ceilings.line(
+    line(
+        ceilings,
         &format!("{name} backward"),
         2.5 * flops,
         moved,
@@ -248,7 +201,8 @@ fn rows(cpu: &Cpu, ceilings: &Ceilings, rows: usize) {
     let narrow = rows * hidden;
     let norm = fastest(|| cpu.rms_norm(&x[..narrow], &weight, 1e-5, &mut y[..narrow]));
     let bytes = |n: usize| (4 * n) as f64;
-    ceilings.line(
+    line(
+        ceilings,
         &format!("rms_norm {hidden} x {rows}"),
         0.0,
         bytes(2 * narrow),
@@ -256,7 +210,8 @@ fn rows(cpu: &Cpu, ceilings: &Ceilings, rows: usize) {
         None,
     );
     let swiglu = fastest(|| cpu.swiglu(&x, &up, &mut y));
-    ceilings.line(
+    line(
+        ceilings,
         &format!("swiglu {inner} x {rows}"),
         0.0,
         bytes(3 * x.len()),
@@ -264,7 +219,8 @@ fn rows(cpu: &Cpu, ceilings: &Ceilings, rows: usize) {
         None,
     );
     let back = fastest(|| cpu.swiglu_backward(&mut y, &mut up, &x));
-    ceilings.line(
+    line(
+        ceilings,
         &format!("swiglu_backward {inner} x {rows}"),
         0.0,
         bytes(5 * x.len()),
@@ -277,24 +233,13 @@ fn rows(cpu: &Cpu, ceilings: &Ceilings, rows: usize) {
     let mut losses = vec![0.0; labels.len()];
     let loss = fastest(|| cpu.cross_entropy(&mut logits, &labels, 1.0, &mut losses));
     let name = format!("cross_entropy {vocab} x {}", labels.len());
-    ceilings.line(&name, 0.0, bytes(2 * logits.len()), loss, None);
+    line(ceilings, &name, 0.0, bytes(2 * logits.len()), loss, None);
 }
 
 fn report(quick: bool) {
     let cpu = Cpu::default();
-    let memory = vec![1.0_f32; 256 << 20 >> 2];
-    let ceilings = Ceilings {
-        flops: peak_flops(),
-        bytes: read_bandwidth(&memory),
-    };
-    drop(memory);
-    println!(
-        "{} with {} threads: {:.0} GFLOP/s in cache, {:.1} GB/s read",
-        cpu.path(),
-        rayon::current_num_threads(),
-        ceilings.flops * 1e-9,
-        ceilings.bytes * 1e-9
-    );
+    let ceilings = Probe::new().measure();
+    println!("{ceilings}");
     let all: &[usize] = if quick {
         &[1, 8, 128]
     } else {
@@ -322,7 +267,5 @@ fn report(quick: bool) {
 }
 
 fn main() {
-    let quick = std::env::args().any(|arg| arg == "--quick");
-    // Operations started inside the pool need no hand-over from a foreign thread: this is how the engine runs them.
-    rayon::scope(|_| report(quick));
+    report(std::env::args().any(|arg| arg == "--quick"));
 }

@@ -11,10 +11,12 @@ use std::time::Instant;
 use clap::Parser;
 use espalier_adapters::batch::Segment;
 use espalier_adapters::config::{LoraConfig, Site};
-use espalier_adapters::ops;
 use espalier_adapters::peft;
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
 use espalier_adapters::weights::{AdapterWeights, Numbers, SiteAdapter};
+use espalier_benches::Fallible;
+use espalier_benches::ceilings::Probe;
+use espalier_benches::turns::median;
 use espalier_engine::adapter_loader::{AdapterSource, SourceError};
 use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
@@ -25,8 +27,6 @@ use espalier_engine::request::{Event, Generate, Priority, Request, RequestKind, 
 use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-
-type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// Tokens in every row's cache before the step.
 const CONTEXT: usize = 128;
@@ -61,42 +61,15 @@ struct Args {
 
 fn main() -> Fallible<()> {
     let args = Args::parse();
-    let bandwidth = read_bandwidth();
-    println!(
-        "{} with {} threads, {:.1} GB/s read",
-        ops::Cpu::default().path(),
-        ops::threads(),
-        bandwidth * 1e-9
-    );
+    let ceilings = Probe::new().measure();
+    println!("{ceilings}");
     for dtype in &args.dtype {
-        steps(&args, *dtype, bandwidth)?;
+        steps(&args, *dtype, ceilings.bytes)?;
     }
     if args.registered > 0 {
         registered(&args)?;
     }
     Ok(())
-}
-
-/// Bytes a second that all threads together read from memory that no cache holds, the best of several runs.
-fn read_bandwidth() -> f64 {
-    let memory = vec![1.0_f32; 256 << 20 >> 2];
-    let sum = |part: &[f32]| {
-        let mut sums = [0.0_f32; 64];
-        for line in part.chunks_exact(64) {
-            sums.iter_mut().zip(line).for_each(|(sum, x)| *sum += x);
-        }
-        black_box(sums);
-    };
-    let once = || {
-        let began = Instant::now();
-        std::thread::scope(|scope| {
-            for part in memory.chunks(memory.len() / ops::threads()) {
-                scope.spawn(move || sum(part));
-            }
-        });
-        size_of_val(memory.as_slice()) as f64 / began.elapsed().as_secs_f64()
-    };
-    (0..10).map(|_| once()).fold(0.0, f64::max)
 }
 
 // === steps ===
@@ -166,12 +139,6 @@ fn steps(args: &Args, dtype: Dtype, bandwidth: f64) -> Fallible<()> {
         }
     }
     Ok(())
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
 }
 
 /// A decode step of so many rows, each after `CONTEXT` tokens of its own.

@@ -9,7 +9,9 @@ use std::time::Instant;
 
 use clap::Parser;
 use espalier_adapters::version::VersionDigest;
+use espalier_benches::Fallible;
 use espalier_benches::random_adapters::RandomAdapters;
+use espalier_benches::turns::median;
 use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
 use espalier_engine::model::{Dtype, load_as};
@@ -18,8 +20,6 @@ use espalier_engine::request::{
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-
-type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// Rank of the two adapters, on every linear layer.
 const RANK: usize = 16;
@@ -169,10 +169,4 @@ fn expect(holds: bool, what: &str) -> Fallible<()> {
     } else {
         Err(format!("{what}: the cache found something else than it should").into())
     }
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
 }

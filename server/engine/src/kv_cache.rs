@@ -6,8 +6,9 @@ use espalier_adapters::ops::Real;
 
 use crate::model::ModelConfig;
 
-/// For each layer, keys and values `[blocks * block_size, kv_heads * head_dim]`. Rows are written before they are
-/// read, so nothing is ever cleared.
+/// For each layer, keys `[blocks, kv_heads, head_dim, block_size]` and values `[blocks, kv_heads, block_size, head_dim]`, as
+/// [`KvRows::Paged`](espalier_adapters::ops::KvRows::Paged) has them. Rows are written before they are read, so nothing is
+/// ever cleared.
 #[derive(Debug)]
 pub struct KvCache<T = f32> {
     layers: Vec<LayerKv<T>>,
@@ -16,7 +17,7 @@ pub struct KvCache<T = f32> {
     block_size: usize,
 }
 
-/// One layer's rows.
+/// One layer's blocks.
 #[derive(Debug)]
 pub(crate) struct LayerKv<T> {
     pub(crate) k: Vec<T>,

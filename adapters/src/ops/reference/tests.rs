@@ -214,10 +214,15 @@ fn paged_is_flat() {
         table: &table,
         block_size: 2,
     };
-    for position in 0..5 {
-        let row = place.row(position) * 8;
-        paged_k[row..row + 8].copy_from_slice(&k[position * 8..][..8]);
-        paged_v[row..row + 8].copy_from_slice(&v[position * 8..][..8]);
+    let rows: Vec<usize> = (0..5).map(|position| place.row(position)).collect();
+    OPS.store_keys(&k, &rows, 2, &mut paged_k);
+    OPS.store_values(&v, 4, &rows, 2, &mut paged_v);
+    for (position, element) in (0..5).flat_map(|position| (0..8).map(move |d| (position, d))) {
+        let (head, d) = (element / 4, element % 4);
+        let stored = paged_k[place.key(shape, position, head, d)];
+        assert_eq!(stored, k[position * 8 + element]);
+        let stored = paged_v[place.value(shape, position, head) + d];
+        assert_eq!(stored, v[position * 8 + element]);
     }
     let (mut flat, mut paged) = (vec![0.0; q.len()], vec![0.0; q.len()]);
     let span = |kv| {

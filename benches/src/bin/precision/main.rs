@@ -15,15 +15,16 @@ use std::time::Instant;
 use clap::Parser;
 use espalier_adapters::batch::Segment;
 use espalier_adapters::config::Site;
-use espalier_adapters::ops::{self, Cpu, Ops};
+use espalier_adapters::ops::{self, Ops};
+use espalier_benches::Fallible;
+use espalier_benches::ceilings::{Ceilings, Probe};
+use espalier_benches::turns::median;
 use espalier_engine::model::{
     BaseSites, Batch, Dtype, KvCache, Model, ResidentAdapter, SeqSpan, Workspace, load_as,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
-
-type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// Tokens of the prompt whose prefill is measured.
 const PROMPT: usize = 512;
@@ -88,81 +89,11 @@ fn main() -> Fallible<()> {
     }
 }
 
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
-}
-
 /// Seconds of one run.
 fn seconds(run: impl FnOnce()) -> f64 {
     let begin = Instant::now();
     run();
     begin.elapsed().as_secs_f64()
-}
-
-// === ceilings ===
-
-/// What the machine can do at most, in one round.
-#[derive(Clone, Copy)]
-struct Ceilings {
-    bytes: f64,
-    f32: f64,
-    i8: f64,
-}
-
-/// Does `work` on as many threads as operations use; returns the sum of what they return over the seconds of all.
-fn rate(work: impl Fn(usize) -> f64 + Sync) -> f64 {
-    let mut best = 0.0_f64;
-    for _ in 0..3 {
-        let begin = Instant::now();
-        let done: f64 = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..ops::threads())
-                .map(|t| {
-                    let work = &work;
-                    scope.spawn(move || work(t))
-                })
-                .collect();
-            threads
-                .into_iter()
-                .map(|thread| thread.join().unwrap_or(f64::NAN))
-                .sum()
-        });
-        best = best.max(done / begin.elapsed().as_secs_f64());
-    }
-    best
-}
-
-/// The sum of one part of memory, four streams at a time, so that the hardware's prefetchers are not the limit.
-fn sum(part: &[f32]) -> f32 {
-    let mut sums = [0.0_f32; 16];
-    for page in part.chunks_exact(1 << 16) {
-        let (left, right) = page.split_at(page.len() / 2);
-        let (a, b) = left.split_at(left.len() / 2);
-        let (c, d) = right.split_at(right.len() / 2);
-        let lines = a.chunks_exact(16).zip(b.chunks_exact(16));
-        for ((a, b), (c, d)) in lines.zip(c.chunks_exact(16).zip(d.chunks_exact(16))) {
-            for (i, sum) in sums.iter_mut().enumerate() {
-                *sum += (a[i] + b[i]) + (c[i] + d[i]);
-            }
-        }
-    }
-    sums.iter().sum()
-}
-
-impl Ceilings {
-    fn measure(cpu: Cpu, memory: &[f32]) -> Self {
-        let share = memory.len() / ops::threads();
-        Ceilings {
-            bytes: rate(|t| {
-                let part = &memory[t * share..(t + 1) * share];
-                black_box(sum(part));
-                size_of_val(part) as f64
-            }),
-            f32: rate(|_| cpu.burn_f32(1000) as f64),
-            i8: rate(|_| cpu.burn_i8(1000) as f64),
-        }
-    }
 }
 
 // === one model ===
@@ -300,8 +231,7 @@ fn best(logits: &[f32]) -> usize {
 // === speed ===
 
 fn speed(args: &Args) -> Fallible<()> {
-    let cpu = Cpu::default();
-    let memory = vec![1.0_f32; 256 << 20 >> 2];
+    let probe = Probe::new();
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let prompt: Vec<u32> = (0..PROMPT).map(|_| rng.random_range(100..40_000)).collect();
     let mut sides = args
@@ -315,22 +245,19 @@ fn speed(args: &Args) -> Fallible<()> {
     for _ in 0..args.rounds {
         for (side, rounds) in sides.iter_mut().zip(&mut rounds) {
             // Measured beside each side: on a shared machine the ceiling moves from one second to the next.
-            let ceiling = Ceilings::measure(cpu, &memory);
+            let ceiling = probe.measure();
             ceilings.push(ceiling);
             rounds.push((ceiling, side.measure(&prompt)));
         }
         torch.extend(torch_prefill(args)?);
     }
     let all = |f: fn(&Ceilings) -> f64| median(&ceilings.iter().map(f).collect::<Vec<_>>());
-    println!(
-        "{} with {} threads; medians of {} measurements: {:.1} GB/s read, {:.0} GFLOP/s f32, {:.0} GOP/s int8",
-        cpu.path(),
-        ops::threads(),
-        ceilings.len(),
-        all(|c| c.bytes) * 1e-9,
-        all(|c| c.f32) * 1e-9,
-        all(|c| c.i8) * 1e-9
-    );
+    let middle = Ceilings {
+        bytes: all(|c| c.bytes),
+        f32: all(|c| c.f32),
+        i8: all(|c| c.i8),
+    };
+    println!("medians of {} measurements: {middle}", ceilings.len());
     let torch = (!torch.is_empty()).then(|| median(&torch));
     if let Some(torch) = torch {
         println!("torch f32, prefill of {PROMPT}: {torch:.0} tok/s");

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
 use espalier_adapters::version::VersionDigest;
+use espalier_benches::Fallible;
 use espalier_benches::random_adapters::RandomAdapters;
 use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
@@ -24,8 +25,6 @@ use espalier_engine::request::{
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tokio::sync::mpsc;
-
-type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// Rank of the adapters, on every linear layer.
 const RANK: usize = 16;

@@ -17,15 +17,16 @@ const PARTS: [&str; 17] = [
     "**projections, adapters, attention, head**",
     "norms, rope, SwiGLU, residuals",
     "embedding, keys and values to their blocks",
-    "waiting for the other thread inside operations",
     "sampler",
     "text (detokenizer, stop strings)",
     "scheduler, prefix cache",
     "results and events",
     "commands, readers, statistics",
     "other",
+    "*of all of these, waiting for the other thread's share of an operation*",
 ];
 const PRODUCTS: &str = PARTS[7];
+const WAITING: &str = PARTS[16];
 
 /// One function on a stack and the line of its source.
 struct Frame<'a> {
@@ -43,15 +44,18 @@ pub(super) fn table(columns: &[String], sources: &Path) -> Fallible<()> {
     for column in columns {
         let (name, file) = column.split_once('=').ok_or("a column is NAME=FILE")?;
         let text = std::fs::read_to_string(file)?;
-        let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+        let (mut counts, mut waiting) = (BTreeMap::<&str, usize>::new(), 0);
         for stack in text.split("\n\n") {
-            if let Some(part) = part(&frames(stack), &mut lines) {
+            let frames = frames(stack);
+            if let Some(part) = part(&frames, &mut lines) {
                 *counts.entry(part).or_default() += 1;
+                waiting += usize::from(waits(&frames));
             }
         }
         let products = PARTS[..7].iter().filter_map(|part| counts.get(part)).sum();
         let whole: usize = counts.values().sum();
         counts.insert(PRODUCTS, products);
+        counts.insert(WAITING, waiting);
         names.push(format!("{name} ({whole} samples)"));
         shares.push((counts, whole.max(1)));
     }
@@ -96,18 +100,6 @@ fn part(frames: &[Frame<'_>], lines: &mut Lines<'_>) -> Option<&'static str> {
     if !has(&["run_until_drained"]) {
         return None;
     }
-    // The team's own code with no task in it: the leader has done its share, or hands out a job.
-    let team = frames
-        .iter()
-        .position(|frame| frame.function.contains("cpu_team"));
-    let works = |inner: &[Frame<'_>]| {
-        inner
-            .iter()
-            .any(|frame| frame.function.contains("espalier"))
-    };
-    if team.is_some_and(|at| !works(&frames[..at])) {
-        return Some("waiting for the other thread inside operations");
-    }
     if has(&["draw_rows"]) {
         let text = [
             "StreamDecoder",
@@ -125,8 +117,8 @@ fn part(frames: &[Frame<'_>], lines: &mut Lines<'_>) -> Option<&'static str> {
     if has(&["Decoder<O>::logits", "ModelRunner::logits"]) {
         return Some("head (logits)");
     }
-    if has(&["Decoder<O>::forward"]) {
-        return Some(in_decoder(frames, &has, lines));
+    if let Some(part) = in_decoder(frames, &has, lines) {
+        return Some(part);
     }
     // Functions that were inlined stand without their paths.
     let rest: [(&[&str], &str); 3] = [
@@ -144,11 +136,18 @@ fn part(frames: &[Frame<'_>], lines: &mut Lines<'_>) -> Option<&'static str> {
     Some(found.map_or("other", |(_, part)| part))
 }
 
+/// Whether the stack is in the team's own code with no task in it: the leader has done its share, or hands out a job.
+fn waits(frames: &[Frame<'_>]) -> bool {
+    let within = |name| move |frame: &Frame<'_>| frame.function.contains(name);
+    let team = frames.iter().position(within("cpu_team"));
+    team.is_some_and(|at| !frames[..at].iter().any(within("espalier")))
+}
+
 fn in_decoder(
     frames: &[Frame<'_>],
     has: &impl Fn(&[&str]) -> bool,
     lines: &mut Lines<'_>,
-) -> &'static str {
+) -> Option<&'static str> {
     if has(&[
         "low_rank",
         "cpu_thin",
@@ -156,10 +155,13 @@ fn in_decoder(
         "shrink",
         "expand",
     ]) {
-        return "adapters (low-rank updates)";
+        return Some("adapters (low-rank updates)");
+    }
+    if has(&["store_key", "store_values"]) {
+        return Some("embedding, keys and values to their blocks");
     }
     if has(&["cpu_attention", "Ops>::attention"]) {
-        return "attention";
+        return Some("attention");
     }
     if has(&[
         "rms_norm",
@@ -169,12 +171,11 @@ fn in_decoder(
         "swiglu",
         "Ops::add",
         "Ops>::add",
-        "copy_from_slice",
     ]) {
-        return "norms, rope, SwiGLU, residuals";
+        return Some("norms, rope, SwiGLU, residuals");
     }
     if has(&["gather", "scatter", "Decoder<O>::embed"]) {
-        return "embedding, keys and values to their blocks";
+        return Some("embedding, keys and values to their blocks");
     }
     if has(&["linear::forward", "LoraLinear<O>"]) {
         // The block's line that asked for the projection names it.
@@ -191,14 +192,11 @@ fn in_decoder(
             ("self.down", "projection down"),
         ] {
             if statement.contains(words) {
-                return part;
+                return Some(part);
             }
         }
     }
-    if has(&["swiglu", "add"]) {
-        return "norms, rope, SwiGLU, residuals";
-    }
-    "other"
+    None
 }
 
 /// Source files, read once.

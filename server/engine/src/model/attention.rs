@@ -41,6 +41,8 @@ pub(crate) struct Places<'a, T> {
     pub(crate) groups: &'a [Vec<AttentionSpan<'a>>],
     /// The cache row of each batch row; unused in training.
     pub(crate) kv_rows: &'a [usize],
+    /// Rows in a block of the cache; unused in training.
+    pub(crate) block_size: usize,
 }
 
 /// Attention computes less per second than a matrix product, so it gets less of a quantum; its backward pass does more.
@@ -146,8 +148,12 @@ impl<O: Ops> Attention<O> {
         self.place_heads(pass.ops, places, act, scratch);
         match cache {
             Some(cache) => {
-                scatter(&scratch.k, places.kv_rows, &mut cache.k);
-                scatter(&act.v, places.kv_rows, &mut cache.v);
+                let block_size = places.block_size;
+                pass.ops
+                    .store_keys(&scratch.k, places.kv_rows, block_size, &mut cache.k);
+                let head_dim = self.shape.head_dim;
+                pass.ops
+                    .store_values(&act.v, head_dim, places.kv_rows, block_size, &mut cache.v);
                 for group in places.groups {
                     pass.ops.attention(
                         self.shape,
@@ -305,15 +311,5 @@ fn unnorm<O: Ops>(
         spare.fill(O::T::default());
         norm.backward(ops, raw, dy, spare);
         dy.copy_from_slice(spare);
-    }
-}
-
-/// Row `i` of `from` becomes row `rows[i]` of `to`.
-fn scatter<T: Copy>(from: &[T], rows: &[usize], to: &mut [T]) {
-    let Some(width) = from.len().checked_div(rows.len()) else {
-        return;
-    };
-    for (from, row) in from.chunks_exact(width).zip(rows) {
-        to[row * width..(row + 1) * width].copy_from_slice(from);
     }
 }

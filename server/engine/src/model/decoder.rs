@@ -303,6 +303,7 @@ impl<O: Ops> Decoder<O> {
             angles,
             groups: &groups,
             kv_rows,
+            block_size,
         };
         let pass = Pass {
             ops: &self.ops,

@@ -80,6 +80,7 @@ impl<O: Ops> Decoder<O> {
             angles,
             groups: &groups,
             kv_rows: &[],
+            block_size: 1,
         };
         let lowest = saved.lowest.unwrap_or(config.layers);
         let kept = config.layers - lowest;
@@ -150,6 +151,7 @@ impl<O: Ops> Decoder<O> {
             angles,
             groups: &groups,
             kv_rows: &[],
+            block_size: 1,
         };
         let dx = x;
         dx.fill(O::T::ZERO);
