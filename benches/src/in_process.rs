@@ -22,7 +22,7 @@ use crate::Fallible;
 struct Directories(Vec<(VersionDigest, AdapterArtifact)>);
 
 impl AdapterSource for Directories {
-    fn fetch(&self, digest: &VersionDigest) -> Result<AdapterArtifact, SourceError> {
+    fn fetch(&self, digest: &VersionDigest, _: Vec<u8>) -> Result<AdapterArtifact, SourceError> {
         let found = self.0.iter().find(|(known, _)| known == digest);
         found
             .map(|(_, artifact)| artifact.clone())

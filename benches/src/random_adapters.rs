@@ -60,7 +60,7 @@ impl RandomAdapters {
 }
 
 impl AdapterSource for RandomAdapters {
-    fn fetch(&self, digest: &VersionDigest) -> Result<AdapterArtifact, SourceError> {
+    fn fetch(&self, digest: &VersionDigest, _: Vec<u8>) -> Result<AdapterArtifact, SourceError> {
         self.0.get(digest).cloned().ok_or(SourceError::NotFound)
     }
 }

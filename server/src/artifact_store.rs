@@ -224,11 +224,20 @@ impl ArtifactStore {
     /// The artifact of a version, bytes exactly as uploaded. Hashed at the first read of a process, and again whenever the
     /// checksum is not that of the first.
     pub fn get_artifact(&self, digest: &VersionDigest) -> Result<AdapterArtifact, StoreError> {
+        self.get_artifact_into(digest, Vec::new())
+    }
+
+    /// The same, with the weights read into an allocation that the caller has no more use for.
+    pub fn get_artifact_into(
+        &self,
+        digest: &VersionDigest,
+        spare: Vec<u8>,
+    ) -> Result<AdapterArtifact, StoreError> {
         let digest = BlobDigest::from(*digest);
         let expected = self.proven().get(&digest).copied();
         let (file, size) = self.open_blob(digest)?;
         let (mut sum, mut hash) = (Checksum::default(), Sha256::new());
-        let read = read_artifact(file, size, &mut |bytes| {
+        let read = read_artifact(file, size, spare, &mut |bytes| {
             sum.update(bytes);
             if expected.is_none() {
                 hash.update(bytes);
@@ -374,36 +383,38 @@ fn sync_directory(path: &Path) -> Result<(), StoreError> {
 fn read_artifact(
     mut from: impl Read,
     size: u64,
+    spare: Vec<u8>,
     seen: &mut impl FnMut(&[u8]),
 ) -> io::Result<Option<AdapterArtifact>> {
     let left = Cell::new(size);
-    let mut take = |length: u64| -> io::Result<Option<Vec<u8>>> {
+    let mut take = |length: u64, mut bytes: Vec<u8>| -> io::Result<Option<Vec<u8>>> {
         match left.get().checked_sub(length) {
             Some(rest) => left.set(rest),
             None => return Ok(None),
         }
-        let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
+        bytes.clear();
+        bytes.reserve_exact(usize::try_from(length).unwrap_or(0));
         from.by_ref().take(length).read_to_end(&mut bytes)?;
         seen(&bytes);
         Ok((bytes.len() as u64 == length).then_some(bytes))
     };
-    if take(ARTIFACT_MAGIC.len() as u64)?.as_deref() != Some(ARTIFACT_MAGIC) {
+    if take(ARTIFACT_MAGIC.len() as u64, Vec::new())?.as_deref() != Some(ARTIFACT_MAGIC) {
         return Ok(None);
     }
-    let mut part = || -> io::Result<Option<Vec<u8>>> {
-        let length = take(8)?.and_then(|bytes| bytes.try_into().ok());
+    let mut part = |into: Vec<u8>| -> io::Result<Option<Vec<u8>>> {
+        let length = take(8, Vec::new())?.and_then(|bytes| bytes.try_into().ok());
         match length {
-            Some(length) => take(u64::from_le_bytes(length)),
+            Some(length) => take(u64::from_le_bytes(length), into),
             None => Ok(None),
         }
     };
-    let (Some(config_json), Some(safetensors)) = (part()?, part()?) else {
+    let (Some(config_json), Some(safetensors)) = (part(Vec::new())?, part(spare)?) else {
         return Ok(None);
     };
     let labels_json = if left.get() == 0 {
         None
     } else {
-        match part()? {
+        match part(Vec::new())? {
             Some(labels) => Some(labels),
             None => return Ok(None),
         }
@@ -505,7 +516,9 @@ mod tests {
 
     #[test]
     fn hostile_bytes_are_no_artifact() {
-        let read = |bytes: &[u8]| read_artifact(bytes, bytes.len() as u64, &mut |_| ()).unwrap();
+        let read = |bytes: &[u8]| {
+            read_artifact(bytes, bytes.len() as u64, vec![9; 3], &mut |_| ()).unwrap()
+        };
         let mut whole = ARTIFACT_MAGIC.to_vec();
         whole.extend(2u64.to_le_bytes());
         whole.extend(b"{}");

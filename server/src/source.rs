@@ -42,8 +42,12 @@ impl AdapterSource for StoredAdapters {
         true
     }
 
-    fn fetch(&self, digest: &VersionDigest) -> Result<AdapterArtifact, SourceError> {
-        match self.store.get_artifact(digest) {
+    fn fetch(
+        &self,
+        digest: &VersionDigest,
+        spare: Vec<u8>,
+    ) -> Result<AdapterArtifact, SourceError> {
+        match self.store.get_artifact_into(digest, spare) {
             Ok(artifact) => Ok(artifact),
             Err(StoreError::NotFound { .. }) => Err(SourceError::NotFound),
             Err(error @ StoreError::Corrupt { .. }) => {

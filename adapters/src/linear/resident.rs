@@ -8,7 +8,7 @@ use half::slice::HalfBitsSliceExt;
 
 use super::update::dora_gain;
 use crate::config::Site;
-use crate::ops::{Factor, Ops, Real};
+use crate::ops::{self, Factor, Ops, Real};
 use crate::weights::{AdapterWeights, Numbers, ScoreHead, SiteAdapter};
 
 /// The frozen weights that an adapter is made for.
@@ -89,6 +89,9 @@ struct Arena<T> {
 
 const ALIGN_BYTES: usize = 64;
 
+/// A spare allocation may be larger than needed by one part in so many.
+const SLACK: usize = 16;
+
 // === impl Arena ===
 
 impl<T: Copy + Default> Arena<T> {
@@ -96,7 +99,19 @@ impl<T: Copy + Default> Arena<T> {
     const LINE: usize = ALIGN_BYTES / size_of::<T>();
 
     fn zeros(len: usize) -> Self {
-        let storage = vec![T::default(); Self::allocated(len)];
+        Self::in_spare(Vec::new(), len)
+    }
+
+    /// Room for `len` numbers, in `spare` if it is about as large as needed. Whoever fills it writes all of it.
+    fn in_spare(mut spare: Vec<T>, len: usize) -> Self {
+        let needed = Self::allocated(len);
+        let fits = needed..=needed + needed / SLACK;
+        let storage = if fits.contains(&spare.capacity()) {
+            spare.resize(needed, T::default());
+            spare
+        } else {
+            vec![T::default(); needed]
+        };
         let past = storage.as_ptr() as usize % ALIGN_BYTES;
         let offset = if len == 0 {
             0
@@ -209,13 +224,17 @@ impl<'a, T: Copy> SiteView<'a, T> {
 impl<T: Real> ResidentAdapter<T> {
     /// An adapter that changes nothing, for a base of `layers` layers.
     pub fn empty(layers: usize) -> Self {
-        Self::laid_out(Layout::of(&AdapterWeights::default(), layers), Vec::new())
+        let layout = Layout::of(&AdapterWeights::default(), layers);
+        Self::laid_out(layout, Vec::new(), None)
     }
 
-    fn laid_out(layout: Layout<T>, labels: Vec<String>) -> Self {
+    fn laid_out(layout: Layout<T>, labels: Vec<String>, spare: Option<Self>) -> Self {
+        let (full, half) = spare.map_or_else(Default::default, |spare| {
+            (spare.full.storage, spare.half.storage)
+        });
         Self {
-            full: Arena::zeros(layout.full),
-            half: Arena::zeros(layout.half),
+            full: Arena::in_spare(full, layout.full),
+            half: Arena::in_spare(half, layout.half),
             sites: layout.sites,
             labels,
             head: layout.head,
@@ -236,12 +255,26 @@ impl<T: Real> ResidentAdapter<T> {
         weights: &AdapterWeights,
         base: &impl BaseSites<O>,
     ) -> Result<Self, Misfit> {
+        Self::build_in(None, weights, base)
+    }
+
+    /// The same in the memory of an adapter that nobody needs any more, if that is about as large: memory that the system has to
+    /// find and clear first costs more than the numbers' way into it.
+    ///
+    /// # Errors
+    /// As [`ResidentAdapter::build`].
+    pub fn build_in<O: Ops<T = T>>(
+        spare: Option<Self>,
+        weights: &AdapterWeights,
+        base: &impl BaseSites<O>,
+    ) -> Result<Self, Misfit> {
         check(weights, base)?;
         let labels = weights.head.as_ref().map(|head| head.labels.clone());
         let layout = Layout::of(weights, base.layers());
-        let mut resident = Self::laid_out(layout, labels.unwrap_or_default());
+        let mut resident = Self::laid_out(layout, labels.unwrap_or_default(), spare);
+        resident.fill(weights);
         for (&(layer, site), adapter) in &weights.sites {
-            resident.fill(layer, site, adapter, base);
+            resident.fill_gain(layer, site, adapter, base);
         }
         if let (Some(head), Some(range)) = (&weights.head, resident.head.clone()) {
             copy_f32(&head.weight, &mut resident.full.all_mut()[range]);
@@ -249,40 +282,52 @@ impl<T: Real> ResidentAdapter<T> {
         Ok(resident)
     }
 
-    fn fill<O: Ops<T = T>>(
+    /// Every A and B into its place. Memory that was never touched is the slow part of it, so all threads touch it; a few sites
+    /// at a time, because a step that finds the threads taken works alone.
+    fn fill(&mut self, weights: &AdapterWeights) {
+        let (mut full, mut half) = (
+            Splitter::new(self.full.all_mut()),
+            Splitter::new(self.half.all_mut()),
+        );
+        let mut fills = Vec::with_capacity(2 * weights.sites.len());
+        for (&(layer, site), adapter) in &weights.sites {
+            let Some(place) = &self.sites[layer * Site::ALL.len() + site.index()] else {
+                continue;
+            };
+            // B is kept transposed; A has one column in this sense, so it is copied.
+            let factors = [
+                (&adapter.a, &place.a, 1),
+                (&adapter.b, &place.bt, place.rank),
+            ];
+            for (numbers, span, columns) in factors {
+                let into = match span {
+                    Span::Full(at) => Part::Full(full.part(at)),
+                    Span::Bf16(at) | Span::F16(at) => Part::Half(half.part(at)),
+                };
+                fills.push((numbers, columns, into));
+            }
+        }
+        full.end();
+        half.end();
+        for fills in fills.chunks_mut(FILLS) {
+            ops::for_each(fills, |(numbers, columns, into)| {
+                fill_part(numbers, *columns, into)
+            });
+        }
+    }
+
+    /// What DoRA divides by, from the base's rows.
+    fn fill_gain<O: Ops<T = T>>(
         &mut self,
         layer: usize,
         site: Site,
         adapter: &SiteAdapter,
         base: &impl BaseSites<O>,
     ) {
-        let Some(place) = self.place(layer, site).cloned() else {
-            return;
-        };
-        self.store(&adapter.a, &place.a, 1);
-        self.store(&adapter.b, &place.bt, place.rank);
-        if let (Some(at), Some(magnitude)) = (place.gain, &adapter.magnitude) {
+        let at = self.place(layer, site).and_then(|place| place.gain.clone());
+        if let (Some(at), Some(magnitude)) = (at, &adapter.magnitude) {
             let gain = dora_gain(base.ops(), base.weight(layer, site), adapter, magnitude);
             self.full.all_mut()[at].copy_from_slice(&gain);
-        }
-    }
-
-    /// Columns of `numbers [_, columns]` become rows of the span; with one column it is a copy.
-    fn store(&mut self, numbers: &Numbers, span: &Span, columns: usize) {
-        match (numbers, span) {
-            (Numbers::F32(numbers), Span::Full(at)) => {
-                let into = &mut self.full.all_mut()[at.clone()];
-                turned(numbers, columns, into, |n| T::from_f32(*n));
-            }
-            (Numbers::Bf16(numbers), Span::Bf16(at)) => {
-                let into = &mut self.half.all_mut()[at.clone()];
-                turned(numbers, columns, into, |n| n.to_bits());
-            }
-            (Numbers::F16(numbers), Span::F16(at)) => {
-                let into = &mut self.half.all_mut()[at.clone()];
-                turned(numbers, columns, into, |n| n.to_bits());
-            }
-            _ => unreachable!("the layout was made of these numbers"),
         }
     }
 
@@ -407,6 +452,56 @@ impl<T: Real> ResidentAdapter<T> {
             Factor::Bf16(numbers) => Numbers::Bf16(out(numbers, columns, |n| *n)),
             Factor::F16(numbers) => Numbers::F16(out(numbers, columns, |n| *n)),
         }
+    }
+}
+
+/// Factors that are filled at a time.
+const FILLS: usize = 16;
+
+/// A part of an arena, before its numbers are there.
+enum Part<'a, T> {
+    Full(&'a mut [T]),
+    Half(&'a mut [u16]),
+}
+
+/// Gives out ascending parts of a slice; what lies between becomes zero.
+struct Splitter<'a, T> {
+    rest: &'a mut [T],
+    given: usize,
+}
+
+impl<'a, T: Copy + Default> Splitter<'a, T> {
+    fn new(rest: &'a mut [T]) -> Self {
+        Self { rest, given: 0 }
+    }
+
+    fn part(&mut self, at: &Range<usize>) -> &'a mut [T] {
+        let rest = std::mem::take(&mut self.rest);
+        let (gap, rest) = rest.split_at_mut(at.start - self.given);
+        gap.fill(T::default());
+        let (part, rest) = rest.split_at_mut(at.len());
+        (self.rest, self.given) = (rest, at.end);
+        part
+    }
+
+    fn end(self) {
+        self.rest.fill(T::default());
+    }
+}
+
+/// Columns of `numbers [_, columns]` become rows of a part.
+fn fill_part<T: Real>(numbers: &Numbers, columns: usize, into: &mut Part<'_, T>) {
+    match (numbers, into) {
+        (Numbers::F32(numbers), Part::Full(into)) => {
+            turned(numbers, columns, into, |n| T::from_f32(*n));
+        }
+        (Numbers::Bf16(numbers), Part::Half(into)) => {
+            turned(numbers, columns, into, |n| n.to_bits());
+        }
+        (Numbers::F16(numbers), Part::Half(into)) => {
+            turned(numbers, columns, into, |n| n.to_bits());
+        }
+        _ => unreachable!("the layout was made of these numbers"),
     }
 }
 

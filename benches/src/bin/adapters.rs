@@ -35,6 +35,8 @@ const BUDGET: usize = 50;
 const CLIENTS: usize = 8;
 const PROMPT: usize = 128;
 const NEW: usize = 32;
+/// Adapters that fill the memory of the second part: each cold one takes the place of one that idles.
+const FULL: usize = 3;
 /// Requests of one client in one round that have a draw of their own; more repeat them.
 const DRAWS: usize = 40;
 
@@ -53,7 +55,7 @@ struct Args {
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
     /// Pairs of cold and warm.
-    #[arg(long, default_value_t = 9)]
+    #[arg(long, default_value_t = 15)]
     pairs: usize,
     /// Parts to run: zipf, cold, rest.
     #[arg(long, value_delimiter = ',', default_value = "zipf,cold,rest")]
@@ -113,8 +115,12 @@ fn artifact(base: &BaseShape, rank: usize, seed: u64) -> Fallible<AdapterArtifac
 struct Stored(ArtifactStore);
 
 impl AdapterSource for Stored {
-    fn fetch(&self, digest: &VersionDigest) -> Result<AdapterArtifact, SourceError> {
-        let read = self.0.get_artifact(digest);
+    fn fetch(
+        &self,
+        digest: &VersionDigest,
+        spare: Vec<u8>,
+    ) -> Result<AdapterArtifact, SourceError> {
+        let read = self.0.get_artifact_into(digest, spare);
         read.map_err(|error| SourceError::Unavailable(error.to_string()))
     }
 
@@ -422,22 +428,26 @@ async fn cold(args: &Args) -> Fallible<()> {
         .config
         .base_shape();
     let mut digests = Vec::new();
-    for seed in 0..args.pairs as u64 {
+    for seed in 0..(args.pairs + 2 * FULL) as u64 {
         let artifact = artifact(&shape, 16, 1_000_000 + seed)?;
         store.put_artifact(&artifact)?;
         digests.push(artifact.digest());
     }
+    let probe = engine(args, 1 << 30, &store)?;
+    let room = FULL * probe.activate(digests[0]).await?.bytes;
+    probe.drain(Duration::ZERO).await?;
     // A store that was just opened has hashed nothing yet, as after a restart.
-    let restarted = engine(args, 1 << 30, &ArtifactStore::open(directory.path())?)?;
-    let engine = engine(args, 1 << 30, &store)?;
+    let restarted = engine(args, room, &ArtifactStore::open(directory.path())?)?;
+    let growing = engine(args, 1 << 30, &store)?;
+    let engine = engine(args, room, &store)?;
     for engine in [&engine, &restarted] {
-        for (seed, digest) in digests.iter().enumerate().take(2) {
-            ask(engine, *digest, seed as u64).await?;
-            evict(engine, *digest).await;
+        for turn in 0..3 * FULL {
+            ask(engine, digests[turn % (2 * FULL)], turn as u64).await?;
         }
     }
-    let (mut cold, mut warm, mut hashed, mut load) = (vec![], vec![], vec![], vec![]);
-    for (turn, digest) in digests.iter().enumerate() {
+    let (mut cold, mut warm, mut hashed) = (vec![], vec![], vec![]);
+    let (mut grown, mut load) = (vec![], vec![]);
+    for (turn, digest) in digests.iter().enumerate().skip(2 * FULL) {
         let first = |reply: Reply| reply.timings.time_to_first_token.as_secs_f64() * 1e3;
         let seed = 100 + turn as u64;
         cold.push(first(ask(&engine, *digest, seed).await?));
@@ -445,14 +455,14 @@ async fn cold(args: &Args) -> Fallible<()> {
             load.push(found.load_duration.as_secs_f64() * 1e3);
         }
         warm.push(first(ask(&engine, *digest, seed + 1000).await?));
-        if turn >= 2 {
-            hashed.push(first(ask(&restarted, *digest, seed).await?));
-        }
+        grown.push(first(ask(&growing, *digest, seed).await?));
+        hashed.push(first(ask(&restarted, *digest, seed).await?));
     }
     let median = |values: &[f64]| quantile(values, 0.5);
-    let more = median(&cold) - median(&warm);
+    let pairs = cold.iter().zip(&warm).map(|(cold, warm)| cold - warm);
+    let more = median(&pairs.collect::<Vec<_>>());
     println!(
-        "\n## A cold adapter's first token (rank 16, all sites, f32 file, page cache warm), {PROMPT} in, medians of {}\n",
+        "\n## A cold adapter's first token (rank 16, all sites, f32 file, page cache warm, memory full), {PROMPT} in, medians of {}\n",
         args.pairs
     );
     println!("| | first token, ms |\n|---|---|");
@@ -461,6 +471,10 @@ async fn cold(args: &Args) -> Fallible<()> {
         "| cold | {:.1} (its load {:.1}) |",
         median(&cold),
         median(&load)
+    );
+    println!(
+        "| cold, into memory that this process never used before | {:.1} |",
+        median(&grown)
     );
     println!(
         "| cold, the first load after a restart: hashed once more | {:.1} |",
@@ -474,16 +488,10 @@ async fn cold(args: &Args) -> Fallible<()> {
         ),
         &failures,
     );
-    engine.drain(Duration::ZERO).await?;
-    restarted.drain(Duration::ZERO).await?;
-    Ok(())
-}
-
-/// A request's last event comes a moment before its lease goes back.
-async fn evict(engine: &EngineHandle, digest: VersionDigest) {
-    while engine.deactivate(digest).await.is_err() && engine.residency_of(&digest).is_some() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
+    for engine in [engine, growing, restarted] {
+        engine.drain(Duration::ZERO).await?;
     }
+    Ok(())
 }
 
 // === ten thousand at rest ===

@@ -258,7 +258,7 @@ fn resident(model: &Model, weights: &[AdapterWeights]) -> Fallible<Vec<Arc<Resid
 struct Registry(HashMap<VersionDigest, AdapterArtifact>);
 
 impl AdapterSource for Registry {
-    fn fetch(&self, digest: &VersionDigest) -> Result<AdapterArtifact, SourceError> {
+    fn fetch(&self, digest: &VersionDigest, _: Vec<u8>) -> Result<AdapterArtifact, SourceError> {
         self.0.get(digest).cloned().ok_or(SourceError::NotFound)
     }
 }

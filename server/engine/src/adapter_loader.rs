@@ -13,7 +13,7 @@ use espalier_adapters::version::{AdapterArtifact, VersionDigest};
 use espalier_adapters::weights::{AdapterWeights, Numbers, SiteAdapter};
 use tokio::sync::oneshot;
 
-use crate::adapter_pool::{ResidentVersion, Shelf};
+use crate::adapter_pool::{ResidentVersion, Room, Shelf};
 use crate::command::{CommandSender, EngineCommand};
 use crate::config::EngineConfig;
 use crate::error::EngineError;
@@ -32,13 +32,18 @@ const SAFE_GAIN: f32 = 1e4;
 /// Versions whose check is remembered; 32 bytes each.
 const MAX_CHECKED: usize = 1 << 16;
 
+/// Bytes of an artifact that a loader thread keeps to read the next one into.
+const MAX_SPARE: usize = 64 << 20;
+
 /// Where artifacts come from. Called on the loader threads only; may block.
 pub trait AdapterSource: Send + Sync + 'static {
-    /// The artifact of one version, bytes exactly as stored.
+    /// The artifact of one version, bytes exactly as stored. `spare` is an allocation that its weights may be read into: memory
+    /// that the system has to find first costs more than the reading.
     ///
     /// # Errors
     /// [`SourceError`]; the requests that wait for the version get it.
-    fn fetch(&self, digest: &VersionDigest) -> Result<AdapterArtifact, SourceError>;
+    fn fetch(&self, digest: &VersionDigest, spare: Vec<u8>)
+    -> Result<AdapterArtifact, SourceError>;
 
     /// Whether `fetch` itself makes sure that the bytes are those of the digest, so that they need not be hashed again.
     fn verifies(&self) -> bool {
@@ -117,10 +122,11 @@ pub(crate) fn start(
 
 impl Loader {
     fn run(&self, jobs: &Mutex<Receiver<LoadJob>>) {
+        let mut spare = Vec::new();
         loop {
             let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let Ok(LoadJob { digest }) = job else { return };
-            let loaded = catch_unwind(AssertUnwindSafe(|| self.load(digest)));
+            let loaded = catch_unwind(AssertUnwindSafe(|| self.load(digest, &mut spare)));
             let result = loaded.unwrap_or_else(|_| {
                 Err(EngineError::Internal {
                     detail: format!("loading adapter version {digest} panicked"),
@@ -140,11 +146,15 @@ impl Loader {
         }
     }
 
-    fn load(&self, digest: VersionDigest) -> Result<ResidentVersion, EngineError> {
+    fn load(
+        &self,
+        digest: VersionDigest,
+        spare: &mut Vec<u8>,
+    ) -> Result<ResidentVersion, EngineError> {
         let mut stage = Stage::begin();
         let artifact = self
             .source
-            .fetch(&digest)
+            .fetch(&digest, std::mem::take(spare))
             .map_err(|error| from_source(digest, error))?;
         if !self.source.verifies() {
             let found = artifact.digest();
@@ -160,16 +170,19 @@ impl Loader {
         };
         let (_, weights, _) =
             peft::read(&artifact, &self.base, &self.limits).map_err(incompatible)?;
-        drop(artifact);
+        if artifact.safetensors.capacity() <= MAX_SPARE {
+            *spare = artifact.safetensors;
+        }
         stage.end("parse");
         let bytes = ResidentAdapter::<f32>::bytes_for(&weights, self.base.layers);
-        let reservation = self.shelf.reserve(digest, bytes)?;
+        let Room { reservation, spare } = self.shelf.reserve(digest, bytes)?;
         stage.end("room");
-        let adapter = ResidentAdapter::build(&weights, &*self.model).map_err(|misfit| {
-            EngineError::Internal {
-                detail: misfit.to_string(),
-            }
-        })?;
+        let adapter =
+            ResidentAdapter::build_in(spare, &weights, &*self.model).map_err(|misfit| {
+                EngineError::Internal {
+                    detail: misfit.to_string(),
+                }
+            })?;
         let adapter = Arc::new(adapter);
         stage.end("build");
         self.check(digest, &weights, &adapter)?;

@@ -55,6 +55,12 @@ pub(crate) struct ResidentVersion {
     pub(crate) reservation: Reservation,
 }
 
+/// Bytes that a load may fill, and the last adapter that had to go for them: its memory is as good as new.
+pub(crate) struct Room {
+    pub(crate) reservation: Reservation,
+    pub(crate) spare: Option<ResidentAdapter>,
+}
+
 /// A version that cannot be evicted while this lives, and the weights that answer: decided once, when it is given.
 #[derive(Clone, Debug)]
 pub(crate) struct AdapterLease {
@@ -487,11 +493,7 @@ impl Shelf {
     ///
     /// # Errors
     /// [`EngineError::AdapterCapacity`] when they never can be, [`EngineError::Stopped`].
-    pub(crate) fn reserve(
-        &self,
-        digest: VersionDigest,
-        bytes: usize,
-    ) -> Result<Reservation, EngineError> {
+    pub(crate) fn reserve(&self, digest: VersionDigest, bytes: usize) -> Result<Room, EngineError> {
         let ticket = self.ask_room();
         let asked = Instant::now();
         loop {
@@ -521,7 +523,7 @@ impl Shelf {
         (digest, bytes): (VersionDigest, usize),
         asked: Instant,
         now: Instant,
-    ) -> Option<Result<Reservation, EngineError>> {
+    ) -> Option<Result<Room, EngineError>> {
         let mut book = self.book();
         let pinned = book.pinned_bytes();
         let answer = if book.stopped {
@@ -537,7 +539,7 @@ impl Shelf {
             return None;
         } else {
             match book.reserve_evicting(&self.budget, bytes, now) {
-                Some(reservation) => Ok(reservation),
+                Some(room) => Ok(room),
                 None => {
                     if now.saturating_duration_since(asked) > ROOM_PATIENCE {
                         book.close_for(&self.budget, bytes);
@@ -640,15 +642,11 @@ impl Book {
         }
     }
 
-    fn reserve_evicting(
-        &mut self,
-        budget: &Budget,
-        bytes: usize,
-        now: Instant,
-    ) -> Option<Reservation> {
+    fn reserve_evicting(&mut self, budget: &Budget, bytes: usize, now: Instant) -> Option<Room> {
+        let mut spare = None;
         loop {
             if let Some(reservation) = budget.reserve(bytes) {
-                return Some(reservation);
+                return Some(Room { reservation, spare });
             }
             let idle = |(digest, resident): (&VersionDigest, &Resident)| {
                 resident
@@ -656,7 +654,11 @@ impl Book {
                     .then_some((resident.last_used, *digest))
             };
             let (_, digest) = self.residents().filter_map(idle).min()?;
-            self.slots.remove(&digest);
+            if let Some(Slot::Resident(evicted)) = self.slots.remove(&digest) {
+                // Nobody holds an idle version, so this is the last of it.
+                let version = Arc::into_inner(evicted.version);
+                spare = version.and_then(|version| Arc::into_inner(version.adapter));
+            }
             metrics::adapter_evicted();
         }
     }

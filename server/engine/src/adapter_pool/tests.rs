@@ -65,6 +65,7 @@ impl Fixture {
         self.pool
             .shelf
             .look_for_room(asked.ticket, what, asked.at, self.at(ms))
+            .map(|answer| answer.map(|room| room.reservation))
     }
 
     fn finish(&self, asked: &Asked, ms: u64) {

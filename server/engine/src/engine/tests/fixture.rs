@@ -31,7 +31,7 @@ pub(super) struct Fixture {
 struct Store(BTreeMap<VersionDigest, AdapterArtifact>);
 
 impl AdapterSource for Store {
-    fn fetch(&self, digest: &VersionDigest) -> Result<AdapterArtifact, SourceError> {
+    fn fetch(&self, digest: &VersionDigest, _: Vec<u8>) -> Result<AdapterArtifact, SourceError> {
         self.0.get(digest).cloned().ok_or(SourceError::NotFound)
     }
 }
