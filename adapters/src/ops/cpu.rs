@@ -165,6 +165,10 @@ impl Ops for Cpu {
         cpu_attention_backward::attention_backward(self.isa, shape, saved, spans, dout, grads);
     }
 
+    fn add(&self, x: &[f32], y: &mut [f32]) {
+        cpu_rows::add(x, y);
+    }
+
     fn cross_entropy(&self, logits: &mut [f32], labels: &[u32], scale: f32, losses: &mut [f32]) {
         cpu_softmax::cross_entropy(self.isa, logits, labels, scale, losses);
     }

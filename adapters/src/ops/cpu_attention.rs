@@ -14,13 +14,16 @@ use super::cpu_rows::scaled;
 use super::cpu_softmax::exponentials;
 use super::cpu_tile::{HALF, Isa, Out, PANEL, Tile};
 use super::cpu_transpose::{prefetch, transpose_block};
-use super::{AttentionShape, AttentionSpan, KvRows, store_key};
+use super::{AttentionShape, AttentionSpan, KvRows};
 
 /// Query rows in one task: enough to pay for turning the keys, few enough to share the work out.
 const ROWS_PER_TASK: usize = 64;
 
 /// Scores kept at a time by one thread: 1 MiB.
 const SCORES: usize = 256 * 1024;
+
+/// What a number costs that lies on a cache line of its own, in multiply-adds.
+const LINE_COST: usize = 8;
 
 /// What a missing position reads: as long as one side of a transposed block.
 static ZEROS: [f32; 16] = [0.0; 16];
@@ -544,34 +547,60 @@ fn gather_keys(
     }
 }
 
-/// Writes keys to turned blocks; see [`Ops::store_keys`](super::Ops::store_keys).
+/// Writes keys to turned blocks; see [`Ops::store_keys`](super::Ops::store_keys). Sixteen rows that fill a column of vectors go
+/// together; a single row touches as many cache lines as it has numbers, so rows are shared out. No row stands there twice.
 pub(super) fn store_keys(isa: Isa, from: &[f32], rows: &[usize], block_size: usize, k: &mut [f32]) {
     let Some(width) = from.len().checked_div(rows.len()) else {
         return;
     };
+    let last = rows.iter().max().map_or(0, |row| row / block_size + 1);
+    assert!(
+        last * block_size * width <= k.len(),
+        "a row beyond the cache"
+    );
     let side = HALF as usize;
-    let mut at = 0;
-    while let Some(&row) = rows.get(at) {
+    let whole = |at: usize| {
         let run = rows[at..].iter().take(side).enumerate();
-        let adjacent = run.take_while(|(i, next)| **next == row + i).count();
-        if adjacent == side && row % side == 0 && block_size.is_multiple_of(side) {
-            let lines: [&[f32]; 16] = std::array::from_fn(|i| &from[(at + i) * width..][..width]);
-            let lines = lines.map(<[f32]>::as_ptr);
-            let block = &mut k[row / block_size * block_size * width..][..block_size * width];
-            for d in (0..width).step_by(side) {
-                let cols = (width - d).min(side);
-                // SAFETY: sixteen rows of `width` numbers, into rows `d..d + cols` of the block, sixteen columns from one that is a multiple of 16 on.
-                unsafe {
-                    let to = block.as_mut_ptr().add(d * block_size + row % block_size);
-                    transpose_block(isa, &lines, d, side, cols, to, block_size);
+        let adjacent = run.take_while(|(i, row)| **row == rows[at] + i).count();
+        adjacent == side && rows[at].is_multiple_of(side) && block_size.is_multiple_of(side)
+    };
+    let k = Out(k.as_mut_ptr());
+    spread(rows.len(), rows.len() * width * LINE_COST, |at| {
+        let row = rows[at];
+        let (block, lane) = (row / block_size * block_size * width, row % block_size);
+        let first = at.checked_sub(row % side).filter(|first| whole(*first));
+        match first {
+            Some(first) if first == at => {
+                let lines: [&[f32]; 16] =
+                    std::array::from_fn(|i| &from[(at + i) * width..][..width]);
+                let lines = lines.map(<[f32]>::as_ptr);
+                for d in (0..width).step_by(side) {
+                    // SAFETY: sixteen rows of `width` numbers, into rows `d..` of a block that was found to be inside, sixteen columns from a
+                    // multiple of 16 on; these rows belong to this task.
+                    unsafe {
+                        let to = k.at(block + d * block_size + lane);
+                        transpose_block(
+                            isa,
+                            &lines,
+                            d,
+                            side,
+                            (width - d).min(side),
+                            to,
+                            block_size,
+                        );
+                    }
                 }
             }
-            at += side;
-        } else {
-            store_key(&from[at * width..][..width], row, block_size, k);
-            at += 1;
+            // The first row of its column wrote it.
+            Some(_) => {}
+            None => {
+                for (d, number) in from[at * width..][..width].iter().enumerate() {
+                    // SAFETY: an element of a block that was found to be inside, and of this row alone.
+                    unsafe { *k.at(block + d * block_size + lane) = *number };
+                }
+            }
         }
-    }
+    });
 }
 
 /// Copies the heads of one group to `[rows * group, head_dim]`, row after row.

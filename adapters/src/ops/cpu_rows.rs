@@ -33,6 +33,13 @@ fn by_rows(
     });
 }
 
+/// `y += x`: a number is a row of its own.
+pub(super) fn add(x: &[f32], y: &mut [f32]) {
+    by_rows(x, 1, y, 1, 1, |x, y| {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+    });
+}
+
 /// `y = x / sqrt(mean(x^2) + eps) * weight`.
 pub(super) fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f64, y: &mut [f32]) {
     let width = weight.len();

@@ -382,7 +382,9 @@ pub trait Ops: Clone + Debug + Default + Send + Sync + 'static {
             return;
         };
         for (from, row) in from.chunks_exact(width).zip(rows) {
-            store_key(from, *row, block_size, k);
+            let block = &mut k[row / block_size * block_size * width..][..block_size * width];
+            let column = block.iter_mut().skip(row % block_size).step_by(block_size);
+            column.zip(from).for_each(|(to, from)| *to = *from);
         }
     }
 
@@ -467,14 +469,6 @@ pub trait Ops: Clone + Debug + Default + Send + Sync + 'static {
             }
         }
     }
-}
-
-/// One row of [`Ops::store_keys`].
-fn store_key<T: Copy>(from: &[T], row: usize, block_size: usize, k: &mut [T]) {
-    let numbers = block_size * from.len();
-    let block = &mut k[row / block_size * numbers..][..numbers];
-    let column = block.iter_mut().skip(row % block_size).step_by(block_size);
-    column.zip(from).for_each(|(to, from)| *to = *from);
 }
 
 /// Outputs are packed in panels of this many; a part of a matrix product begins and ends at one.

@@ -64,9 +64,12 @@ struct Args {
     /// A PEFT directory whose loss is measured too.
     #[arg(long)]
     adapter: Vec<PathBuf>,
-    /// A Python with torch and transformers, to measure its f32 prefill.
+    /// A Python with torch and transformers, to measure its f32 prefill; with `--rivals` its libraries' products.
     #[arg(long)]
     python: Option<PathBuf>,
+    /// The script of those products.
+    #[arg(long, default_value = "benches/blas.py")]
+    blas: PathBuf,
     /// The peer's script.
     #[arg(long, default_value = "../shared/peers/peft_peer.py")]
     peer: PathBuf,
@@ -83,7 +86,7 @@ fn main() -> Fallible<()> {
     if args.quality {
         quality::table(&args)
     } else if args.rivals {
-        rivals::table(args.rounds)
+        rivals::table(&args)
     } else {
         speed(&args)
     }

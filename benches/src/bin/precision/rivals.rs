@@ -1,14 +1,16 @@
-//! Our products beside candle's, plain and quantised: 1 and 512 rows by the model's largest projections, from weights that no cache holds.
+//! Our products beside candle's, plain and quantised, and with `--python` beside the libraries of `blas.py`: 1 and 512 rows by the model's largest projections, from weights that no cache holds.
 
 use std::hint::black_box;
+use std::process::Command;
 
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{Device, Module, Tensor};
-use espalier_adapters::ops::{Cpu, Ops, Weight, WeightKind};
+use espalier_adapters::ops::{self, Cpu, Ops, Weight, WeightKind};
+use espalier_benches::turns::last_json_line;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Fallible, PROMPT, median, seconds};
+use super::{Args, Fallible, PROMPT, median, seconds};
 
 /// Weights in turn, so that they come from memory as they do in a model and not from a cache.
 const COLD_BYTES: usize = 128 << 20;
@@ -17,18 +19,18 @@ const COLD_BYTES: usize = 128 << 20;
 type Product<'a> = Box<dyn FnMut(usize) + 'a>;
 
 /// Products of 1 and 512 rows with the model's largest projections, ours and candle's in turn.
-pub(crate) fn table(rounds: usize) -> Fallible<()> {
+pub(crate) fn table(args: &Args) -> Fallible<()> {
     println!("| weight, rows | path | ms | GB/s | GOP/s |");
     println!("|---|---|---|---|---|");
     for (outputs, inputs) in [(1536, 576), (576, 1536)] {
         for rows in [1, PROMPT] {
-            products(rounds, outputs, inputs, rows)?;
+            products(args, outputs, inputs, rows)?;
         }
     }
     Ok(())
 }
 
-fn products(rounds: usize, outputs: usize, inputs: usize, rows: usize) -> Fallible<()> {
+fn products(args: &Args, outputs: usize, inputs: usize, rows: usize) -> Fallible<()> {
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut random =
         |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
@@ -78,20 +80,33 @@ fn products(rounds: usize, outputs: usize, inputs: usize, rows: usize) -> Fallib
     }
     let mut times: Vec<Vec<f64>> = paths.iter().map(|_| Vec::new()).collect();
     let repeats = if rows == 1 { 200 } else { 8 };
-    for round in 0..rounds {
+    for round in 0..args.rounds {
         for ((_, _, run), times) in paths.iter_mut().zip(&mut times) {
             let all = seconds(|| (0..repeats).for_each(|i| run(round * repeats + i)));
             times.push(all / repeats as f64);
         }
     }
-    for ((name, bytes, _), times) in paths.iter().zip(&times) {
-        let time = median(times);
+    let line = |name: &str, bytes: usize, time: f64| {
         println!(
             "| [{outputs}, {inputs}] x {rows} | {name} | {:.3} | {:.1} | {:.0} |",
             time * 1e3,
-            *bytes as f64 / time * 1e-9,
+            bytes as f64 / time * 1e-9,
             2.0 * (rows * inputs * outputs) as f64 / time * 1e-9
         );
+    };
+    for ((name, bytes, _), times) in paths.iter().zip(&times) {
+        line(name, *bytes, median(times));
+    }
+    if let Some(python) = &args.python {
+        let mut command = Command::new(python);
+        command.arg(&args.blas);
+        let numbers = [outputs, inputs, rows, repeats, args.rounds, ops::threads()];
+        command.args(numbers.map(|number| number.to_string()));
+        let found = last_json_line(command)?;
+        for (name, time) in found.as_object().into_iter().flatten() {
+            let time = time.as_f64().ok_or("blas.py prints seconds")?;
+            line(&format!("{name}, f32"), bytes, time);
+        }
     }
     Ok(())
 }

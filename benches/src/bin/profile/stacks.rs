@@ -169,7 +169,7 @@ fn in_decoder(
         "rope",
         "Rope",
         "swiglu",
-        "Ops::add",
+        "cpu_rows",
         "Ops>::add",
     ]) {
         return Some("norms, rope, SwiGLU, residuals");

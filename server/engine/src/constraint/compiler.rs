@@ -40,7 +40,7 @@ struct Shared {
     vocab: usize,
     stop_ids: Vec<u32>,
     limits: ConstraintLimits,
-    /// The trie of the vocabulary and its slices, made for the first constraint: a tenth of a second for 50,000 tokens.
+    /// The trie of the vocabulary and its slices, made for the first constraint, because most servers never see one.
     factory: OnceLock<Result<ParserFactory, String>>,
     cache: Mutex<Cache>,
 }

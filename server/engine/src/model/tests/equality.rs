@@ -289,6 +289,28 @@ fn a_mixture_is_the_same_alone_and_in_any_batch() {
 }
 
 #[test]
+fn memory_of_another_adapter_leaves_no_trace() {
+    let model: Model = random_model(&small(Family::Llama), 1);
+    for dora in [false, true] {
+        let adapter = random_adapter(&model, |layer, _| layer != 2, dora, 2);
+        let fresh = resident(&model, &adapter);
+        // As large, so that its memory is taken; as a whole, nothing of it is right.
+        let spare = random_adapter(&model, |layer, _| layer != 2, dora, 3);
+        let mut spare = ResidentAdapter::build(&spare, &model).unwrap();
+        let memory = spare.parameters().as_ptr();
+        spare.parameters_mut().fill(f32::NAN);
+        let again = ResidentAdapter::build_in(Some(spare), &adapter, &model).unwrap();
+        assert_eq!(
+            again.parameters().as_ptr(),
+            memory,
+            "the memory was not used again"
+        );
+        assert_eq!(again.parameters(), fresh.parameters());
+        assert_eq!(again.bytes(), fresh.bytes());
+    }
+}
+
+#[test]
 fn an_adapter_comes_back_as_it_went_in() {
     let model: Model = random_model(&small(Family::Llama), 1);
     let adapter = random_adapter(&model, |layer, _| layer != 2, false, 2);
