@@ -1,6 +1,7 @@
 //! The calls of InferenceService.
 
-use futures::Stream;
+use futures::{Stream, StreamExt};
+use tokio::sync::oneshot;
 use tonic::transport::Channel;
 
 use crate::{
@@ -96,14 +97,16 @@ impl Client {
     }
 
     /// Many Generates over one stream, at a lower priority than single calls: each item's answer under its key, in order
-    /// of completion. Never made again by itself: send what has no reply over a new stream.
+    /// of completion. Never made again by itself: send what has no reply over a new stream. Dropping the replies ends the call,
+    /// whether or not items are still to come.
     pub async fn batch_generate(
         &self,
         items: impl Stream<Item = v1::BatchGenerateRequest> + Send + 'static,
     ) -> Result<Replies<v1::BatchGenerateResponse>, Error> {
+        let (items, tie) = tied(items);
         let request = self.request(items, None);
         let replies = stub(self.channel()).batch_generate(request).await?;
-        Ok(until(replies.into_inner(), None))
+        Ok(tie.hold(until(replies.into_inner(), None)))
     }
 
     /// Many Classifies over one stream, as [`Client::batch_generate`].
@@ -111,8 +114,31 @@ impl Client {
         &self,
         items: impl Stream<Item = v1::BatchClassifyRequest> + Send + 'static,
     ) -> Result<Replies<v1::BatchClassifyResponse>, Error> {
+        let (items, tie) = tied(items);
         let request = self.request(items, None);
         let replies = stub(self.channel()).batch_classify(request).await?;
-        Ok(until(replies.into_inner(), None))
+        Ok(tie.hold(until(replies.into_inner(), None)))
+    }
+}
+
+/// What keeps a call's items coming: without it the transport would hold the call open for items that nobody wants answered.
+struct Tie(oneshot::Sender<()>);
+
+/// Items that end when their tie is gone.
+fn tied<I>(items: impl Stream<Item = I> + Send + 'static) -> (impl Stream<Item = I> + Send, Tie) {
+    let (sender, gone) = oneshot::channel();
+    (items.take_until(gone), Tie(sender))
+}
+
+// === impl Tie ===
+
+impl Tie {
+    /// Replies that take the tie with them.
+    fn hold<R: Send + 'static>(self, replies: Replies<R>) -> Replies<R> {
+        replies
+            .inspect(move |_| {
+                let _ = &self.0;
+            })
+            .boxed()
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! This file only joins the parts to the trait. `cpu_tile` is the inner loop of every product, `cpu_lanes` sixteen numbers at a time; `cpu_matrix` holds the
 //! packed base weights (`cpu_matmul` those of plain numbers, `cpu_blocks` those in blocks), `cpu_thin` the low-rank factors, `cpu_low_rank` a step's updates
-//! by many adapters at once, `cpu_attention` and its backward the attention, `cpu_rows` and
+//! by many adapters at once, `cpu_attention` and its backward the attention, `cpu_keys` what it reads, `cpu_rows` and
 //! `cpu_softmax` what looks at one row at a time.
 
 use std::ops::Range;
@@ -13,7 +13,8 @@ use super::{
     AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, LowRank, Ops, Weight, WeightKind,
 };
 use super::{
-    cpu_attention, cpu_attention_backward, cpu_low_rank, cpu_peak, cpu_rows, cpu_softmax, cpu_thin,
+    cpu_attention, cpu_attention_backward, cpu_keys, cpu_low_rank, cpu_peak, cpu_rows, cpu_softmax,
+    cpu_thin,
 };
 
 /// Operations in f32 on this machine's CPU.
@@ -138,7 +139,7 @@ impl Ops for Cpu {
     }
 
     fn store_keys(&self, from: &[f32], rows: &[usize], block_size: usize, k: &mut [f32]) {
-        cpu_attention::store_keys(self.isa, from, rows, block_size, k);
+        cpu_keys::store_keys(self.isa, from, rows, block_size, k);
     }
 
     fn attention(

@@ -8,8 +8,9 @@
 
 use std::ops::Range;
 
-use super::cpu_attention::{Keys, Task, check, pack_heads, products, runs, turn_rows, work};
+use super::cpu_attention::{Task, check, pack_heads, products, runs, work};
 use super::cpu_buffer::{Scratch, spread, with_scratch};
+use super::cpu_keys::{Keys, turn_rows};
 use super::cpu_rows::dot;
 use super::cpu_softmax::score_gradients;
 use super::cpu_tile::{HALF, Isa, Out, PANEL, Tile};

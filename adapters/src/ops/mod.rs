@@ -21,6 +21,7 @@ mod cpu_attention_tests;
 mod cpu_blocks;
 mod cpu_buffer;
 mod cpu_dot;
+mod cpu_keys;
 mod cpu_lanes;
 mod cpu_low_rank;
 #[cfg(test)]

@@ -6,12 +6,12 @@
 //! and to the engine (which alone gives leases), so it is locked; nothing is done under the lock that takes long. The
 //! pool must not know requests, files or tensors' layout.
 
+mod book;
 mod budget;
 mod residency;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -27,6 +27,7 @@ use crate::merger::{MergedCopy, MergedWeights};
 use crate::metrics;
 use crate::model::ResidentAdapter;
 
+use book::{Book, MergeSlot, Resident, Slot, describe, leases};
 pub(crate) use budget::{Budget, Reservation};
 pub(crate) use residency::PoolCounts;
 pub use residency::{AdapterMemory, AdapterResidency, Merging, ResidencyState};
@@ -86,44 +87,9 @@ pub(crate) enum Lookup {
     Failed(EngineError),
 }
 
-enum Slot {
-    Loading { since: Instant },
-    Resident(Resident),
-    Failed { error: EngineError, at: Instant },
-}
-
-struct Resident {
-    version: Arc<ResidentVersion>,
-    last_used: Instant,
-    load_duration: Duration,
-    requests: u64,
-    pinned: bool,
-    /// No new leases: it is to make room.
-    closing: bool,
-    merge: MergeSlot,
-}
-
-enum MergeSlot {
-    None,
-    Underway,
-    Done(Arc<MergedCopy>),
-}
-
 /// Which place in the line for room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RoomTicket(u64);
-
-#[derive(Default)]
-struct Book {
-    slots: HashMap<VersionDigest, Slot>,
-    loading: usize,
-    /// Loaders that wait for room, in the order in which they asked: a small adapter does not take a large one's room.
-    line: VecDeque<RoomTicket>,
-    next_ticket: u64,
-    /// What is not AUTO.
-    policies: HashMap<VersionDigest, MergePolicy>,
-    stopped: bool,
-}
 
 /// The book of adapter versions as the loaders see it.
 pub(crate) struct Shelf {
@@ -582,152 +548,4 @@ impl Shelf {
         let slot = book.slots.get(&digest);
         Ok(slot.map(|slot| describe(digest, slot, now)))
     }
-}
-
-// === impl Resident ===
-
-impl Resident {
-    /// Nobody holds it, nobody is about to, and it is not to stay.
-    fn is_idle(&self, now: Instant) -> bool {
-        let awaited = self.requests == 0 && now.saturating_duration_since(self.last_used) < FRESH;
-        !self.pinned && !awaited && leases(&self.version) == 0
-    }
-}
-
-// === impl Book ===
-
-impl Book {
-    fn policy(&self, digest: &VersionDigest) -> MergePolicy {
-        self.policies.get(digest).copied().unwrap_or_default()
-    }
-
-    fn view(&self, digest: VersionDigest, resident: &Resident) -> MergeView {
-        MergeView {
-            digest,
-            policy: self.policy(&digest),
-            adapter: Arc::clone(&resident.version.adapter),
-        }
-    }
-
-    fn residents(&self) -> impl Iterator<Item = (&VersionDigest, &Resident)> {
-        self.slots.iter().filter_map(|(digest, slot)| match slot {
-            Slot::Resident(resident) => Some((digest, resident)),
-            _ => None,
-        })
-    }
-
-    fn residents_mut(&mut self) -> impl Iterator<Item = &mut Resident> {
-        self.slots.values_mut().filter_map(|slot| match slot {
-            Slot::Resident(resident) => Some(resident),
-            _ => None,
-        })
-    }
-
-    fn pinned_bytes(&self) -> usize {
-        let pinned = self.residents().filter(|(_, resident)| resident.pinned);
-        pinned
-            .map(|(_, resident)| resident.version.reservation.bytes())
-            .sum()
-    }
-
-    fn forget_old_failures(&mut self) {
-        let failed = |(digest, slot): (&VersionDigest, &Slot)| match slot {
-            Slot::Failed { at, .. } => Some((*at, *digest)),
-            _ => None,
-        };
-        if self.slots.iter().filter_map(failed).count() > MAX_FAILURES
-            && let Some((_, digest)) = self.slots.iter().filter_map(failed).min()
-        {
-            self.slots.remove(&digest);
-        }
-    }
-
-    fn reserve_evicting(&mut self, budget: &Budget, bytes: usize, now: Instant) -> Option<Room> {
-        let mut spare = None;
-        loop {
-            if let Some(reservation) = budget.reserve(bytes) {
-                return Some(Room { reservation, spare });
-            }
-            let idle = |(digest, resident): (&VersionDigest, &Resident)| {
-                resident
-                    .is_idle(now)
-                    .then_some((resident.last_used, *digest))
-            };
-            let (_, digest) = self.residents().filter_map(idle).min()?;
-            if let Some(Slot::Resident(evicted)) = self.slots.remove(&digest) {
-                // Nobody holds an idle version, so this is the last of it.
-                let version = Arc::into_inner(evicted.version);
-                spare = version.and_then(|version| Arc::into_inner(version.adapter));
-            }
-            metrics::adapter_evicted();
-        }
-    }
-
-    /// Least recently used first, until their bytes would do.
-    fn close_for(&mut self, budget: &Budget, bytes: usize) {
-        let free = budget.limit().saturating_sub(budget.used());
-        let mut missing = bytes.saturating_sub(free);
-        let mut residents: Vec<_> = self.residents_mut().filter(|r| !r.pinned).collect();
-        residents.sort_by_key(|resident| resident.last_used);
-        // Those that close already count, so that waiting longer closes no more than needed.
-        for resident in residents {
-            if missing == 0 {
-                return;
-            }
-            resident.closing = true;
-            missing = missing.saturating_sub(resident.version.reservation.bytes());
-        }
-    }
-
-    /// Nobody waits for room: what was to make it may take requests again.
-    fn reopen(&mut self) {
-        self.residents_mut().for_each(|r| r.closing = false);
-    }
-}
-
-fn describe(digest: VersionDigest, slot: &Slot, now: Instant) -> AdapterResidency {
-    let nothing = AdapterResidency {
-        digest,
-        state: ResidencyState::Loading,
-        bytes: 0,
-        leases: 0,
-        requests: 0,
-        pinned: false,
-        merging: Merging::No,
-        idle: Duration::ZERO,
-        load_duration: Duration::ZERO,
-    };
-    match slot {
-        Slot::Loading { since } => AdapterResidency {
-            load_duration: now - *since,
-            ..nothing
-        },
-        Slot::Resident(resident) => AdapterResidency {
-            state: ResidencyState::Resident,
-            bytes: resident.version.reservation.bytes(),
-            leases: leases(&resident.version),
-            requests: resident.requests,
-            pinned: resident.pinned,
-            merging: match &resident.merge {
-                MergeSlot::None => Merging::No,
-                MergeSlot::Underway => Merging::Underway,
-                MergeSlot::Done(copy) => Merging::Merged {
-                    bytes: copy.reservation.bytes(),
-                },
-            },
-            idle: now.saturating_duration_since(resident.last_used),
-            load_duration: resident.load_duration,
-            ..nothing
-        },
-        Slot::Failed { error, at } => AdapterResidency {
-            state: ResidencyState::Failed(error.clone()),
-            idle: now.saturating_duration_since(*at),
-            ..nothing
-        },
-    }
-}
-
-/// The pool itself holds one.
-fn leases(version: &Arc<ResidentVersion>) -> usize {
-    Arc::strong_count(version) - 1
 }
