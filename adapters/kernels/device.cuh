@@ -464,25 +464,28 @@ __device__ __forceinline__ Left<P> left_of(const float (&first)[4], const float 
 
 // === tiles ===
 
+// Begins to bring 16 bytes' worth of numbers, of which `left` are there; the others become zeros.
+template <class T>
+__device__ __forceinline__ void bring_16(T* to, const T* from, int left, bool aligned) {
+    constexpr int EACH = 16 / sizeof(T);
+    if (aligned) {
+        copy_16(to, from, min(max(left, 0), EACH) * static_cast<int>(sizeof(T)));
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) to[i] = i < left ? from[i] : T{};
+}
+
 // Begins to bring columns `column..column + COLUMNS` of rows `row..row + ROWS` of `from [rows, width]` into a tile of that
 // stride. Rows beyond the last are copies of it, whose results nobody takes; columns beyond the width are zeros.
 template <int THREADS, int ROWS, int COLUMNS, class T>
-__device__ __forceinline__ void bring(T* tile, int stride, const T* from, i64 pitch, int row, int rows, int column, int width) {
+__device__ __forceinline__ void bring(T* tile, int stride, const T* from, int row, int rows, int column, int width) {
     constexpr int EACH = 16 / sizeof(T), ACROSS = COLUMNS / EACH;
-    const bool aligned = pitch * sizeof(T) % 16 == 0 && width * sizeof(T) % 16 == 0;
+    const bool aligned = width % EACH == 0;
 #pragma unroll
     for (int i = threadIdx.x; i < ROWS * ACROSS; i += THREADS) {
-        const int r = i / ACROSS, c = i % ACROSS * EACH;
-        const T* const line = from + min(row + r, rows - 1) * pitch;
-        T* const to = tile + r * stride + c;
-        if (aligned) {
-            const int left = min(max((width - column - c) * static_cast<int>(sizeof(T)), 0), 16);
-            copy_16(to, left > 0 ? line + column + c : from, left);
-        } else {
-#pragma unroll
-            for (int e = 0; e < EACH; e++) {
-                to[e] = column + c + e < width ? line[column + c + e] : T{};
-            }
-        }
+        const int r = i / ACROSS, c = i % ACROSS * EACH, left = width - column - c;
+        const T* const line = from + static_cast<i64>(min(row + r, rows - 1)) * width;
+        bring_16(tile + r * stride + c, left > 0 ? line + column + c : from, left, aligned);
     }
 }

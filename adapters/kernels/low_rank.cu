@@ -105,8 +105,8 @@ __device__ __forceinline__ void expand_update(const Update& update, const Chunk&
     for (int rank0 = 0; rank0 < update.rank; rank0 += EXPAND_RANKS) {
         __syncthreads();
         bring<EXPAND_THREADS, N_TILES * 8, EXPAND_RANKS>(tiles.h, EXPAND_H_STRIDE, h + update.h + static_cast<i64>(chunk.offset) * update.rank,
-                                                         update.rank, 0, chunk.rows, rank0, update.rank);
-        bring<EXPAND_THREADS, EXPAND_RANKS, EXPAND_OUTPUTS>(bt, STRIDE, static_cast<const B*>(update.bt), width, rank0, update.rank, output0, width);
+                                                         0, chunk.rows, rank0, update.rank);
+        bring<EXPAND_THREADS, EXPAND_RANKS, EXPAND_OUTPUTS>(bt, STRIDE, static_cast<const B*>(update.bt), rank0, update.rank, output0, width);
         copies_begun();
         copies_arrived<0>();
         __syncthreads();

@@ -40,8 +40,8 @@ __device__ void matmul_many(const X* x, const W* w, const f16* scales, Y* y, int
     const auto fill = [&](int step) {
         if (step < steps) {
             Stage& stage = stages[step % MATMUL_STAGES];
-            bring<MATMUL_THREADS, ROWS, 32>(stage.x, 32, x, inputs, row0, rows, step * 32, inputs);
-            bring<MATMUL_THREADS, OUTPUTS, 32>(stage.w, 32, w, inputs, output0, outputs, step * 32, inputs);
+            bring<MATMUL_THREADS, ROWS, 32>(stage.x, 32, x, row0, rows, step * 32, inputs);
+            bring<MATMUL_THREADS, OUTPUTS, 32>(stage.w, 32, w, output0, outputs, step * 32, inputs);
         }
         copies_begun();
     };

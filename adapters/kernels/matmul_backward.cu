@@ -28,7 +28,7 @@ __device__ void matmul_backward(const X* dy, const W* w, const f16* scales, X* d
     const auto fill = [&](int step) {
         if (step < steps) {
             Stage& stage = stages[step % BACKWARD_STAGES];
-            bring<BACKWARD_THREADS, ROWS, 32>(stage.dy, DY_STRIDE, dy, outputs, row0, rows, step * 32, outputs);
+            bring<BACKWARD_THREADS, ROWS, 32>(stage.dy, DY_STRIDE, dy, row0, rows, step * 32, outputs);
             if constexpr (SCALED) {
                 for (int i = threadIdx.x; i < 32 * INPUTS; i += BACKWARD_THREADS) {
                     const int output = min(step * 32 + i / INPUTS, outputs - 1), input = min(input0 + i % INPUTS, inputs - 1);
@@ -36,7 +36,7 @@ __device__ void matmul_backward(const X* dy, const W* w, const f16* scales, X* d
                     stage.w[i / INPUTS * W_STRIDE + i % INPUTS] = scale * static_cast<float>(w[static_cast<i64>(output) * inputs + input]);
                 }
             } else {
-                bring<BACKWARD_THREADS, 32, INPUTS>(stage.w, W_STRIDE, w, inputs, step * 32, outputs, input0, inputs);
+                bring<BACKWARD_THREADS, 32, INPUTS>(stage.w, W_STRIDE, w, step * 32, outputs, input0, inputs);
             }
         }
         copies_begun();
