@@ -188,7 +188,7 @@ __device__ void attention_backward_queries(const T* q, const T* k, const T* v, c
     }
 }
 
-#define BACKWARD(name, T, DIM)                                                                                                        \
+#define ATTENTION_BACKWARD(name, T, DIM)                                                                                                        \
     KERNEL(attention_backward_keys_##DIM##_##name, BACK_THREADS, const T* q, const T* k, const T* v, const float* lse,                  \
            const float* means, const T* dout, const Span* spans, int heads, int kv_heads, int head_dim, int window, float scale, T* dk, \
            T* dv) {                                                                                                                   \
@@ -199,11 +199,11 @@ __device__ void attention_backward_queries(const T* q, const T* k, const T* v, c
            T* dq) {                                                                                                                   \
         attention_backward_queries<T, DIM>(q, k, v, lse, means, dout, spans, {heads, kv_heads, head_dim, window, scale}, dq);          \
     }
-#define BACKWARDS(name, T)                                                                                                  \
-    BACKWARD(name, T, 64)                                                                                                   \
-    BACKWARD(name, T, 128)                                                                                                  \
-    BACKWARD(name, T, 256)                                                                                                  \
+#define ATTENTIONS_BACKWARD(name, T)                                                                                                  \
+    ATTENTION_BACKWARD(name, T, 64)                                                                                                   \
+    ATTENTION_BACKWARD(name, T, 128)                                                                                                  \
+    ATTENTION_BACKWARD(name, T, 256)                                                                                                  \
     KERNEL(attention_mean_##name, 256, const T* out, const T* dout, float* means, int head_dim, i64 count) {                  \
         attention_mean(out, dout, means, head_dim, count);                                                                  \
     }
-FOR_NUMBERS(BACKWARDS)
+FOR_NUMBERS(ATTENTIONS_BACKWARD)

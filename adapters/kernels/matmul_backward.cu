@@ -91,15 +91,15 @@ __device__ void matmul_backward(const X* dy, const W* w, const f16* scales, X* d
     }
 }
 
-#define BACKWARD(name, X, W, M_TILES)                                                                                            \
+#define MATMUL_BACKWARD(name, X, W, M_TILES)                                                                                            \
     KERNEL(name, BACKWARD_THREADS, const X* dy, const W* w, const f16* scales, X* dx, int rows, int inputs, int outputs) {        \
         matmul_backward<M_TILES>(dy, w, scales, dx, rows, inputs, outputs);                                                      \
     }
-BACKWARD(matmul_backward_bf16_bf16, bf16, bf16, 4)
-BACKWARD(matmul_backward_bf16_q8, bf16, int8_t, 2)
-BACKWARD(matmul_backward_f16_f16, f16, f16, 4)
-BACKWARD(matmul_backward_f16_q8, f16, int8_t, 2)
-BACKWARD(matmul_backward_f32_f32, float, float, 2)
-BACKWARD(matmul_backward_f32_bf16, float, bf16, 2)
-BACKWARD(matmul_backward_f32_f16, float, f16, 2)
-BACKWARD(matmul_backward_f32_q8, float, int8_t, 2)
+MATMUL_BACKWARD(matmul_backward_bf16_bf16, bf16, bf16, 4)
+MATMUL_BACKWARD(matmul_backward_bf16_q8, bf16, int8_t, 2)
+MATMUL_BACKWARD(matmul_backward_f16_f16, f16, f16, 4)
+MATMUL_BACKWARD(matmul_backward_f16_q8, f16, int8_t, 2)
+MATMUL_BACKWARD(matmul_backward_f32_f32, float, float, 2)
+MATMUL_BACKWARD(matmul_backward_f32_bf16, float, bf16, 2)
+MATMUL_BACKWARD(matmul_backward_f32_f16, float, f16, 2)
+MATMUL_BACKWARD(matmul_backward_f32_q8, float, int8_t, 2)
