@@ -1,22 +1,18 @@
 #!/bin/sh
-# Builds the kernels for the processor: libespalier_kernels.so and the checker, into the directory given (default: target).
+# Builds the kernels for the processor: libespalier_kernels.so and the checker, into the directory given (default:
+# target/kernels). It needs a C++20 compiler and nothing of CUDA.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 to=${1:-$here/../../../target/kernels}
 mkdir -p "$to"
-flags="-std=c++20 -O2 -ffp-contract=off -fPIC -Wall -Wextra -Wno-unknown-pragmas ${CXXFLAGS:-}"
-cxx=${CXX:-g++}
-objects=
-for file in "$here"/../*.cu; do
-    name=$(basename "$file" .cu)
-    [ "$name" = all ] && continue
-    object=$to/$name.o
-    objects="$objects $object"
-    $cxx $flags -I"$here/.." -x c++ -c "$file" -o "$object" &
-    [ "$(jobs -p | wc -l)" -lt "${JOBS:-2}" ] || wait
-done
-$cxx $flags -c "$here/emulator.cc" -o "$to/emulator.o"
-$cxx $flags -c "$here/check.cc" -o "$to/check.o"
-wait
-$cxx $flags -shared $objects "$to/emulator.o" -o "$to/libespalier_kernels.so"
-$cxx $flags "$to/check.o" "$to/libespalier_kernels.so" -Wl,-rpath,"$to" -o "$to/check"
+export CXX="${CXX:-g++}" TO="$to" HERE="$here"
+export FLAGS="-std=c++20 -O2 -ffp-contract=off -fPIC -Wall -Wextra -Wno-unknown-pragmas ${CXXFLAGS:-}"
+{
+    ls "$here"/../*.cu | grep -v /all.cu
+    echo "$here/emulator.cc"
+    echo "$here/check.cc"
+} | xargs -P "${JOBS:-2}" -n 1 sh -c '$CXX $FLAGS -I"$HERE/.." -x c++ -c "$0" -o "$TO/$(basename "${0%.*}").o"'
+rm -f "$to/all.o"
+objects=$(ls "$to"/*.o | grep -v /check.o)
+$CXX $FLAGS -shared $objects -o "$to/libespalier_kernels.so"
+$CXX $FLAGS "$to/check.o" "$to/libespalier_kernels.so" -Wl,-rpath,"$to" -o "$to/check"
