@@ -14,23 +14,8 @@
 #include <string>
 #include <vector>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-
-namespace emulator {
-
-Place* place = nullptr;
-
-namespace {
-
-constexpr size_t STACK = 128 << 10;
-constexpr size_t STATIC_LIMIT = 48 << 10, LIMIT = 227 << 10;
-constexpr size_t CANARY = 64;
-
-// === fibres ===
-
 #if defined(__x86_64__)
+// Leaves one fibre's stack, whose place it notes, for another's. What a call must keep is kept on the stacks.
 extern "C" void espalier_switch(void** from, void* to);
 asm(R"(
 .text
@@ -52,6 +37,23 @@ espalier_switch:
     popq %rbp
     ret
 )");
+#else
+#include <ucontext.h>
+#endif
+
+namespace emulator {
+
+Place* place = nullptr;
+
+namespace {
+
+constexpr size_t STACK = 128 << 10;
+constexpr size_t STATIC_LIMIT = 48 << 10, LIMIT = 227 << 10;
+constexpr size_t CANARY = 64;
+
+// === fibres ===
+
+#if defined(__x86_64__)
 struct Context {
     void* stack = nullptr;
 };
