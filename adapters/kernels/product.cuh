@@ -83,7 +83,7 @@ template <int WARPS, int M_TILES, int N_TILES, class X, class W, class Take>
 __device__ __forceinline__ void few_rows(const Weight<W>& weight, int first, const X* x, int rows, float* parts, Take take) {
     using N = typename Meet<X, W>::Number;
     constexpr int OUTPUTS = M_TILES * 16, TILE = OUTPUTS * N_TILES * 8, THREADS = WARPS * WARP;
-    constexpr int UNROLL = M_TILES * N_TILES == 1 ? 4 : N_TILES == 2 ? 2 : 1;
+    [[maybe_unused]] constexpr int UNROLL = M_TILES * N_TILES == 1 ? 4 : N_TILES == 2 ? 2 : 1;
     const int lane = lane_of_thread(), warp = warp_of_thread(), g = lane / 4, t = lane % 4;
     const int inputs = weight.inputs;
     const bool aligned = inputs % 8 == 0;

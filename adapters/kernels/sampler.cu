@@ -172,7 +172,7 @@ struct Row {
         }
         const u64 each = amount(key);
         const u64 ties = (wanted - before + each - 1) / each;
-        const auto tied = [=](int i) { return static_cast<u64>(key_of(logits[i]) == key && within.holds(key, i)); };
+        const auto tied = [=, *this](int i) { return static_cast<u64>(key_of(logits[i]) == key && within.holds(key, i)); };
         return {key, reach(ties - 1, tied)};
     }
 

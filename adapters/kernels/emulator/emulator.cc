@@ -20,6 +20,7 @@ extern "C" void espalier_switch(void** from, void* to);
 asm(R"(
 .text
 .globl espalier_switch
+.type espalier_switch, @function
 espalier_switch:
     pushq %rbp
     pushq %rbx
