@@ -70,7 +70,10 @@ struct Attention {
             bring_flat<THREADS, STEP, HEAD_DIM>(to_v, Tiles::STRIDE, v, span, heads, kv_head, at, begin, end);
         } else {
             constexpr int EACH = 16 / sizeof(T), K_ACROSS = STEP / EACH, V_ACROSS = HEAD_DIM / EACH;
+            // The sums of a wide head leave no registers for addresses in advance.
+            [[maybe_unused]] constexpr int UNROLL = HEAD_DIM > 128 || sizeof(T) == 4 ? 1 : 2;
             const int d = heads.head_dim;
+#pragma unroll UNROLL
             for (int i = threadIdx.x; i < HEAD_DIM * K_ACROSS; i += THREADS) {
                 const int row = i / K_ACROSS, column = i % K_ACROSS * EACH;
                 // A block is there as soon as one of its positions is; others of it are masked.
@@ -80,6 +83,7 @@ struct Attention {
                 bring_16(to_k + row * Tiles::K_STRIDE + column, from, there ? EACH : 0, true);
             }
             const bool aligned = d % EACH == 0;
+#pragma unroll UNROLL
             for (int i = threadIdx.x; i < STEP * V_ACROSS; i += THREADS) {
                 const int position = at + i / V_ACROSS, column = i % V_ACROSS * EACH;
                 const int left = position >= begin && position < end ? d - column : 0;
@@ -100,7 +104,7 @@ struct Attention {
         const T* const tile_v = tiles->v[at / STEP % Tiles::STAGES];
         const T* const tile_q = tiles->q + warp_of_thread() * 16 * Tiles::STRIDE;
         float scores[STEP / 8][4] = {};
-#pragma unroll
+#pragma unroll(HEAD_DIM > 128 ? 2 : 8)
         for (int d = 0; d < HEAD_DIM; d += 16) {
             const auto left = left_along<N>(tile_q + d, Tiles::STRIDE);
 #pragma unroll
@@ -187,10 +191,10 @@ struct Attention {
         }
     }
 
-    // Attends to positions from step `from` up to `to`; `ended` is called with the sums after every split.
+    // Attends to positions from step `from` up to `to`; `ended` is called with the sums after every split but the last, whose
+    // sums are left.
     template <class Ended>
-    __device__ __forceinline__ void walk(int from, int to, Ended ended) const {
-        Attended<HEAD_DIM> sums;
+    __device__ __forceinline__ void walk(int from, int to, Attended<HEAD_DIM>& sums, Ended ended) const {
         clear(sums);
         if (Tiles::STAGES > 1) {
             bring_step(from);
@@ -209,12 +213,13 @@ struct Attention {
                 copies_begun();
             }
             attend(at, sums);
-            if ((at + STEP) % SPLIT == 0 || at + STEP >= to) {
+            if ((at + STEP) % SPLIT == 0 && at + STEP < to) {
                 finish(sums);
                 ended(sums);
                 clear(sums);
             }
         }
+        finish(sums);
     }
 };
 
@@ -234,24 +239,24 @@ __device__ void attend_split(const T* q, const T* k, const T* v, const int* tabl
     const int split = blockIdx.x * SPLIT;
     if (split >= part.end || split + SPLIT <= part.begin) return;
     part.bring_q(q);
-    part.walk(max(split, part.begin / STEP * STEP), min(split + SPLIT, part.end), [&](const Attended<HEAD_DIM>& sums) {
-        const int t = lane_of_thread() % 4;
+    Attended<HEAD_DIM> sums;
+    part.walk(max(split, part.begin / STEP * STEP), min(split + SPLIT, part.end), sums, [](const Attended<HEAD_DIM>&) {});
+    const int t = lane_of_thread() % 4;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const Query query = query_of(span, heads, part.kv_head, part.query(i));
-            if (!query.there) continue;
-            const i64 at = (static_cast<i64>(query.row) * heads.heads + query.head) * gridDim.x + blockIdx.x;
-            if (t == 0) marks[at] = sums.marks[i];
+    for (int i = 0; i < 2; i++) {
+        const Query query = query_of(span, heads, part.kv_head, part.query(i));
+        if (!query.there) continue;
+        const i64 at = (static_cast<i64>(query.row) * heads.heads + query.head) * gridDim.x + blockIdx.x;
+        if (t == 0) marks[at] = sums.marks[i];
 #pragma unroll
-            for (int d = 0; d < HEAD_DIM / 8; d++) {
+        for (int d = 0; d < HEAD_DIM / 8; d++) {
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int column = d * 8 + 2 * t + e;
-                    if (column < heads.head_dim) parts[at * heads.head_dim + column] = sums.out[d][i * 2 + e];
-                }
+            for (int e = 0; e < 2; e++) {
+                const int column = d * 8 + 2 * t + e;
+                if (column < heads.head_dim) parts[at * heads.head_dim + column] = sums.out[d][i * 2 + e];
             }
         }
-    });
+    }
 }
 
 // Merges the splits that a query sees. Blocks: (span, head).
@@ -298,7 +303,7 @@ __device__ void attend_walk(const T* q, const T* k, const T* v, const int* table
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 8 * 4; i++) shared->totals[i][threadIdx.x] = 0;
     whole.bring_q(q);
-    whole.walk(whole.begin / STEP * STEP, whole.end, [&](const Attended<HEAD_DIM>& sums) {
+    const auto join = [&](const Attended<HEAD_DIM>& sums) {
         float old[2], fresh[2];
         merge(totals[0], sums.marks[0], old[0], fresh[0]);
         merge(totals[1], sums.marks[1], old[1], fresh[1]);
@@ -310,7 +315,10 @@ __device__ void attend_walk(const T* q, const T* k, const T* v, const int* table
                 total = fmaf(sums.out[d][i], fresh[i / 2], total * old[i / 2]);
             }
         }
-    });
+    };
+    Attended<HEAD_DIM> sums;
+    whole.walk(whole.begin / STEP * STEP, whole.end, sums, join);
+    join(sums);
     const int t = lane_of_thread() % 4;
 #pragma unroll
     for (int i = 0; i < 2; i++) {

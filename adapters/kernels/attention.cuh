@@ -61,6 +61,7 @@ template <int THREADS, int COUNT, int HEAD_DIM, class T>
 __device__ __forceinline__ void bring_queries(T* tile, int stride, const T* q, const Span& span, const Heads& heads, int kv_head, int first) {
     constexpr int EACH = 16 / sizeof(T), ACROSS = HEAD_DIM / EACH;
     const bool aligned = heads.head_dim % EACH == 0;
+#pragma unroll(HEAD_DIM * sizeof(T) > 512 ? 1 : 4)
     for (int i = threadIdx.x; i < COUNT * ACROSS; i += THREADS) {
         const int d = i % ACROSS * EACH;
         const Query query = query_of(span, heads, kv_head, first + i / ACROSS);
@@ -76,6 +77,7 @@ __device__ __forceinline__ void bring_flat(T* tile, int stride, const T* kv, con
                                            int begin, int end) {
     constexpr int EACH = 16 / sizeof(T), ACROSS = HEAD_DIM / EACH;
     const bool aligned = heads.head_dim % EACH == 0;
+#pragma unroll(HEAD_DIM * sizeof(T) > 512 ? 1 : 4)
     for (int i = threadIdx.x; i < COUNT * ACROSS; i += THREADS) {
         const int d = i % ACROSS * EACH, position = first + i / ACROSS;
         const int left = position >= begin && position < end ? heads.head_dim - d : 0;

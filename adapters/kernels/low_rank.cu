@@ -37,7 +37,10 @@ enum FactorType { FACTOR_F32, FACTOR_BF16, FACTOR_F16 };
 
 // === shrink ===
 
-constexpr int SHRINK_WARPS = 8, SHRINK_TILES = 4;
+constexpr int SHRINK_WARPS = 8;
+// Eights of rows that a warp multiplies at once: as many as its registers hold.
+template <class X>
+constexpr int SHRINK_TILES = sizeof(X) == 4 ? 2 : 4;
 
 template <int N_TILES, class X, class A>
 __device__ __forceinline__ void shrink_rows(const Update& update, const Chunk& chunk, int begin, const X* x, int inputs, int rank0,
@@ -55,8 +58,8 @@ __device__ __forceinline__ void shrink_update(const Update& update, const Chunk&
         if (chunk.rows <= 8) {
             shrink_rows<1, X, A>(update, chunk, 0, x, inputs, rank0, h, parts);
         } else {
-            for (int begin = 0; begin < chunk.rows; begin += SHRINK_TILES * 8) {
-                shrink_rows<SHRINK_TILES, X, A>(update, chunk, begin, x, inputs, rank0, h, parts);
+            for (int begin = 0; begin < chunk.rows; begin += SHRINK_TILES<X> * 8) {
+                shrink_rows<SHRINK_TILES<X>, X, A>(update, chunk, begin, x, inputs, rank0, h, parts);
             }
         }
     }
@@ -66,7 +69,7 @@ __device__ __forceinline__ void shrink_update(const Update& update, const Chunk&
 // takes a chunk and every `gridDim.y`-th update of its segment.
 template <class X>
 __device__ void shrink(const Chunk* chunks, const int* first, const Update* updates, int sites, const Three<const X>& x, float* h) {
-    typedef float Parts[FEW_ROWS_PARTS<SHRINK_WARPS, 1, SHRINK_TILES>];
+    typedef float Parts[FEW_ROWS_PARTS<SHRINK_WARPS, 1, SHRINK_TILES<X>>];
     SHARED(Parts, parts);
     const Chunk chunk = chunks[blockIdx.x];
     if (chunk.rows == 0) return;

@@ -859,6 +859,14 @@ void paged_case(const HeadsShape& s, const std::vector<int>& lengths, const std:
         std::memcpy(padded_v.data(), from_v.data(), from_v.size() * sizeof(T));
         launch(text("store_keys_%s", NAME<T>), {unsigned(lengths[i] + 1)}, 256, 0, padded_k.data(), to.data(), k.data(), width, s.kv_heads, s.head_dim);
         launch(text("store_values_%s", NAME<T>), {unsigned(lengths[i] + 1)}, 256, 0, padded_v.data(), to.data(), v.data(), width, s.kv_heads, s.head_dim);
+        for (int p = 0; p < lengths[i]; p++) {
+            for (int c = 0; c < width; c++) {
+                const i64 head = static_cast<i64>(places[p] / 16) * s.kv_heads + c / s.head_dim;
+                const int d = c % s.head_dim;
+                near("stored key", k.value((head * s.head_dim + d) * 16 + p % 16), from_k.value(p * width + c), 0);
+                near("stored value", v.value((head * 16 + p % 16) * s.head_dim + d), from_v.value(p * width + c), 0);
+            }
+        }
         // Rows of one sequence in two spans where there are enough of them.
         const int cut = queries[i] > 3 ? queries[i] / 3 : queries[i];
         spans.push_back({row, cut, lengths[i] - queries[i], first_entry[i]});
