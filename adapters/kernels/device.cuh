@@ -20,6 +20,8 @@
 #include <type_traits>
 
 #define KERNEL(name, threads, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
+// For tiles that fill a multiprocessor alone: without that word the compiler would rather spill than give up a second block.
+#define LONE_KERNEL(name, threads, ...) extern "C" __global__ void __launch_bounds__(threads, 1) name(__VA_ARGS__)
 #define SHARED(Type, name) __shared__ Type name
 #define DYNAMIC_SHARED(name)                       \
     extern __shared__ uint4 espalier_dynamic[];    \

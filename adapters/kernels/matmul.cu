@@ -96,16 +96,16 @@ __device__ void matmul_many(const X* x, const W* w, const f16* scales, Y* y, int
     }
 }
 
-#define MATMUL_KERNEL(name, program, X, W, Y)                                                                                   \
-    KERNEL(name, MATMUL_THREADS, const X* x, const W* w, const f16* scales, Y* y, int rows, int inputs, int outputs) {           \
-        program(x, w, scales, y, rows, inputs, outputs);                                                                        \
+#define MATMUL_KERNEL(KERNEL, name, program, X, W, Y)                                                                                       \
+    KERNEL(name, MATMUL_THREADS, const X* x, const W* w, const f16* scales, Y* y, int rows, int inputs, int outputs) {                      \
+        program(x, w, scales, y, rows, inputs, outputs);                                                                                    \
     }
-#define MATMUL(name, X, W, Y, M_TILES)                                           \
-    MATMUL_KERNEL(name##_8, (matmul_few<1, 1>), X, W, Y)                         \
-    MATMUL_KERNEL(name##_16, (matmul_few<1, 2>), X, W, Y)                        \
-    MATMUL_KERNEL(name##_32, (matmul_few<2, 4>), X, W, Y)                        \
-    MATMUL_KERNEL(name##_64, (matmul_few<2, 8>), X, W, Y)                        \
-    MATMUL_KERNEL(name##_many, (matmul_many<M_TILES>), X, W, Y)
+#define MATMUL(name, X, W, Y, M_TILES)                                                                                                      \
+    MATMUL_KERNEL(KERNEL, name##_8, (matmul_few<1, 1>), X, W, Y)                                                                            \
+    MATMUL_KERNEL(KERNEL, name##_16, (matmul_few<1, 2>), X, W, Y)                                                                           \
+    MATMUL_KERNEL(KERNEL, name##_32, (matmul_few<2, 4>), X, W, Y)                                                                           \
+    MATMUL_KERNEL(KERNEL, name##_64, (matmul_few<2, 8>), X, W, Y)                                                                           \
+    MATMUL_KERNEL(LONE_KERNEL, name##_many, (matmul_many<M_TILES>), X, W, Y)
 
 MATMUL(matmul_bf16_bf16_bf16, bf16, bf16, bf16, 4)
 MATMUL(matmul_bf16_bf16_f32, bf16, bf16, float, 4)

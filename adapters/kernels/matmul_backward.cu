@@ -92,7 +92,7 @@ __device__ void matmul_backward(const X* dy, const W* w, const f16* scales, X* d
 }
 
 #define MATMUL_BACKWARD(name, X, W, M_TILES)                                                                                            \
-    KERNEL(name, BACKWARD_THREADS, const X* dy, const W* w, const f16* scales, X* dx, int rows, int inputs, int outputs) {        \
+    LONE_KERNEL(name, BACKWARD_THREADS, const X* dy, const W* w, const f16* scales, X* dx, int rows, int inputs, int outputs) {        \
         matmul_backward<M_TILES>(dy, w, scales, dx, rows, inputs, outputs);                                                      \
     }
 MATMUL_BACKWARD(matmul_backward_bf16_bf16, bf16, bf16, 4)

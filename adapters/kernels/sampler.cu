@@ -31,6 +31,8 @@ struct Boundary {
     __device__ __forceinline__ bool holds(unsigned other, int token) const { return other > key || (other == key && token <= id); }
 };
 
+constexpr Boundary NOTHING{0xffffffffu, -1};
+
 struct SamplerShared {
     u64 bins[BINS];
     u64 warps[SAMPLE_WARPS];
@@ -53,8 +55,8 @@ struct Row {
     int vocab;
     SamplerShared& shared;
 
-    // The first of those behind `after`, for every thread; id -1 where there is none.
-    __device__ __forceinline__ Boundary best(const Boundary* after) const {
+    // The first of those that `passed` does not hold, for every thread; id -1 where there is none.
+    __device__ __forceinline__ Boundary best(Boundary passed) const {
         unsigned key = 0;
         int id = -1;
         const auto take = [&](unsigned other, int token) {
@@ -65,7 +67,7 @@ struct Row {
         };
         for (int i = threadIdx.x; i < vocab; i += SAMPLE_THREADS) {
             const unsigned other = key_of(logits[i]);
-            if (after == nullptr || !after->holds(other, i)) take(other, i);
+            if (!passed.holds(other, i)) take(other, i);
         }
 #pragma unroll
         for (int step = WARP / 2; step > 0; step /= 2) {
@@ -212,7 +214,7 @@ KERNEL(sample, SAMPLE_THREADS, const float* logits, const Draw* draws, int* toke
     const Draw draw = draws[blockIdx.x];
     u64 wrong = 0;
     for (int i = threadIdx.x; i < vocab; i += SAMPLE_THREADS) wrong += !(row.logits[i] < INFINITY);
-    const Boundary best = row.best(nullptr);
+    const Boundary best = row.best(NOTHING);
     const float highest = row.logits[best.id];
     if (row.sum(wrong) > 0 || highest == LOWEST) {
         if (threadIdx.x == 0) tokens[blockIdx.x] = -1;
@@ -263,9 +265,9 @@ KERNEL(top_logprobs, SAMPLE_THREADS, const float* logits, const float* statistic
     const float denominator = statistics[2 * static_cast<i64>(blockIdx.x) + 1];
     const int token = tokens[blockIdx.x];
     if (threadIdx.x == 0) chosen[blockIdx.x] = token >= 0 ? row.logits[token] - denominator : LOWEST;
-    Boundary last{0, -1};
+    Boundary last = NOTHING;
     for (int i = 0; i < count; i++) {
-        last = row.best(i == 0 ? nullptr : &last);
+        last = row.best(last);
         if (threadIdx.x == 0) {
             ids[static_cast<i64>(blockIdx.x) * count + i] = last.id;
             logprobs[static_cast<i64>(blockIdx.x) * count + i] = last.id >= 0 ? row.logits[last.id] - denominator : LOWEST;

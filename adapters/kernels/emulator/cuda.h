@@ -25,6 +25,7 @@
     extern "C" void name(__VA_ARGS__);                              \
     static const emulator::Entry entry_of_##name(#name, threads, name); \
     extern "C" void name(__VA_ARGS__)
+#define LONE_KERNEL KERNEL
 #define SHARED(Type, name)      \
     static char key_of_##name;  \
     Type& name = *static_cast<Type*>(emulator::shared(&key_of_##name, sizeof(Type)))
