@@ -1,0 +1,18 @@
+// Every kernel in one module, as the server loads it.
+
+#include "attention.cu"
+#include "attention_backward.cu"
+#include "cache.cu"
+#include "dropout.cu"
+#include "embedding.cu"
+#include "loss.cu"
+#include "low_rank.cu"
+#include "matmul.cu"
+#include "matmul_backward.cu"
+#include "norm.cu"
+#include "optimizer.cu"
+#include "outer.cu"
+#include "rope.cu"
+#include "sampler.cu"
+#include "sum.cu"
+#include "swiglu.cu"
