@@ -12,6 +12,7 @@ mod constrained;
 mod golden_inference;
 mod golden_training;
 mod inference_api;
+mod kernels;
 mod kill_resume;
 mod mixture_api;
 mod python_client;
