@@ -5,6 +5,7 @@
 #include "cache.cu"
 #include "dropout.cu"
 #include "embedding.cu"
+#include "fill.cu"
 #include "loss.cu"
 #include "low_rank.cu"
 #include "matmul.cu"

@@ -225,8 +225,9 @@ struct Attention {
 
 // === decode: a block has a split ===
 
-// Sums go to `parts [rows, heads, gridDim.x, head_dim]`, their marks to `marks [rows, heads, gridDim.x]`. Blocks: (split,
-// key head and 16 of its queries, span).
+// A span has one row here, which may be any. Its sums lie under its number and not under its row's, so that scratch is as
+// large as what decodes: `parts [spans, heads, gridDim.x, head_dim]`, and their marks `[spans, heads, gridDim.x]`. Blocks:
+// (split, key head and 16 of its queries, span).
 template <class T, int HEAD_DIM>
 __device__ void attend_split(const T* q, const T* k, const T* v, const int* tables, const Span* spans, const Heads& heads, float* parts,
                              Mark* marks) {
@@ -244,9 +245,10 @@ __device__ void attend_split(const T* q, const T* k, const T* v, const int* tabl
     const int t = lane_of_thread() % 4;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const Query query = query_of(span, heads, part.kv_head, part.query(i));
-        if (!query.there) continue;
-        const i64 at = (static_cast<i64>(query.row) * heads.heads + query.head) * gridDim.x + blockIdx.x;
+        const int in_group = part.query(i);
+        if (in_group >= heads.group()) continue;
+        const int head = part.kv_head * heads.group() + in_group;
+        const i64 at = (static_cast<i64>(blockIdx.z) * heads.heads + head) * gridDim.x + blockIdx.x;
         if (t == 0) marks[at] = sums.marks[i];
 #pragma unroll
         for (int d = 0; d < HEAD_DIM / 8; d++) {
@@ -259,24 +261,22 @@ __device__ void attend_split(const T* q, const T* k, const T* v, const int* tabl
     }
 }
 
-// Merges the splits that a query sees. Blocks: (span, head).
+// Merges the splits that a query sees, into its row. Blocks: (span, head).
 template <class T>
 __device__ void attend_combine(const float* parts, const Mark* marks, const Span* spans, const Heads& heads, int splits, T* out) {
     const Span span = spans[blockIdx.x];
-    for (int i = 0; i < span.rows; i++) {
-        const int last = span.start + i;
-        const i64 query = static_cast<i64>(span.row + i) * heads.heads + blockIdx.y;
-        for (int d = threadIdx.x; d < heads.head_dim; d += blockDim.x) {
-            Mark total{LOWEST, 0};
-            float sum = 0;
-            for (int split = heads.first_visible(last) / SPLIT; split <= last / SPLIT; split++) {
-                const i64 at = query * splits + split;
-                float old, fresh;
-                merge(total, marks[at], old, fresh);
-                sum = fmaf(parts[at * heads.head_dim + d], fresh, sum * old);
-            }
-            out[query * heads.head_dim + d] = narrow<T>(sum / total.sum);
+    if (span.rows == 0) return;
+    const i64 from = (static_cast<i64>(blockIdx.x) * heads.heads + blockIdx.y) * splits;
+    const i64 to = (static_cast<i64>(span.row) * heads.heads + blockIdx.y) * heads.head_dim;
+    for (int d = threadIdx.x; d < heads.head_dim; d += blockDim.x) {
+        Mark total{LOWEST, 0};
+        float sum = 0;
+        for (int split = heads.first_visible(span.start) / SPLIT; split <= span.start / SPLIT; split++) {
+            float old, fresh;
+            merge(total, marks[from + split], old, fresh);
+            sum = fmaf(parts[(from + split) * heads.head_dim + d], fresh, sum * old);
         }
+        out[to + d] = narrow<T>(sum / total.sum);
     }
 }
 

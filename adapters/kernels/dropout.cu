@@ -1,15 +1,7 @@
 // Training's dropout: a mask that is a function of counters, the same as the processor's. It must not know what a key is
 // made of.
 
-#include "device.cuh"
-
-// SplitMix64's finaliser: every input bit changes every output bit (Steele, Lea and Flood, 2014).
-__device__ __forceinline__ uint64_t mix(uint64_t value) {
-    uint64_t z = value + 0x9e3779b97f4a7c15ull;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-}
+#include "mix.cuh"
 
 // One block a row: `out = mask * x * keep`, or `out += ...` where `add`; kept is what mixes to `bar` or more.
 template <class T>

@@ -26,15 +26,20 @@ KERNEL(softmax_statistics, LOSS_THREADS, const float* logits, float* statistics,
     }
 }
 
-// One block a row: the row becomes `scale * (softmax(row) - onehot(label))`, and `losses` gets `-log softmax(row)[label]`.
-// The gradient may go elsewhere, in another type, where a product reads it next.
+// One block a row: the row becomes `scale * (softmax(row) - onehot(label))`, and `judged [rows, 2]` gets
+// `-log softmax(row)[label]` and 1 where no logit is above the label's, else 0. The gradient may go elsewhere, in another
+// type, where a product reads it next.
 template <class T>
-__device__ void cross_entropy(const float* logits, const unsigned* labels, float scale, T* gradient, float* losses, int vocab) {
+__device__ void cross_entropy(const float* logits, const unsigned* labels, float scale, T* gradient, float* judged, int vocab) {
     const i64 at = static_cast<i64>(blockIdx.x) * vocab;
     const int label = static_cast<int>(labels[blockIdx.x]);
     float highest, sum;
     softmax_of(logits + at, vocab, highest, sum);
-    if (threadIdx.x == 0) losses[blockIdx.x] = highest + logf(sum) - logits[at + label];
+    if (threadIdx.x == 0) {
+        const float score = logits[at + label];
+        judged[2 * static_cast<i64>(blockIdx.x)] = highest + logf(sum) - score;
+        judged[2 * static_cast<i64>(blockIdx.x) + 1] = score == highest ? 1.0f : 0.0f;
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < vocab; i += LOSS_THREADS) {
         const float probability = expf(logits[at + i] - highest) / sum;
@@ -43,8 +48,8 @@ __device__ void cross_entropy(const float* logits, const unsigned* labels, float
 }
 
 #define CROSS_ENTROPY(name, T)                                                                                              \
-    KERNEL(cross_entropy_##name, LOSS_THREADS, const float* logits, const unsigned* labels, float scale, T* gradient, float* losses, \
+    KERNEL(cross_entropy_##name, LOSS_THREADS, const float* logits, const unsigned* labels, float scale, T* gradient, float* judged, \
            int vocab) {                                                                                                     \
-        cross_entropy(logits, labels, scale, gradient, losses, vocab);                                                      \
+        cross_entropy(logits, labels, scale, gradient, judged, vocab);                                                      \
     }
 FOR_NUMBERS(CROSS_ENTROPY)

@@ -5,7 +5,7 @@
 // and a boundary is found by histograms, coarse and then digit by digit. Weights are whole numbers of 2^-40, so sums of them
 // are exact in any order, and a token is the same on every run and in any company.
 
-#include "device.cuh"
+#include "mix.cuh"
 
 constexpr int SAMPLE_THREADS = 1024, SAMPLE_WARPS = SAMPLE_THREADS / WARP, BINS = 1024;
 using u64 = unsigned long long;
@@ -41,14 +41,6 @@ struct SamplerShared {
     u64 before, total;
     int chosen;
 };
-
-// SplitMix64's finaliser (Steele, Lea and Flood, 2014).
-__device__ __forceinline__ u64 scrambled(u64 value) {
-    u64 z = value + 0x9e3779b97f4a7c15ull;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-}
 
 struct Row {
     const float* logits;
@@ -251,7 +243,7 @@ KERNEL(sample, SAMPLE_THREADS, const float* logits, const Draw* draws, int* toke
     u64 total = 0;
     for (int i = threadIdx.x; i < vocab; i += SAMPLE_THREADS) total += amount(i);
     total = row.sum(total);
-    const u64 target = __umul64hi(scrambled(draw.seed ^ scrambled(draw.counter)), total);
+    const u64 target = __umul64hi(mix(draw.seed ^ mix(draw.counter)), total);
     const int token = row.reach(target, amount);
     if (threadIdx.x == 0) tokens[blockIdx.x] = token;
 }

@@ -6,7 +6,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 to=${1:-$here/../../../target/kernels}
 mkdir -p "$to"
 export CXX="${CXX:-g++}" TO="$to" HERE="$here"
-export FLAGS="-std=c++20 -O2 -ffp-contract=off -fno-strict-aliasing -fPIC -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-parameter ${CXXFLAGS:-}"
+export FLAGS="-std=c++20 -O2 -ffp-contract=off -fno-strict-aliasing -fPIC -pthread -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-parameter ${CXXFLAGS:-}"
 {
     ls "$here"/../*.cu | grep -v /all.cu
     echo "$here/emulator.cc"

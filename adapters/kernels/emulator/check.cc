@@ -8,9 +8,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <latch>
 #include <memory>
 #include <numeric>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda.h"
@@ -22,6 +24,8 @@ using u64 = unsigned long long;
 
 extern "C" int espalier_emulator_launch(const char* name, const unsigned* grid, const unsigned* block, unsigned shared_bytes,
                                         void** arguments, int count, int order, char* error, size_t error_bytes);
+extern "C" int espalier_emulator_arguments(const char* name);
+extern "C" int espalier_emulator_argument_bytes(const char* name, int index);
 
 namespace {
 
@@ -214,11 +218,12 @@ void check_gather() {
         using T = decltype(t);
         for (int width : {1, 8, 40, 77, 2304}) {
             TestWeight<W> weight(9, width);
-            const auto ids = Buffer<unsigned>::of({8, 0, 3, 3, 7});
-            Buffer<T> out(5 * width);
-            launch(text("gather_%s", name), {5}, 256, 0, weight.numbers.data(), weight.scales.data(), ids.data(), out.data(), width);
-            for (int i = 0; i < 5 * width; i++) {
-                const double want = weight.values[ids[i / width] * width + i % width];
+            const auto ids = Buffer<unsigned>::of({8, 0, 0xffffffff, 3, 3, 7, 0xffffffff});
+            Buffer<T> out(7 * width);
+            launch(text("gather_%s", name), {7}, 256, 0, weight.numbers.data(), weight.scales.data(), ids.data(), out.data(), width);
+            for (int i = 0; i < 7 * width; i++) {
+                const unsigned id = ids[i / width];
+                const double want = id == 0xffffffff ? 0 : weight.values[id * width + i % width];
                 near(text("%s width %d [%d]", name, width, i), out.value(i), want, std::fabs(want) * EPSILON<T>);
             }
         }
@@ -327,15 +332,27 @@ void check_sum() {
             const int rows = 3;
             const i64 count = rows * width;
             const auto x = Buffer<T>::random(count), row = Buffer<T>::random(width), y = Buffer<T>::random(count);
+            const auto gain = Buffer<float>::random(width);
             auto sum = y.copy(), biased = y.copy(), scaled = y.copy();
             launch(text("add_%s", NAME<T>), {up(count, 2048)}, 256, 0, x.data(), sum.data(), count);
             launch(text("add_bias_%s", NAME<T>), {unsigned(rows)}, 256, 0, row.data(), biased.data(), width);
-            launch(text("scale_columns_%s", NAME<T>), {unsigned(rows)}, 256, 0, row.data(), scaled.data(), width);
+            launch(text("scale_columns_%s", NAME<T>), {unsigned(rows)}, 256, 0, gain.data(), scaled.data(), width);
             for (i64 i = 0; i < count; i++) {
                 const auto close = [&](const char* what, double got, double want) { near(what, got, want, EPSILON<T> * std::fabs(want) + 1e-7); };
                 close("add", sum.value(i), y.value(i) + x.value(i));
                 close("add_bias", biased.value(i), y.value(i) + row.value(i % width));
-                close("scale_columns", scaled.value(i), y.value(i) * row.value(i % width));
+                near("scale_columns", scaled.value(i), widen(narrow<T>(y.value(i) * gain.value(i % width))), 0);
+            }
+            const std::vector<int> places = {4, -1, 0, 2, -7};
+            const auto more = Buffer<T>::random(places.size() * width), whole = Buffer<T>::random(6 * width);
+            const auto to = Buffer<int>::of(places);
+            auto added = whole.copy();
+            launch(text("add_rows_%s", NAME<T>), {unsigned(places.size())}, 256, 0, more.data(), to.data(), added.data(), width);
+            for (int i = 0; i < 6 * width; i++) {
+                const auto from = std::find(places.begin(), places.end(), i / width) - places.begin();
+                const bool named = from < static_cast<i64>(places.size());
+                const double by = named ? more.value(from * width + i % width) : 0;
+                near(text("add_rows %s width %d [%d]", NAME<T>, width, i), added.value(i), widen(narrow<T>(whole.value(i) + by)), 0);
             }
         }
     });
@@ -362,6 +379,66 @@ u64 mixed(u64 value) {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
     return z ^ (z >> 31);
+}
+
+void check_fill() {
+    // The first numbers of SplitMix64 from 0, as its authors' program gives them.
+    const u64 known[] = {0xe220a8397b1dcdafull, 0x6e789e6aa1b965f4ull, 0x06c45d188009454full};
+    Buffer<float> few(3);
+    launch("fill_uniform_f32", {1}, 256, 0, few.data(), i64{0}, i64{3}, u64{0}, 1.0f);
+    for (int i = 0; i < 3; i++) near("known number", few[i], static_cast<double>(known[i] >> 40) / (1 << 23) - 1, 0);
+    for_numbers([](auto t) {
+        using T = decltype(t);
+        const float bound = 0.3f;
+        const u64 seed = 0x123456789abcdef0ull;
+        for (i64 first : {i64{0}, i64{5}, i64{1} << 40}) {
+            for (i64 count : {1, 8, 4099}) {
+                Buffer<T> out(count);
+                launch(text("fill_uniform_%s", NAME<T>), {up(count, 2048)}, 256, 0, out.data(), first, count, seed, bound);
+                double sum = 0, squares = 0;
+                for (i64 i = 0; i < count; i++) {
+                    const u64 steps = mixed(seed + static_cast<u64>(first + i) * 0x9e3779b97f4a7c15ull) >> 40;
+                    const double want = bound * (static_cast<double>(steps) / (1 << 23) - 1);
+                    near(text("%s from %lld [%lld]", NAME<T>, first, i), out.value(i), widen(narrow<T>(want)), 0);
+                    comparisons++;
+                    if (!(want >= -bound && static_cast<float>(want) < bound)) report("a number beyond its bounds");
+                    sum += out.value(i);
+                    squares += out.value(i) * out.value(i);
+                }
+                if (count < 4000) continue;
+                near("mean", sum / count, 0, 0.01);
+                near("mean square", squares / count, bound * bound / 3, 0.002);
+                const std::vector<i64> cuts = {0, 1, 10, 2058, 2059, count};
+                for (size_t c = 0; c + 1 < cuts.size(); c++) {
+                    const i64 here = cuts[c + 1] - cuts[c];
+                    Buffer<T> part(here);
+                    launch(text("fill_uniform_%s", NAME<T>), {up(here, 2048)}, 256, 0, part.data(), first + cuts[c], here, seed, bound);
+                    same_bits(text("%s numbers %lld to %lld of a range", NAME<T>, cuts[c], cuts[c + 1]), part.data(), out.data() + cuts[c], here);
+                }
+            }
+        }
+    });
+}
+
+void check_cache() {
+    for_numbers([](auto t) {
+        using T = decltype(t);
+        const int kv_heads = 3, head_dim = 10, width = kv_heads * head_dim, pitch = width + 7;
+        const auto rows = Buffer<int>::of({5, -1, 47, -16, 16, 0, -1000});
+        const auto from = Buffer<T>::random(rows.size() * pitch), old = Buffer<T>::random(3 * 16 * width);
+        auto keys = old.copy(), values = old.copy(), want_keys = old.copy(), want_values = old.copy();
+        launch(text("store_keys_%s", NAME<T>), {unsigned(rows.size())}, 256, 0, from.data(), rows.data(), keys.data(), pitch, kv_heads, head_dim);
+        launch(text("store_values_%s", NAME<T>), {unsigned(rows.size())}, 256, 0, from.data(), rows.data(), values.data(), pitch, kv_heads, head_dim);
+        for (size_t r = 0; r < rows.size(); r++) {
+            for (int c = 0; c < width && rows[r] >= 0; c++) {
+                const int head = rows[r] / 16 * kv_heads + c / head_dim, d = c % head_dim, within = rows[r] % 16;
+                want_keys[(head * head_dim + d) * 16 + within] = from[r * pitch + c];
+                want_values[(head * 16 + within) * head_dim + d] = from[r * pitch + c];
+            }
+        }
+        same_bits(text("%s keys", NAME<T>), keys.data(), want_keys.data(), keys.size());
+        same_bits(text("%s values", NAME<T>), values.data(), want_values.data(), values.size());
+    });
 }
 
 void check_dropout() {
@@ -835,7 +912,7 @@ void paged_case(const HeadsShape& s, const std::vector<int>& lengths, const std:
     int blocks = 0, rows = 0, splits = 1;
     for (int i = 0; i < sequences; i++) {
         blocks += up(lengths[i], 16);
-        rows += queries[i];
+        rows += queries[i] + 1;
         splits = std::max(splits, static_cast<int>(up(lengths[i], 128)));
     }
     std::vector<int> order(blocks + 3), tables_flat, first_entry;
@@ -844,7 +921,7 @@ void paged_case(const HeadsShape& s, const std::vector<int>& lengths, const std:
     const int width = s.kv_heads * s.head_dim;
     // Blocks that nobody has written hold what is no number.
     Buffer<T> k((blocks + 3) * 16 * width), v((blocks + 3) * 16 * width);
-    std::vector<Span> spans;
+    std::vector<Span> spans, single;
     int row = 0, block = 0;
     for (int i = 0; i < sequences; i++) {
         first_entry.push_back(static_cast<int>(tables_flat.size()));
@@ -867,34 +944,70 @@ void paged_case(const HeadsShape& s, const std::vector<int>& lengths, const std:
                 near("stored value", v.value((head * 16 + p % 16) * s.head_dim + d), from_v.value(p * width + c), 0);
             }
         }
-        // Rows of one sequence in two spans where there are enough of them.
+        // Before it a row of nobody. Rows of one sequence in two spans where there are enough of them.
+        row++;
         const int cut = queries[i] > 3 ? queries[i] / 3 : queries[i];
         spans.push_back({row, cut, lengths[i] - queries[i], first_entry[i]});
         if (cut < queries[i]) spans.push_back({row + cut, queries[i] - cut, lengths[i] - queries[i] + cut, first_entry[i]});
+        // Decode: of a long prompt only some rows, each a span.
+        for (int r = 0; r < queries[i]; r++) {
+            if (r < 3 || r + 3 > queries[i] || r % 5 == 0) single.push_back({row + r, 1, lengths[i] - queries[i] + r, first_entry[i]});
+        }
         row += queries[i];
     }
     spans.push_back({-1, 0, 0, 0});
+    for (int i = static_cast<int>(single.size()) - 1; i > 0; i--) std::swap(single[i], single[below(i + 1)]);
+    single.insert(single.end(), 2, {-1, 0, 0, 0});
     const auto q = Buffer<T>::random(rows * s.heads * s.head_dim);
     const auto tables = Buffer<int>::of(tables_flat);
-    const auto table = Buffer<Span>::of(spans);
+    const auto table = Buffer<Span>::of(spans), single_table = Buffer<Span>::of(single);
     const int group = s.heads / s.kv_heads;
     int longest = 1;
     for (const Span& span : spans) longest = std::max(longest, span.rows);
-    Buffer<T> walked(q.size()), split(q.size());
+    Buffer<T> walked(q.size()), split(q.size()), want_split(q.size());
     launch(text("attend_paged_%d_%s", s.tile(), NAME<T>), {unsigned(spans.size()), s.kv_heads * up(longest * group, 64)}, 128, walk_bytes(sizeof(T), s.tile(), true),
            q.data(), k.data(), v.data(), tables.data(), table.data(), s.heads, s.kv_heads, s.head_dim, s.window, s.scale(), walked.data());
     splits += 1;
-    Buffer<float> parts(static_cast<size_t>(rows) * s.heads * splits * s.head_dim), marks(static_cast<size_t>(rows) * s.heads * splits * 2);
-    launch(text("attend_split_%d_%s", s.tile(), NAME<T>), {unsigned(splits), s.kv_heads * up(longest * group, 16), unsigned(spans.size())}, 32,
-           tiles_bytes(sizeof(T), s.tile(), 1, true), q.data(), k.data(), v.data(), tables.data(), table.data(), s.heads, s.kv_heads, s.head_dim, s.window,
+    // Room for every row too, which must stay as it was.
+    const size_t room = single.size() + rows;
+    Buffer<float> parts(room * s.heads * splits * s.head_dim), marks(room * s.heads * splits * 2);
+    launch(text("attend_split_%d_%s", s.tile(), NAME<T>), {unsigned(splits), s.kv_heads * up(group, 16), unsigned(single.size())}, 32,
+           tiles_bytes(sizeof(T), s.tile(), 1, true), q.data(), k.data(), v.data(), tables.data(), single_table.data(), s.heads, s.kv_heads, s.head_dim, s.window,
            s.scale(), parts.data(), marks.data());
-    launch(text("attend_combine_%s", NAME<T>), {unsigned(spans.size()), unsigned(s.heads)}, 128, 0, parts.data(), marks.data(), table.data(), s.heads, s.kv_heads,
+    // Under its number a span has the splits that it sees and no others; merged in double they are its row.
+    for (size_t i = 0; i < room * s.heads; i++) {
+        const Span span = i / s.heads < single.size() ? single[i / s.heads] : Span{-1, 0, 0, 0};
+        const auto mark = [&](int j, int which) { return marks.value((i * splits + j) * 2 + which); };
+        double highest = -1e300, total = 0;
+        for (int j = 0; j < splits; j++) {
+            const bool seen = span.rows > 0 && j >= s.first(span.start) / 128 && j <= span.start / 128;
+            near(text("%s span %zu has split %d", NAME<T>, i / s.heads, j), !std::isnan(mark(j, 0)), seen, 0);
+            if (seen) highest = std::max(highest, mark(j, 0));
+        }
+        if (span.rows == 0) continue;
+        std::vector<double> sums(s.head_dim);
+        for (int j = s.first(span.start) / 128; j <= span.start / 128; j++) {
+            const double scale = std::exp2(mark(j, 0) - highest);
+            total += mark(j, 1) * scale;
+            for (int d = 0; d < s.head_dim; d++) sums[d] += parts.value((i * splits + j) * s.head_dim + d) * scale;
+        }
+        for (int d = 0; d < s.head_dim; d++) {
+            const double want = walked.value((static_cast<i64>(span.row) * s.heads + i % s.heads) * s.head_dim + d);
+            near(text("%s parts of span %zu, row %d, head %zu [%d]", NAME<T>, i / s.heads, span.row, i % s.heads, d), sums[d] / total, want, EPSILON<T> * std::fabs(want) + 1e-6);
+        }
+    }
+    launch(text("attend_combine_%s", NAME<T>), {unsigned(single.size()), unsigned(s.heads)}, 128, 0, parts.data(), marks.data(), single_table.data(), s.heads, s.kv_heads,
            s.head_dim, s.window, splits, split.data());
-    same_bits(text("%s heads %d/%d of %d, window %d: decode beside prefill", NAME<T>, s.heads, s.kv_heads, s.head_dim, s.window), split.data(), walked.data(), q.size());
+    // Rows of no span stay as they were.
+    for (const Span& span : single) {
+        if (span.rows > 0) std::memcpy(want_split.data() + span.row * s.heads * s.head_dim, walked.data() + span.row * s.heads * s.head_dim, s.heads * s.head_dim * sizeof(T));
+    }
+    same_bits(text("%s heads %d/%d of %d, window %d: decode beside prefill", NAME<T>, s.heads, s.kv_heads, s.head_dim, s.window), split.data(), want_split.data(), q.size());
     row = 0;
     for (int i = 0; i < sequences; i++) {
         const auto key_at = [&](int p, int head, int d) { return k.value(((tables_flat[first_entry[i] + p / 16] * static_cast<i64>(s.kv_heads) + head) * s.head_dim + d) * 16 + p % 16); };
         const auto value_at = [&](int p, int head, int d) { return v.value(((tables_flat[first_entry[i] + p / 16] * static_cast<i64>(s.kv_heads) + head) * 16 + p % 16) * s.head_dim + d); };
+        row++;
         for (int r = 0; r < queries[i]; r++, row++) {
             if (r > 3 && r + 3 < queries[i] && r % 7) continue;
             for (int h = 0; h < s.heads; h++) {
@@ -1016,24 +1129,32 @@ void check_flat_attention() {
 
 void check_loss() {
     for (int vocab : {1, 7, 1000, 4099}) {
-        const int rows = 3;
+        const int rows = 4;
         const auto logits = Buffer<float>::random(rows * vocab, 4);
         std::vector<unsigned> labels;
-        for (int r = 0; r < rows; r++) labels.push_back(below(vocab));
+        // The label is the highest logit, one of two highest, one a bit below it, and any.
+        for (int r = 0; r < rows; r++) {
+            const float* const row = logits.data() + r * vocab;
+            const int best = static_cast<int>(std::max_element(row, row + vocab) - row);
+            labels.push_back(r == 0 ? best : r < 3 ? (best + vocab - 1) % vocab : below(vocab));
+            if (r == 1) logits[r * vocab + labels[r]] = row[best];
+            if (r == 2) logits[r * vocab + labels[r]] = std::nextafter(row[best], -INFINITY);
+        }
         const auto label = Buffer<unsigned>::of(labels);
-        Buffer<float> losses(rows), statistics(rows * 2);
+        Buffer<float> judged(rows * 2), judged_again(rows * 2), statistics(rows * 2);
         launch("softmax_statistics", {rows}, 512, 0, logits.data(), statistics.data(), vocab);
         for_numbers([&](auto t) {
             using T = decltype(t);
             Buffer<T> gradient(rows * vocab);
-            launch(text("cross_entropy_%s", NAME<T>), {rows}, 512, 0, logits.data(), label.data(), 0.25f, gradient.data(), losses.data(), vocab);
+            launch(text("cross_entropy_%s", NAME<T>), {rows}, 512, 0, logits.data(), label.data(), 0.25f, gradient.data(), judged.data(), vocab);
             for (int r = 0; r < rows; r++) {
                 double highest = -1e300, total = 0;
                 for (int i = 0; i < vocab; i++) highest = std::max(highest, logits.value(r * vocab + i));
                 for (int i = 0; i < vocab; i++) total += std::exp(logits.value(r * vocab + i) - highest);
                 near("highest", statistics[2 * r], highest, 0);
                 near("denominator", statistics[2 * r + 1], highest + std::log(total), 1e-5);
-                near("loss", losses[r], highest + std::log(total) - logits.value(r * vocab + labels[r]), 1e-5);
+                near("loss", judged[2 * r], highest + std::log(total) - logits.value(r * vocab + labels[r]), 1e-5);
+                near("right", judged[2 * r + 1], logits.value(r * vocab + labels[r]) == highest, 0);
                 for (int i = 0; i < vocab; i++) {
                     const double want = 0.25 * (std::exp(logits.value(r * vocab + i) - highest) / total - (i == static_cast<int>(labels[r])));
                     near(text("gradient %s", NAME<T>), gradient.value(r * vocab + i), want, (EPSILON<T> + 2e-6) * std::fabs(want) + 1e-7);
@@ -1041,7 +1162,11 @@ void check_loss() {
             }
         });
         auto in_place = logits.copy();
-        launch("cross_entropy_f32", {rows}, 512, 0, in_place.data(), label.data(), 0.25f, in_place.data(), losses.data(), vocab);
+        Buffer<float> gradient(rows * vocab);
+        launch("cross_entropy_f32", {rows}, 512, 0, logits.data(), label.data(), 0.25f, gradient.data(), judged.data(), vocab);
+        launch("cross_entropy_f32", {rows}, 512, 0, in_place.data(), label.data(), 0.25f, in_place.data(), judged_again.data(), vocab);
+        same_bits("gradient in place", in_place.data(), gradient.data(), gradient.size());
+        same_bits("judged in place", judged_again.data(), judged.data(), judged.size());
     }
 }
 
@@ -1175,6 +1300,48 @@ void check_errors() {
     refused("rms_norm_f32", 4, 256);
     refused("rms_norm_f32", 5, 257);
     refused("rms_norm_f32", 5, 512);
+    near("arguments of fill_uniform_f32", espalier_emulator_arguments("fill_uniform_f32"), 5, 0);
+    near("arguments of no kernel", espalier_emulator_arguments("rms_norm_f64"), -1, 0);
+    // `T* out, i64 first, i64 count, u64 seed, float bound`, and none on either side.
+    const int bytes[] = {-1, 8, 8, 8, 8, 4, -1};
+    for (int i = 0; i < 7; i++) near(text("bytes of argument %d", i - 1), espalier_emulator_argument_bytes("fill_uniform_f32", i - 1), bytes[i], 0);
+    near("bytes of no kernel", espalier_emulator_argument_bytes("rms_norm_f64", 0), -1, 0);
+}
+
+// Launches from several threads at once.
+void check_threads() {
+    constexpr int THREADS = 4, ROWS = 200, WIDTH = 300;
+    const auto x = Buffer<float>::random(THREADS * ROWS * WIDTH), weight = Buffer<float>::random(WIDTH);
+    Buffer<float> y(x.size());
+    std::string errors[THREADS];
+    std::vector<std::thread> threads;
+    std::latch ready(THREADS);
+    for (int i = 0; i < THREADS; i++) {
+        threads.emplace_back([&, i] {
+            ready.arrive_and_wait();
+            for (int r = i * ROWS; r < (i + 1) * ROWS; r++) {
+                const float *from = x.data() + r * WIDTH, *by = weight.data();
+                float *to = y.data() + r * WIDTH, eps = 1e-5f;
+                int width = WIDTH;
+                void* arguments[] = {&from, &by, &eps, &to, &width};
+                const unsigned grid[3] = {1, 1, 1}, block[3] = {256, 1, 1};
+                char error[512] = "";
+                if (espalier_emulator_launch("rms_norm_f32", grid, block, 0, arguments, 5, r % 2, error, sizeof error)) errors[i] = error;
+            }
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+    for (const std::string& error : errors) {
+        if (!error.empty()) report(error);
+    }
+    for (int r = 0; r < THREADS * ROWS; r++) {
+        double squares = 0;
+        for (int i = 0; i < WIDTH; i++) squares += x.value(r * WIDTH + i) * x.value(r * WIDTH + i);
+        for (int i = 0; i < WIDTH; i++) {
+            const double want = weight.value(i) * x.value(r * WIDTH + i) / std::sqrt(squares / WIDTH + 1e-5);
+            near(text("row %d [%d]", r, i), y.value(r * WIDTH + i), want, 2e-6 * (1 + std::fabs(want)));
+        }
+    }
 }
 
 struct Check {
@@ -1183,11 +1350,14 @@ struct Check {
 };
 constexpr Check CHECKS[] = {
     {"errors", check_errors},
+    {"threads", check_threads},
     {"gather", check_gather},
     {"norm", check_norm},
     {"rope", check_rope},
     {"swiglu", check_swiglu},
     {"sum", check_sum},
+    {"fill", check_fill},
+    {"cache", check_cache},
     {"dropout", check_dropout},
     {"matmul", check_matmul},
     {"matmul_rows", check_matmul_rows},

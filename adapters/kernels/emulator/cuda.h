@@ -14,6 +14,7 @@
 #include <functional>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define __device__
 #define __host__
@@ -49,13 +50,14 @@ extern Place* place;
 struct Entry {
     template <class... A>
     Entry(const char* name, int threads, void (*kernel)(A...))
-        : name(name), threads(threads), arguments(sizeof...(A)), call([kernel](void** at) {
+        : name(name), threads(threads), arguments(sizeof...(A)), bytes{static_cast<int>(sizeof(A))...}, call([kernel](void** at) {
               unpack<A...>(kernel, at, std::index_sequence_for<A...>());
           }) {
         enter();
     }
     const char* name;
     int threads, arguments;
+    std::vector<int> bytes;
     std::function<void(void**)> call;
 
   private:

@@ -1,7 +1,8 @@
 // Runs the kernels on a processor: a fibre for every thread of a block, blocks one after another.
 //
 // Warps run as far apart as barriers allow: one runs until it meets the block's barrier, then the next. A launch has an
-// order, and a kernel that gives other bits in the opposite order has a race. It must not know any kernel.
+// order, and a kernel that gives other bits in the opposite order has a race. Launches may come from any thread and run one
+// at a time. It must not know any kernel.
 
 #include "cuda.h"
 
@@ -351,4 +352,11 @@ extern "C" int espalier_emulator_launch(const char* name, const unsigned* grid, 
 extern "C" int espalier_emulator_arguments(const char* name) {
     const auto found = emulator::entries().find(name);
     return found == emulator::entries().end() ? -1 : found->second->arguments;
+}
+
+// How many bytes one of them has.
+extern "C" int espalier_emulator_argument_bytes(const char* name, int index) {
+    const auto found = emulator::entries().find(name);
+    if (found == emulator::entries().end() || index < 0 || index >= found->second->arguments) return -1;
+    return found->second->bytes[index];
 }
