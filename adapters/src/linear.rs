@@ -10,79 +10,112 @@ mod update;
 
 use std::ops::Range;
 
-use crate::batch::{Pass, Segment, Thin, sized};
+use crate::batch::{Pass, Segment, Thin};
 use crate::config::Site;
-use crate::ops::{LowRank, Ops, Real};
+use crate::ops::{Buffer, LowRank, Ops, Real, View, ViewMut};
 use crate::pace::{Stopped, pieces};
 
 pub use overlay::{Overlay, OverlayBytes};
-pub use resident::{AdapterGrads, BaseSites, Misfit, ResidentAdapter, SiteView};
+pub use resident::{AdapterGrads, BaseSites, BuildError, Misfit, ResidentAdapter, SiteView};
 pub use update::merged;
 
 /// A frozen projection `[out, in]`, its optional bias, and its place in the model. The only type that a block multiplies by.
 #[derive(Debug)]
 pub struct LoraLinear<O: Ops> {
     weight: O::Matrix,
-    bias: Option<Vec<O::T>>,
+    bias: Option<O::Buf>,
     layer: usize,
     site: Site,
     outputs: usize,
     inputs: usize,
 }
 
-/// Projections that share their input `x [rows, in]`, each into its `y [rows, out]`: the bases once over all rows, then every
-/// segment's updates of all of them in one list, then gains and biases.
-///
-/// # Errors
-/// [`Stopped`] when the pace says so.
-pub fn forward<O: Ops, const N: usize>(
-    pass: &Pass<'_, O>,
-    projections: [&LoraLinear<O>; N],
-    x: &[O::T],
-    mut outputs: [&mut [O::T]; N],
-    thin: &mut Thin<O::T>,
-) -> Result<(), Stopped> {
-    for (projection, y) in projections.iter().zip(&mut outputs) {
-        projection.base(pass, x, y)?;
-    }
-    match pass.dropout {
-        None => {
-            let updates = updates(pass, &projections);
-            if !updates.is_empty() {
-                pass.ops.low_rank(x, &updates, &mut outputs);
-                pass.pace.breathe()?;
+/// Sites that share their input.
+const GROUPS: &[&[Site]] = &[
+    &[Site::Q, Site::K, Site::V],
+    &[Site::O],
+    &[Site::Gate, Site::Up],
+    &[Site::Down],
+];
+
+/// The same sites where dropout gives each an input of its own.
+const ALONE: &[&[Site]] = &[
+    &[Site::Q],
+    &[Site::K],
+    &[Site::V],
+    &[Site::O],
+    &[Site::Gate],
+    &[Site::Up],
+    &[Site::Down],
+];
+
+/// What the adapters of a pass add at every layer, brought once to where operations read it: one list for each group of
+/// sites, under the number of its first.
+pub(crate) struct PassUpdates<'a, O: Ops> {
+    lists: O::Updates<'a>,
+    /// Whether a list holds anything.
+    filled: Vec<bool>,
+}
+
+// === impl PassUpdates ===
+
+impl<'a, O: Ops> PassUpdates<'a, O> {
+    pub(crate) fn new(
+        ops: &'a O,
+        layers: usize,
+        segments: &'a [Segment<O>],
+        dropout: bool,
+    ) -> Self {
+        let groups = if dropout { ALONE } else { GROUPS };
+        let adapted = segments
+            .iter()
+            .any(|segment| segment.adapters.parts().next().is_some());
+        let sites = if adapted { layers * Site::ALL.len() } else { 0 };
+        let mut lists: Vec<Vec<_>> = (0..sites).map(|_| Vec::new()).collect();
+        if adapted {
+            for layer in 0..layers {
+                for group in groups {
+                    lists[number(layer, group[0])] = updates(segments, layer, group);
+                }
             }
         }
-        Some(dropout) => {
-            // Each site drops inputs of its own, so no two updates share an input.
-            let masked = sized(&mut thin.masked, x.len());
-            for update in updates(pass, &projections) {
-                let projection = projections[update.output];
-                let rows = update.rows.clone();
-                let inputs = rows.start * projection.inputs..rows.end * projection.inputs;
-                let site = projection.number();
-                dropout.apply(rows, site, &x[inputs.clone()], &mut masked[inputs], false);
-                pass.ops.low_rank(masked, &[update], &mut outputs);
-                pass.pace.breathe()?;
-            }
+        Self {
+            filled: lists.iter().map(|list| !list.is_empty()).collect(),
+            lists: ops.updates(lists),
         }
     }
-    for (projection, y) in projections.iter().zip(outputs) {
-        projection.finish(pass, y);
+
+    /// Adds what the list under `number` says.
+    fn add(
+        &self,
+        pass: &Pass<'_, O>,
+        number: usize,
+        x: View<'_, O>,
+        outputs: Vec<ViewMut<'_, O>>,
+    ) -> Result<(), Stopped> {
+        if self.filled(number) {
+            pass.ops.low_rank(x, &self.lists, number, outputs);
+            pass.pace.breathe()?;
+        }
+        Ok(())
     }
-    Ok(())
+
+    fn filled(&self, number: usize) -> bool {
+        self.filled.get(number).is_some_and(|filled| *filled)
+    }
 }
 
 /// Segment by segment, as adapters lie in memory; what adds to the same rows and output stands together.
 fn updates<'a, O: Ops>(
-    pass: &Pass<'a, O>,
-    projections: &[&LoraLinear<O>],
-) -> Vec<LowRank<'a, O::T>> {
+    segments: &'a [Segment<O>],
+    layer: usize,
+    group: &[Site],
+) -> Vec<LowRank<O::Factor<'a>, O::T>> {
     let mut updates = Vec::new();
-    for segment in pass.segments {
-        for (output, projection) in projections.iter().enumerate() {
+    for segment in segments {
+        for (output, site) in group.iter().enumerate() {
             for (adapter, weight) in segment.adapters.parts() {
-                if let Some(view) = adapter.site(projection.layer, projection.site) {
+                if let Some(view) = adapter.site(layer, *site) {
                     updates.push(LowRank {
                         rows: segment.rows.clone(),
                         output,
@@ -98,15 +131,68 @@ fn updates<'a, O: Ops>(
     updates
 }
 
+fn number(layer: usize, site: Site) -> usize {
+    layer * Site::ALL.len() + site.index()
+}
+
+/// Projections that share their input `x [rows, in]`, each into its `y [rows, out]`: the bases once over all rows, then every
+/// segment's updates of all of them in one list, then gains and biases.
+///
+/// # Errors
+/// [`Stopped`] when the pace says so.
+pub fn forward<O: Ops, const N: usize>(
+    pass: &Pass<'_, O>,
+    projections: [&LoraLinear<O>; N],
+    x: &O::Buf,
+    mut outputs: [&mut O::Buf; N],
+    thin: &mut Thin<O>,
+) -> Result<(), Stopped> {
+    for (projection, y) in projections.iter().zip(&mut outputs) {
+        projection.base(pass, x, y)?;
+    }
+    match pass.dropout {
+        None => {
+            let views = outputs.iter_mut().map(|output| output.all_mut());
+            let number = projections[0].number();
+            pass.updates.add(pass, number, x.all(), views.collect())?;
+        }
+        Some(dropout) => {
+            for (projection, y) in projections.iter().zip(&mut outputs) {
+                let number = projection.number();
+                if !pass.updates.filled(number) {
+                    continue;
+                }
+                let (masked, keys) = (&mut thin.masked, &dropout.row_keys);
+                pass.ops.resize(masked, x.len());
+                pass.ops
+                    .dropout(x.all(), keys, number, dropout.rate, masked.all_mut(), false);
+                let output = vec![y.all_mut()];
+                pass.updates.add(pass, number, masked.all(), output)?;
+            }
+        }
+    }
+    for (projection, y) in projections.iter().zip(outputs) {
+        projection.finish(pass, y);
+    }
+    Ok(())
+}
+
 // === impl LoraLinear ===
 
 impl<O: Ops> LoraLinear<O> {
     /// A projection by a packed weight.
     pub fn new(ops: &O, weight: O::Matrix, bias: Option<&[f32]>, at: (usize, Site)) -> Self {
         let (outputs, inputs) = ops.dims(&weight);
+        let bias = bias.map(|bias| {
+            let numbers: Vec<O::T> = bias.iter().map(|b| O::T::from_f32(*b)).collect();
+            let mut bias = ops.working();
+            ops.resize(&mut bias, numbers.len());
+            ops.write(&numbers, bias.all_mut());
+            bias
+        });
         Self {
             weight,
-            bias: bias.map(|bias| bias.iter().map(|b| O::T::from_f32(*b)).collect()),
+            bias,
             layer: at.0,
             site: at.1,
             outputs,
@@ -131,7 +217,7 @@ impl<O: Ops> LoraLinear<O> {
 
     /// `y = W x`, with the merged weight in the base's place for rows that one covers: adjacent rows of one weight in one
     /// product, so that each weight is read once.
-    fn base(&self, pass: &Pass<'_, O>, x: &[O::T], y: &mut [O::T]) -> Result<(), Stopped> {
+    fn base(&self, pass: &Pass<'_, O>, x: &O::Buf, y: &mut O::Buf) -> Result<(), Stopped> {
         let rows = x.len() / self.inputs;
         let (mut from, mut at) = (0, 0);
         let mut weight = &self.weight;
@@ -159,16 +245,13 @@ impl<O: Ops> LoraLinear<O> {
         pass: &Pass<'_, O>,
         weight: &O::Matrix,
         rows: Range<usize>,
-        (x, y): (&[O::T], &mut [O::T]),
+        (x, y): (&O::Buf, &mut O::Buf),
     ) -> Result<(), Stopped> {
-        if rows.is_empty() {
-            return Ok(());
-        }
-        let x = &x[rows.start * self.inputs..rows.end * self.inputs];
-        let y = &mut y[rows.start * self.outputs..rows.end * self.outputs];
-        for (r, part) in pieces(pass.pace, rows.len(), self.outputs, self.inputs) {
-            let x = &x[r.start * self.inputs..r.end * self.inputs];
-            let y = &mut y[r.start * self.outputs..r.end * self.outputs];
+        let first = rows.start;
+        for (rows, part) in pieces(pass.pace, rows.len(), self.outputs, self.inputs) {
+            let rows = first + rows.start..first + rows.end;
+            let y = y.part_mut(numbers(&rows, self.outputs));
+            let x = x.part(numbers(&rows, self.inputs));
             pass.ops.matmul_part(x, weight, part, y);
             pass.pace.breathe()?;
         }
@@ -176,41 +259,23 @@ impl<O: Ops> LoraLinear<O> {
     }
 
     /// DoRA's gains and the bias.
-    fn finish(&self, pass: &Pass<'_, O>, y: &mut [O::T]) {
+    fn finish(&self, pass: &Pass<'_, O>, y: &mut O::Buf) {
         for segment in pass.segments {
             for (adapter, _) in segment.adapters.parts() {
                 let view = adapter.site(self.layer, self.site);
                 if let Some(gain) = view.and_then(|view| view.gain) {
-                    let rows = segment.rows.start * self.outputs..segment.rows.end * self.outputs;
-                    pass.ops.scale_columns(gain, &mut y[rows]);
+                    let rows = numbers(&segment.rows, self.outputs);
+                    pass.ops.scale_columns(gain, y.part_mut(rows));
                 }
             }
         }
         if let Some(bias) = &self.bias {
-            pass.ops.add_bias(bias, y);
-        }
-    }
-
-    /// The input of A: `x` itself, or `x` after dropout.
-    fn dropped<'a>(
-        &self,
-        pass: &Pass<'_, O>,
-        x: &'a [O::T],
-        rows: &Range<usize>,
-        masked: &'a mut Vec<O::T>,
-    ) -> &'a [O::T] {
-        match pass.dropout {
-            None => x,
-            Some(dropout) => {
-                let masked = sized(masked, x.len());
-                dropout.apply(rows.clone(), self.number(), x, masked, false);
-                masked
-            }
+            pass.ops.add_bias(bias.all(), y.all_mut());
         }
     }
 
     fn number(&self) -> usize {
-        self.layer * Site::ALL.len() + self.site.index()
+        number(self.layer, self.site)
     }
 
     /// `dx += ` the gradient of `x` (skipped when nobody below needs it), and each segment's dA and dB into the gradients
@@ -225,81 +290,122 @@ impl<O: Ops> LoraLinear<O> {
     pub fn backward(
         &self,
         pass: &Pass<'_, O>,
-        (x, dy): (&[O::T], &[O::T]),
-        mut dx: Option<&mut [O::T]>,
-        grads: &mut [Option<AdapterGrads<O::T>>],
-        thin: &mut Thin<O::T>,
+        (x, dy): (&O::Buf, &O::Buf),
+        mut dx: Option<&mut O::Buf>,
+        grads: &mut [Option<AdapterGrads<O>>],
+        thin: &mut Thin<O>,
     ) -> Result<(), Stopped> {
         let rows = dy.len() / self.outputs;
         if let Some(dx) = dx.as_deref_mut() {
-            for (r, part) in pieces(pass.pace, rows, self.outputs, self.inputs) {
-                let dy = &dy[r.start * self.outputs..r.end * self.outputs];
-                let dx = &mut dx[r.start * self.inputs..r.end * self.inputs];
+            for (rows, part) in pieces(pass.pace, rows, self.outputs, self.inputs) {
+                let dx = dx.part_mut(numbers(&rows, self.inputs));
+                let dy = dy.part(numbers(&rows, self.outputs));
                 pass.ops.matmul_backward_part(dy, &self.weight, part, dx);
                 pass.pace.breathe()?;
             }
         }
         for (index, segment) in pass.segments.iter().enumerate() {
-            let Some(view) = self.trained(segment) else {
+            let Some(trained) = self.trained(segment) else {
                 continue;
             };
-            assert!(
-                view.gain.is_none(),
-                "the backward pass of DoRA is not there, the trainer refuses it"
-            );
-            let r = segment.rows.clone();
-            let inputs = r.start * self.inputs..r.end * self.inputs;
-            let dy = &dy[r.start * self.outputs..r.end * self.outputs];
-            let (a, bt) = view.full();
-            let Thin { h, dh, masked } = thin;
-            let (h, dh) = (
-                sized(h, r.len() * view.rank),
-                sized(dh, r.len() * view.rank),
-            );
-            pass.ops.shrink(dy, bt, view.rank, view.scale, dh);
+            let Trained { rank, scale, a, bt } = trained;
+            let rows = &segment.rows;
+            let dy = dy.part(numbers(rows, self.outputs));
+            pass.ops.resize(&mut thin.h, rows.len() * rank);
+            pass.ops.resize(&mut thin.dh, rows.len() * rank);
+            pass.ops.shrink(dy, bt, rank, thin.dh.all_mut());
             let grad = grads.get_mut(index).and_then(Option::as_mut);
-            if let Some((da, dbt)) = grad.and_then(|grad| grad.site_mut(self.number())) {
-                let x = self.dropped(pass, &x[inputs.clone()], &r, masked);
-                pass.ops.shrink(x, a, view.rank, O::T::ONE, h);
-                pass.ops.outer(h, dy, view.rank, view.scale, dbt);
-                pass.ops.outer(dh, x, view.rank, O::T::ONE, da);
+            let at = grad.as_ref().and_then(|grad| grad.site(self.number()));
+            if let (Some(grad), Some((da, dbt))) = (grad, at) {
+                let Thin { h, dh, masked } = thin;
+                let x = self.dropped(pass, x, rows, masked);
+                pass.ops.shrink(x, a, rank, h.all_mut());
+                pass.ops.outer(h.all(), dy, rank, scale, grad.part_mut(dbt));
+                pass.ops.outer(dh.all(), x, rank, scale, grad.part_mut(da));
             }
             if let Some(dx) = dx.as_deref_mut() {
-                self.delta_gradient(pass, (a, view.rank), dh, &r, (&mut dx[inputs], masked));
+                self.delta_gradient(pass, &trained, rows, dx, thin);
             }
             pass.pace.breathe()?;
         }
         Ok(())
     }
 
+    /// The input of A in a segment's rows: `x` itself, or `x` after dropout.
+    fn dropped<'a>(
+        &self,
+        pass: &Pass<'_, O>,
+        x: &'a O::Buf,
+        rows: &Range<usize>,
+        masked: &'a mut O::Buf,
+    ) -> View<'a, O> {
+        let x = x.part(numbers(rows, self.inputs));
+        let Some(dropout) = pass.dropout else {
+            return x;
+        };
+        let keys = &dropout.row_keys[rows.clone()];
+        pass.ops.resize(masked, rows.len() * self.inputs);
+        let out = masked.all_mut();
+        pass.ops
+            .dropout(x, keys, self.number(), dropout.rate, out, false);
+        masked.all()
+    }
+
     /// What a segment trains at this site.
-    fn trained<'a>(&self, segment: &'a Segment<O::T>) -> Option<SiteView<'a, O::T>> {
+    fn trained<'a>(&self, segment: &'a Segment<O>) -> Option<Trained<'a, O>> {
         let mut parts = segment.adapters.parts();
         let (adapter, weight) = parts.next()?;
         assert!(
             parts.next().is_none() && weight == 1.0,
             "a mixture is served, not trained"
         );
-        adapter.site(self.layer, self.site)
+        let view = adapter.site(self.layer, self.site)?;
+        assert!(
+            view.gain.is_none(),
+            "the backward pass of DoRA is not there, the trainer refuses it"
+        );
+        let (a, bt) = adapter.trained(self.layer, self.site)?;
+        Some(Trained {
+            rank: view.rank,
+            scale: view.scale,
+            a,
+            bt,
+        })
     }
 
-    /// `dx += ` what comes through A (and dropout).
+    /// `dx += ` what comes through A (and dropout), of `dh` in `thin`.
     fn delta_gradient(
         &self,
         pass: &Pass<'_, O>,
-        (a, rank): (&[O::T], usize),
-        dh: &[O::T],
+        trained: &Trained<'_, O>,
         rows: &Range<usize>,
-        (dx, masked): (&mut [O::T], &mut Vec<O::T>),
+        dx: &mut O::Buf,
+        thin: &mut Thin<O>,
     ) {
-        match pass.dropout {
-            None => pass.ops.expand(dh, a, rank, O::T::ONE, dx),
-            Some(dropout) => {
-                let through = sized(masked, dx.len());
-                through.fill(O::T::ZERO);
-                pass.ops.expand(dh, a, rank, O::T::ONE, through);
-                dropout.apply(rows.clone(), self.number(), through, dx, true);
-            }
-        }
+        let Trained { rank, scale, a, .. } = *trained;
+        let Thin { dh, masked, .. } = thin;
+        let dx = dx.part_mut(numbers(rows, self.inputs));
+        let Some(dropout) = pass.dropout else {
+            return pass.ops.expand(dh.all(), a, rank, scale, dx);
+        };
+        pass.ops.resize(masked, rows.len() * self.inputs);
+        pass.ops.clear(masked.all_mut());
+        pass.ops.expand(dh.all(), a, rank, scale, masked.all_mut());
+        let keys = &dropout.row_keys[rows.clone()];
+        pass.ops
+            .dropout(masked.all(), keys, self.number(), dropout.rate, dx, true);
     }
+}
+
+/// What a segment trains at one site: A `[rank, in]`, B transposed `[rank, out]`.
+struct Trained<'a, O: Ops> {
+    rank: usize,
+    scale: O::T,
+    a: View<'a, O>,
+    bt: View<'a, O>,
+}
+
+/// Where rows of a width lie.
+fn numbers(rows: &Range<usize>, width: usize) -> Range<usize> {
+    rows.start * width..rows.end * width
 }

@@ -20,7 +20,8 @@ pub trait Pace {
     /// [`Stopped`] when the work is to end here.
     fn breathe(&self) -> Result<(), Stopped>;
 
-    /// Floating point operations between two breaths; the default takes about two milliseconds on two cores.
+    /// Floating point operations between two breaths; the default takes about two milliseconds on two cores (see
+    /// [`crate::ops::Ops::quantum_flops`] for others).
     fn quantum_flops(&self) -> usize {
         1 << 28
     }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use espalier_adapters::ops::Backend;
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
 use espalier_engine::adapter_loader::{AdapterSource, SourceError};
 use espalier_engine::config::EngineConfig;
@@ -63,6 +64,7 @@ pub fn start(
     let source = Arc::new(Directories(artifacts));
     let engine = EngineHandle::start(
         config,
+        Backend::default(),
         espalier_engine::model::load_as(model, dtype)?,
         source,
     )?;

@@ -16,11 +16,12 @@ use clap_complete::Shell;
 mod hub;
 mod source;
 
-use espalier_engine::model::Dtype;
+use espalier_engine::device::DeviceChoice;
 
 pub use self::hub::Hub;
 use self::source::{Raw, find, unknown};
-use crate::setting::{ByteSize, LogFormat, MaybeAddr, MaybePath, Secret, Value};
+use crate::check::Part;
+use crate::setting::{ByteSize, LogFormat, MaybeAddr, MaybeDtype, MaybePath, Secret, Value};
 
 /// Declares sections of settings. One entry: name, type, default, and (for numbers) smallest and largest value, all
 /// written as a user would write them, so that defaults pass through the same parser as anything else.
@@ -94,8 +95,14 @@ settings! {
     server: Server {
         /// The base model: a .gguf file, a Hugging Face directory, ORG/NAME[@REVISION][:FILE.gguf] of its hub, or tiny:SEED (a built-in random model).
         model: String = "";
-        /// Format of the base's weights in memory: f32, bf16, f16, q8 (8 bits, a scale for each 32 inputs), or stored (GGUF blocks as they are).
-        dtype: Dtype = "f32";
+        /// Instead of a model, random weights in the shape of one, to measure speed and memory: llama-3.1-8b, llama-3.2-3b, llama-3.2-1b or smollm2-135m.
+        synthetic: String = "";
+        /// Where the base lives: cpu, cuda (cuda:1 is the second GPU), or auto, which takes a GPU where there is one.
+        device: DeviceChoice = "auto";
+        /// Format of the base's weights in memory: f32, bf16, f16, q8 (8 bits, a scale for each 32 inputs), stored (GGUF blocks as they are), or auto (f32 on a processor, bf16 on a GPU).
+        dtype: MaybeDtype = "auto";
+        /// On a GPU, the same bits whatever else runs in a step, at some cost in speed; a processor's are always the same.
+        deterministic: bool = "false";
         /// Where the database and all artifacts lie; created when absent.
         data_dir: PathBuf = "espalier-data";
         /// Address of the gRPC server; port 0 takes a free one.
@@ -284,8 +291,8 @@ settings! {
     }
     /// The machine: memory and batches.
     engine: Engine {
-        /// Bytes of the KV cache.
-        kv_cache_bytes: ByteSize = "512MiB" in "1MiB" .. "16TiB";
+        /// Bytes of the KV cache; 0 is 512MiB on a processor, and on a GPU what all others leave.
+        kv_cache_bytes: ByteSize = "0" in "0" .. "16TiB";
         /// Bytes of adapters held in memory; the least recently used leave.
         adapter_cache_bytes: ByteSize = "1GiB" in "1MiB" .. "16TiB";
         /// Share of adapter_cache_bytes that pinned adapters may take; the rest always goes round.
@@ -321,8 +328,8 @@ settings! {
         training_quantum: Duration = "10ms" in "1ms" .. "10s";
         /// What training may add to a running request's mean time per output token; 0.25 is 25 %.
         training_max_tpot_impact: f64 = "0.25" in "0" .. "100";
-        /// Bytes of saved activations of one micro-batch.
-        training_activation_bytes: ByteSize = "512MiB" in "1MiB" .. "16TiB";
+        /// Bytes of saved activations of one micro-batch; 0 is 512MiB on a processor, a tenth of its memory on a GPU.
+        training_activation_bytes: ByteSize = "0" in "0" .. "16TiB";
         /// Jobs that train at the same time.
         max_active_jobs: usize = "4" in "1" .. "1024";
         /// Jobs of one tenant that are not finished.
@@ -434,6 +441,8 @@ pub enum Invocation {
     Print(Box<Config>),
     /// Print this script for a shell and leave.
     Completions(String),
+    /// Check this part on what the configuration names and leave.
+    Check(Part, Box<Config>),
 }
 
 // === impl Config ===
@@ -454,7 +463,8 @@ impl Config {
             )));
         }
         let print = matches.subcommand_matches("config");
-        let flags = print.unwrap_or(&matches);
+        let check = matches.subcommand_matches("check");
+        let flags = print.or(check).unwrap_or(&matches);
         let env: BTreeMap<String, String> = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
@@ -486,9 +496,12 @@ impl Config {
         if print.is_some() {
             return Ok(Invocation::Print(Box::new(config)));
         }
-        if config.server.model.is_empty() {
+        if let Some(part) = check.and_then(|check| check.get_one::<Part>("part")) {
+            return Ok(Invocation::Check(*part, Box::new(config)));
+        }
+        if config.server.model.is_empty() && config.server.synthetic.is_empty() {
             return Err(ConfigError::one(
-                "model: no base model is named; say --model FILE.gguf, --model DIRECTORY, --model ORG/NAME (of the Hugging Face hub) or --model tiny:1",
+                "model: no base model is named; say --model FILE.gguf, --model DIRECTORY, --model ORG/NAME (of the Hugging Face hub), --model tiny:1, or --synthetic llama-3.1-8b to measure speed alone",
             ));
         }
         Ok(Invocation::Serve(Box::new(config)))
@@ -581,6 +594,9 @@ impl Config {
                     "service_key: service_key_file is set as well; keep one of them".to_owned(),
                 );
             }
+        }
+        if !self.server.synthetic.is_empty() && !self.server.model.is_empty() {
+            faults.push("synthetic: model is set as well; keep one of them".to_owned());
         }
         let (default, max) = (self.catalog.default_page_size, self.catalog.max_page_size);
         if default > max {
@@ -676,6 +692,15 @@ fn command() -> clap::Command {
         .subcommand(with_flags(clap::Command::new("config").about(
             "Print the effective configuration as TOML, with the source of every value",
         )))
+        .subcommand(with_flags(
+            clap::Command::new("check")
+                .about("Prove and measure what this program does on this machine: a table, and a line of JSON at the end")
+                .arg(
+                    clap::Arg::new("part")
+                        .required(true)
+                        .value_parser(clap::value_parser!(Part)),
+                ),
+        ))
         .subcommand(
             clap::Command::new("completions")
                 .about("Print a script that completes flags in a shell")

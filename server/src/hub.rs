@@ -102,6 +102,13 @@ pub(crate) struct Located {
     pub(crate) name: Option<String>,
 }
 
+impl Located {
+    /// A model that no file holds.
+    pub(crate) fn built_in(spec: String) -> Self {
+        Located { spec, name: None }
+    }
+}
+
 /// `org/name[@revision][:FILE.gguf]`
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Reference {

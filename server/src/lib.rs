@@ -3,6 +3,7 @@
 
 // How the process is set up, watched and taken down.
 mod build;
+pub mod check;
 pub mod config;
 mod health;
 pub mod hub;

@@ -17,6 +17,10 @@ fn main() -> ExitCode {
             print!("{script}");
             return ExitCode::SUCCESS;
         }
+        Ok(Invocation::Check(part, config)) => {
+            return espalier_server::check::run(part, &config)
+                .unwrap_or_else(|error| fail(&*error));
+        }
         Ok(Invocation::Serve(config)) => *config,
         Err(error) => return fail(&error),
     };

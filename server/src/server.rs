@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use espalier_engine::EngineHandle;
+use espalier_engine::device::{self, MemoryPlan, NoDevice, NoRoom};
 use espalier_engine::error::EngineError;
 use espalier_engine::model::error::ModelError;
 use espalier_engine::model::{Dtype, WeightFormats};
@@ -24,7 +25,7 @@ use crate::bulk::{BulkError, BulkStore};
 use crate::config::{Config, ConfigError};
 use crate::database::{DataDirLock, Database, DatabaseError};
 use crate::datasets::DatasetStore;
-use crate::hub::{self, HubError};
+use crate::hub::{self, HubError, Located};
 use crate::jobs::{self, JobError, JobService};
 use crate::registry::Registry;
 use crate::services::Shell;
@@ -69,6 +70,12 @@ pub enum ServeError {
     /// The model's files.
     #[error("model: {0}")]
     Model(#[from] ModelError),
+    /// The GPU that was asked for.
+    #[error(transparent)]
+    Device(#[from] NoDevice),
+    /// Its memory.
+    #[error(transparent)]
+    Memory(#[from] NoRoom),
     /// The engine.
     #[error("engine: {0}")]
     Engine(#[from] EngineError),
@@ -123,6 +130,10 @@ pub struct About {
     pub model: String,
     /// SHA-256 (hex) of its source weights.
     pub digest: String,
+    /// Where it lives.
+    pub device: String,
+    /// How that device's memory is shared out, where it is planned.
+    pub plan: Option<MemoryPlan>,
     /// What its matrices were asked to be kept in.
     pub dtype: Dtype,
     /// What they are kept in, and their bytes.
@@ -203,7 +214,7 @@ impl Server {
         // Before anything can store a blob: what a crash left without a name goes.
         registry.sweep().await.map_err(JobError::from)?;
         let source = StoredAdapters::new(store.clone(), registry.clone(), Handle::current());
-        let engine = start_engine(&config, source).await?;
+        let (engine, device) = start_engine(&config, source).await?;
         let shell = Shell::new(config, engine, registry);
         let parts = jobs::Parts {
             database,
@@ -211,13 +222,13 @@ impl Server {
             registry: shell.registry.clone(),
             datasets: datasets.clone(),
             base: trained_base(&shell),
-            limits: limits::job_limits(&shell.config, shell.engine.model().max_sequence_tokens),
+            limits: limits::job_limits(&shell.config, &shell.engine),
             artifact_limits: artifact_limits(&shell.config),
         };
         let jobs = JobService::start(parts, Arc::new(shell.engine.clone())).await?;
         let (health, health_service) = tonic_health::server::health_reporter();
         health::report(&health, ServingStatus::NotServing).await;
-        let about = About::of(&shell, listen, keys.is_open(), began.elapsed());
+        let about = About::of(&shell, device, listen, keys.is_open(), began.elapsed());
         crate::telemetry::build_info(&about.model);
         // Beside the first requests: a start does not wait for what was pinned.
         tokio::spawn(restore_pins(shell.engine.clone(), shell.registry.clone()));
@@ -448,20 +459,38 @@ fn limit_threads(threads: usize) {
     }
 }
 
+/// The device that serves, and how its memory is shared out; a processor's is not.
+#[derive(Debug, Clone)]
+struct DeviceReport {
+    device: String,
+    plan: Option<MemoryPlan>,
+}
+
 /// Loading a model takes seconds of reading and multiplying, so it happens off the runtime's threads.
 async fn start_engine(
     config: &Arc<Config>,
     source: StoredAdapters,
-) -> Result<EngineHandle, ServeError> {
+) -> Result<(EngineHandle, DeviceReport), ServeError> {
     let config = Arc::clone(config);
-    let started = tokio::task::spawn_blocking(move || -> Result<EngineHandle, ServeError> {
-        let located = hub::locate(&config.server.model, &config.hub)?;
-        let mut model = espalier_engine::model::load_as(&located.spec, config.server.dtype)?;
+    let started = tokio::task::spawn_blocking(move || {
+        let server = &config.server;
+        // Asked first: a GPU that is not there should not cost a model's loading.
+        let (ops, dtype) = device::open(server.device, server.dtype.0, server.deterministic)?;
+        let located = match server.synthetic.as_str() {
+            "" => hub::locate(&server.model, &config.hub)?,
+            name => Located::built_in(format!("synthetic:{name}")),
+        };
+        let mut model = espalier_engine::model::load_as(&located.spec, dtype)?;
         if let Some(name) = located.name {
             model.name = name;
         }
-        let engine = limits::engine_config(&config, &model.config);
-        Ok(EngineHandle::start(engine, model, Arc::new(source))?)
+        let mut engine = limits::engine_config(&config, &ops, &model.config);
+        let report = DeviceReport {
+            device: device::about(&ops),
+            plan: device::plan(&ops, dtype, &model.config, &mut engine)?,
+        };
+        let handle = EngineHandle::start(engine, ops, model, Arc::new(source))?;
+        Ok::<_, ServeError>((handle, report))
     });
     started.await?
 }
@@ -478,8 +507,16 @@ fn is_loopback(ip: IpAddr) -> bool {
 // === impl About ===
 
 impl About {
-    fn of(shell: &Shell, listen: SocketAddr, open: bool, startup: Duration) -> About {
+    fn of(
+        shell: &Shell,
+        report: DeviceReport,
+        listen: SocketAddr,
+        open: bool,
+        startup: Duration,
+    ) -> About {
         About {
+            device: report.device,
+            plan: report.plan,
             model: shell.engine.model().name.clone(),
             digest: shell.base.digest.clone(),
             dtype: shell.engine.model().dtype,
@@ -515,6 +552,10 @@ impl fmt::Display for About {
             self.formats.bytes() as f64 / f64::from(1 << 20),
             self.formats
         )?;
+        writeln!(f, "  device   {}", self.device)?;
+        if let Some(plan) = &self.plan {
+            writeln!(f, "  memory   {plan}")?;
+        }
         writeln!(f, "  listens  {}", self.listen)?;
         match self.metrics {
             Some(addr) => writeln!(f, "  metrics  http://{addr}/metrics")?,

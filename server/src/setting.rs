@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use espalier_engine::device::DeviceChoice;
 use espalier_engine::model::Dtype;
 
 /// A kind of value. `show` gives what `parse` reads, as a TOML value.
@@ -40,6 +41,10 @@ impl ByteSize {
 /// An address or nothing; written `off` for nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MaybeAddr(pub Option<SocketAddr>);
+
+/// A format of weights, or `auto`: what the device likes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MaybeDtype(pub Option<Dtype>);
 
 /// A path or nothing; written empty for nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -235,15 +240,31 @@ impl Value for LogFormat {
     }
 }
 
-impl Value for Dtype {
+impl Value for MaybeDtype {
     fn parse(text: &str) -> Result<Self, String> {
-        text.trim()
-            .parse()
-            .map_err(|_| "f32, bf16, f16, q8 or stored".to_owned())
+        match text.trim() {
+            "auto" => Ok(MaybeDtype(None)),
+            name => name
+                .parse()
+                .map(|dtype| MaybeDtype(Some(dtype)))
+                .map_err(|_| "auto, f32, bf16, f16, q8 or stored".to_owned()),
+        }
     }
 
     fn show(&self) -> String {
-        quoted(self.as_str())
+        quoted(self.0.map_or("auto", Dtype::as_str))
+    }
+}
+
+impl Value for DeviceChoice {
+    fn parse(text: &str) -> Result<Self, String> {
+        text.trim()
+            .parse()
+            .map_err(|_| "auto, cpu, cuda or cuda:N".to_owned())
+    }
+
+    fn show(&self) -> String {
+        quoted(&self.to_string())
     }
 }
 

@@ -11,11 +11,14 @@ use std::sync::Arc;
 use espalier_adapters::batch::Segment;
 use espalier_adapters::config::Site;
 use espalier_adapters::linear::merged;
+use espalier_adapters::ops::cuda::driver::Element;
+use espalier_adapters::ops::cuda::{self, Cuda, Emulated};
+use espalier_adapters::ops::{Backend, Buffer, Ops};
 use espalier_adapters::peft;
 use espalier_adapters::text::Message;
 use espalier_adapters::weights::AdapterWeights;
 use espalier_engine::model::{
-    BaseSites, Batch, KvCache, LoadedModel, Model, ModelConfig, ModelWeights, ResidentAdapter,
+    BaseSites, Batch, Buf, KvCache, LoadedModel, Model, ModelConfig, ModelWeights, ResidentAdapter,
     SeqSpan, Workspace, load,
 };
 use serde::Deserialize;
@@ -107,9 +110,10 @@ struct Tokens {
 /// One sequence's states after the final norm, in prefill chunks as a server would cut them.
 fn states(model: &Model, ids: &[u32], adapter: Option<&Arc<ResidentAdapter>>) -> Vec<f32> {
     let blocks = ids.len().div_ceil(16);
-    let mut kv = KvCache::new(model.config(), blocks, 16);
+    let ops = model.ops();
+    let mut kv = KvCache::new(ops, model.config(), blocks, 16);
     let table: Vec<u32> = (0..blocks as u32).rev().collect();
-    let mut workspace = Workspace::new();
+    let mut workspace = Workspace::new(ops);
     let mut states = Vec::new();
     for (index, tokens) in ids.chunks(300).enumerate() {
         let spans = [SeqSpan {
@@ -127,9 +131,33 @@ fn states(model: &Model, ids: &[u32], adapter: Option<&Arc<ResidentAdapter>>) ->
             segments: &segments,
             overlays: &[],
         };
-        states.extend_from_slice(model.forward(&batch, &mut kv, &mut workspace));
+        states.extend(read(model, model.forward(&batch, &mut kv, &mut workspace)));
     }
     states
+}
+
+/// Numbers of the model's operations, on the host.
+fn read(model: &Model, numbers: &Buf) -> Vec<f32> {
+    let mut host = vec![0.0; numbers.len()];
+    model.ops().read(numbers.all(), &mut host);
+    host
+}
+
+/// Numbers of the host, where the model's operations work.
+fn written(model: &Model, host: &[f32]) -> Buf {
+    let mut numbers = model.ops().working();
+    model.ops().resize(&mut numbers, host.len());
+    model.ops().write(host, numbers.all_mut());
+    numbers
+}
+
+/// The logits of states.
+fn logits(model: &Model, states: &[f32]) -> Vec<f32> {
+    let (ops, config) = (model.ops(), model.config());
+    let mut logits = ops.exact();
+    ops.resize(&mut logits, states.len() / config.hidden * config.vocab);
+    model.logits(written(model, states).all(), logits.all_mut());
+    read(model, &logits)
 }
 
 fn log_softmax_at(logits: &[f32], id: u32) -> f64 {
@@ -156,10 +184,8 @@ fn check_tokens(
     let continued: Vec<u32> = [ids, &golden.greedy_ids].concat();
     let states = states(model, &continued[..continued.len() - 1], adapter);
     let (width, vocab) = (model.config().hidden, model.config().vocab);
-    let mut logits = vec![0.0; 64 * vocab];
     for (chunk, states) in states.chunks(64 * width).enumerate() {
-        let logits = &mut logits[..states.len() / width * vocab];
-        model.logits(states, logits);
+        let logits = logits(model, states);
         for (row, logits) in logits.chunks_exact(vocab).enumerate() {
             let position = chunk * 64 + row;
             if position + 1 < ids.len() {
@@ -206,12 +232,11 @@ fn check_head(
     adapter: &Arc<ResidentAdapter>,
 ) {
     let states = states(model, ids, Some(adapter));
-    let mut found = vec![0.0; adapter.labels().len()];
-    adapter.score(
-        model.ops(),
-        &states[states.len() - model.config().hidden..],
-        &mut found,
-    );
+    let last = written(model, &states[states.len() - model.config().hidden..]);
+    let mut found = model.ops().exact();
+    model.ops().resize(&mut found, adapter.labels().len());
+    adapter.score(model.ops(), last.all(), found.all_mut());
+    let found = read(model, &found);
     assert_eq!(
         (found.len(), found.len()),
         (logits.len(), probs.len()),
@@ -282,15 +307,14 @@ fn check_merged(
 ) {
     let resident = Arc::new(ResidentAdapter::build(adapter, model).unwrap());
     let merged = Model::new(
+        Backend::default(),
         loaded.config.clone(),
         merge(loaded.weights.clone(), adapter),
     )
     .unwrap();
     let last = |model: &Model, adapter| {
         let states = states(model, ids, adapter);
-        let mut logits = vec![0.0; model.config().vocab];
-        model.logits(&states[states.len() - model.config().hidden..], &mut logits);
-        logits
+        logits(model, &states[states.len() - model.config().hidden..])
     };
     let (ours, theirs) = (last(model, Some(&resident)), last(&merged, None));
     for (id, (found, expected)) in ours.iter().zip(&theirs).enumerate() {
@@ -355,10 +379,11 @@ fn check_texts(loaded: &LoadedModel, texts: &Texts) {
     }
 }
 
-fn check(goldens: &Goldens) {
+fn check(goldens: &Goldens, ops: Backend) {
     let loaded = load(&goldens.model).unwrap();
     check_texts(&loaded, &json(&goldens.dir.join("tokenizer.json")));
-    let model = Model::new(loaded.config.clone(), loaded.weights.clone()).unwrap();
+    let (config, weights) = (loaded.config.clone(), loaded.weights.clone());
+    let model = Model::new(ops, config, weights).unwrap();
     let base: Vec<Case> = json(&goldens.dir.join("base.json"));
     for case in &base {
         assert_eq!(
@@ -380,14 +405,45 @@ fn check(goldens: &Goldens) {
     }
 }
 
+/// A device's operations in f32, in the kernels' emulator.
+fn emulated() -> Backend {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let library = cuda::build(&root.join("adapters/kernels"), &root.join("target/kernels"));
+    let driver = Emulated::open(&library.unwrap(), 4 << 30).unwrap();
+    Backend::Cuda(Cuda::new(Arc::new(driver), Element::F32, true).unwrap())
+}
+
 #[test]
 fn small_goldens() {
-    check(&small());
+    check(&small(), Backend::default());
+}
+
+#[test]
+fn small_goldens_on_a_device() {
+    check(&small(), emulated());
 }
 
 #[test]
 fn given_goldens() {
     if let Some(goldens) = given() {
-        check(&goldens);
+        check(&goldens, Backend::default());
     }
+}
+
+/// The shortest given prompt and the first token after it: the emulator takes seconds for each layer of a real model.
+#[test]
+#[ignore = "takes a quarter of an hour; ask for it by name"]
+fn given_goldens_on_a_device() {
+    let Some(goldens) = given() else { return };
+    let loaded = load(&goldens.model).unwrap();
+    let model = Model::new(emulated(), loaded.config, loaded.weights).unwrap();
+    let mut base: Vec<Case> = json(&goldens.dir.join("base.json"));
+    base.sort_by_key(|case| case.input_ids.len());
+    base.truncate(1);
+    for case in &mut base {
+        if let Expected::Tokens(tokens) = &mut case.expected {
+            tokens.greedy_ids.truncate(1);
+        }
+    }
+    check_cases(&model, "base", &base, None);
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use espalier_adapters::ops::Backend;
 use espalier_adapters::pace::Unpaced;
 use espalier_adapters::train::examples::{Example, Examples};
 use espalier_adapters::weights::AdapterWeights;
@@ -190,7 +191,7 @@ fn check_curve(model: &Arc<Model>, dir: &Path) {
 
 fn check(goldens: &Goldens) {
     let loaded = load(&goldens.model).unwrap();
-    let model = Arc::new(Model::new(loaded.config, loaded.weights).unwrap());
+    let model = Arc::new(Model::new(Backend::default(), loaded.config, loaded.weights).unwrap());
     let mut curves: Vec<_> = std::fs::read_dir(&goldens.dir)
         .unwrap()
         .map(|entry| entry.unwrap().path())

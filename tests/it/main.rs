@@ -11,6 +11,7 @@ mod client_side;
 mod constrained;
 mod golden_inference;
 mod golden_training;
+mod gpu_check;
 mod inference_api;
 mod kernels;
 mod kill_resume;

@@ -7,7 +7,7 @@ use half::bf16;
 
 use super::{BaseSites, ResidentAdapter};
 use crate::config::Site;
-use crate::ops::{Factor, Ops, Real, Weight, WeightKind};
+use crate::ops::{Buffer, Ops, Real, Weight, WeightKind};
 
 /// Rows of a weight that are merged at a time.
 const ROWS: usize = 64;
@@ -31,7 +31,7 @@ pub struct OverlayBytes {
 
 impl OverlayBytes {
     /// Of a copy that is yet to be made: in bf16 where the base is, else in single precision; never quantised again.
-    pub fn of<O: Ops>(adapter: &ResidentAdapter<O::T>, base: &impl BaseSites<O>) -> Self {
+    pub fn of<O: Ops>(adapter: &ResidentAdapter<O>, base: &impl BaseSites<O>) -> Self {
         let mut bytes = Self {
             merged: 0,
             replaced: 0,
@@ -56,7 +56,7 @@ impl<M> Overlay<M> {
     /// Merges an adapter: at each site `W + s B A`, or DoRA's `g (W + s B A)`, the sums in the operations' type and the
     /// update summed before it is added. `None` when `go_on` said no, which is asked before each site.
     pub fn build<O: Ops<Matrix = M>>(
-        adapter: &ResidentAdapter<O::T>,
+        adapter: &ResidentAdapter<O>,
         base: &impl BaseSites<O>,
         go_on: impl Fn() -> bool,
     ) -> Option<Self> {
@@ -88,7 +88,7 @@ impl<M> Overlay<M> {
 }
 
 fn adapted<'a, O: Ops>(
-    adapter: &'a ResidentAdapter<O::T>,
+    adapter: &'a ResidentAdapter<O>,
     base: &'a impl BaseSites<O>,
 ) -> impl Iterator<Item = (usize, Site)> + 'a {
     (0..base.layers())
@@ -97,25 +97,36 @@ fn adapted<'a, O: Ops>(
 }
 
 fn merge<O: Ops>(
-    adapter: &ResidentAdapter<O::T>,
+    adapter: &ResidentAdapter<O>,
     base: &impl BaseSites<O>,
     layer: usize,
     site: Site,
 ) -> Option<O::Matrix> {
     let view = adapter.site(layer, site)?;
-    let (ops, weight) = (base.ops(), base.weight(layer, site));
+    let (ops, weight) = (base.ops().beside(), base.weight(layer, site));
     let (outputs, inputs) = ops.dims(weight);
     let ids: Vec<u32> = (0..outputs as u32).collect();
+    let mut gathered = ops.exact();
     let mut rows = vec![O::T::ZERO; outputs * inputs];
     let mut update = vec![O::T::ZERO; inputs];
-    let widened = |factor: Factor<'_, O::T>| {
-        let mut numbers = vec![O::T::ZERO; factor.len()];
-        factor.widen(&mut numbers);
+    let widened = |factor| -> Vec<O::T> {
+        let numbers = ops.read_factor(factor);
         numbers
+            .to_f32()
+            .iter()
+            .map(|n| O::T::from_f32(*n))
+            .collect()
     };
     let (a, bt) = (widened(view.a), widened(view.bt));
+    let gain = view.gain.map(|gain| {
+        let mut host = vec![O::T::ZERO; outputs];
+        ops.read(gain, &mut host);
+        host
+    });
     for (ids, rows) in ids.chunks(ROWS).zip(rows.chunks_mut(ROWS * inputs)) {
-        ops.gather(weight, ids, rows);
+        ops.resize(&mut gathered, rows.len());
+        ops.gather(weight, ops.ids(ids), gathered.all_mut());
+        ops.read(gathered.all(), rows);
         for (output, row) in ids.iter().zip(rows.chunks_exact_mut(inputs)) {
             let output = *output as usize;
             update.fill(O::T::ZERO);
@@ -126,7 +137,7 @@ fn merge<O: Ops>(
             row.iter_mut()
                 .zip(&update)
                 .for_each(|(w, u)| *w += view.scale * *u);
-            if let Some(gain) = view.gain {
+            if let Some(gain) = &gain {
                 row.iter_mut().for_each(|w| *w *= gain[output]);
             }
         }

@@ -2,13 +2,15 @@
 //!
 //! It must not know projections, batches or files.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
-
-use half::slice::HalfBitsSliceExt;
+use std::panic::panic_any;
 
 use super::update::dora_gain;
 use crate::config::Site;
-use crate::ops::{self, Factor, Ops, Real};
+use crate::ops::{
+    self, ARENA_ALIGN, ArenaSize, Backend, Ops, OutOfMemory, Real, Span, View, ViewMut,
+};
 use crate::weights::{AdapterWeights, Numbers, ScoreHead, SiteAdapter};
 
 /// The frozen weights that an adapter is made for.
@@ -33,17 +35,28 @@ pub struct Misfit {
     pub reason: String,
 }
 
+/// Why an adapter cannot be laid out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BuildError {
+    /// It is made for another base.
+    #[error(transparent)]
+    Misfit(#[from] Misfit),
+    /// The device is full.
+    #[error(transparent)]
+    OutOfMemory(#[from] OutOfMemory),
+}
+
 /// An adapter's numbers in the order in which a step reads them: loading is one build, eviction one free. A and B keep the
 /// dtype of their file; gains, the head, and everything that training changes are of full width.
-#[derive(Clone, Debug)]
-pub struct ResidentAdapter<T = f32> {
-    full: Arena<T>,
-    /// Factors of 16 bits; which of the two kinds, each place says.
-    half: Arena<u16>,
+#[derive(Debug)]
+pub struct ResidentAdapter<O: Ops = Backend> {
+    arena: O::Arena,
+    size: ArenaSize,
     /// By layer * 7 + site.
-    sites: Vec<Option<Place<T>>>,
+    sites: Vec<Option<Place<O::T>>>,
     labels: Vec<String>,
     head: Option<Range<usize>>,
+    bytes: usize,
 }
 
 /// Where a site's numbers lie.
@@ -56,87 +69,19 @@ struct Place<T> {
     gain: Option<Range<usize>>,
 }
 
-/// Where a factor lies: the arena's part, and how to read it.
-#[derive(Clone, Debug)]
-enum Span {
-    Full(Range<usize>),
-    Bf16(Range<usize>),
-    F16(Range<usize>),
-}
-
 /// One site's numbers.
-#[derive(Clone, Copy, Debug)]
-pub struct SiteView<'a, T> {
+#[derive(Debug)]
+pub struct SiteView<'a, O: Ops> {
     /// Rank, at least 1.
     pub rank: usize,
     /// The factor on `B (A x)`.
-    pub scale: T,
+    pub scale: O::T,
     /// A `[rank, in]`.
-    pub a: Factor<'a, T>,
+    pub a: O::Factor<'a>,
     /// B transposed `[rank, out]`.
-    pub bt: Factor<'a, T>,
+    pub bt: O::Factor<'a>,
     /// DoRA's gain on base and update together, `[out]`.
-    pub gain: Option<&'a [T]>,
-}
-
-/// Numbers on a cache line's boundary. Parts begin on one too; what lies between is zero for ever.
-#[derive(Clone, Debug)]
-struct Arena<T> {
-    storage: Vec<T>,
-    offset: usize,
-    len: usize,
-}
-
-const ALIGN_BYTES: usize = 64;
-
-/// A spare allocation may be larger than needed by one part in so many.
-const SLACK: usize = 16;
-
-// === impl Arena ===
-
-impl<T: Copy + Default> Arena<T> {
-    /// Numbers in a cache line.
-    const LINE: usize = ALIGN_BYTES / size_of::<T>();
-
-    fn zeros(len: usize) -> Self {
-        Self::in_spare(Vec::new(), len)
-    }
-
-    /// Room for `len` numbers, in `spare` if it is about as large as needed. Whoever fills it writes all of it.
-    fn in_spare(mut spare: Vec<T>, len: usize) -> Self {
-        let needed = Self::allocated(len);
-        let fits = needed..=needed + needed / SLACK;
-        let storage = if fits.contains(&spare.capacity()) {
-            spare.resize(needed, T::default());
-            spare
-        } else {
-            vec![T::default(); needed]
-        };
-        let past = storage.as_ptr() as usize % ALIGN_BYTES;
-        let offset = if len == 0 {
-            0
-        } else {
-            (ALIGN_BYTES - past) % ALIGN_BYTES / size_of::<T>()
-        };
-        Self {
-            storage,
-            offset,
-            len,
-        }
-    }
-
-    /// Numbers allocated for `len` aligned ones.
-    fn allocated(len: usize) -> usize {
-        if len == 0 { 0 } else { len + Self::LINE }
-    }
-
-    fn all(&self) -> &[T] {
-        &self.storage[self.offset..self.offset + self.len]
-    }
-
-    fn all_mut(&mut self) -> &mut [T] {
-        &mut self.storage[self.offset..self.offset + self.len]
-    }
+    pub gain: Option<View<'a, O>>,
 }
 
 /// Lays parts one after the other, each at an aligned start.
@@ -146,7 +91,8 @@ struct Parts {
 }
 
 impl Parts {
-    fn new(line: usize) -> Self {
+    fn new(number_bytes: usize) -> Self {
+        let line = ARENA_ALIGN / number_bytes;
         Self { next: 0, line }
     }
 
@@ -161,15 +107,14 @@ impl Parts {
 struct Layout<T> {
     sites: Vec<Option<Place<T>>>,
     head: Option<Range<usize>>,
-    full: usize,
-    half: usize,
+    size: ArenaSize,
 }
 
 impl<T: Real> Layout<T> {
     fn of(weights: &AdapterWeights, layers: usize) -> Self {
         let mut sites = vec![None; layers * Site::ALL.len()];
-        let mut full = Parts::new(Arena::<T>::LINE);
-        let mut half = Parts::new(Arena::<u16>::LINE);
+        let mut full = Parts::new(size_of::<T>());
+        let mut half = Parts::new(size_of::<u16>());
         for (&(layer, site), adapter) in &weights.sites {
             let mut span = |numbers: &Numbers| match numbers {
                 Numbers::F32(numbers) => Span::Full(full.part(numbers.len())),
@@ -192,106 +137,31 @@ impl<T: Real> Layout<T> {
         Self {
             sites,
             head,
-            full: full.next,
-            half: half.next,
+            size: ArenaSize {
+                full: full.next,
+                half: half.next,
+            },
         }
     }
 
-    fn bytes(&self) -> usize {
-        Arena::<T>::allocated(self.full) * size_of::<T>()
-            + Arena::<u16>::allocated(self.half) * size_of::<u16>()
-            + size_of_val(self.sites.as_slice())
-    }
-}
-
-// === impl SiteView ===
-
-impl<'a, T: Copy> SiteView<'a, T> {
-    /// A and B transposed as training has them.
-    ///
-    /// # Panics
-    /// On factors of 16 bits, which training widens before it begins.
-    pub fn full(&self) -> (&'a [T], &'a [T]) {
-        match (self.a, self.bt) {
-            (Factor::Full(a), Factor::Full(bt)) => (a, bt),
-            _ => panic!("only factors of full width are trained"),
-        }
-    }
-}
-
-// === impl ResidentAdapter ===
-
-impl<T: Real> ResidentAdapter<T> {
-    /// An adapter that changes nothing, for a base of `layers` layers.
-    pub fn empty(layers: usize) -> Self {
-        let layout = Layout::of(&AdapterWeights::default(), layers);
-        Self::laid_out(layout, Vec::new(), None)
+    fn place(&self, layer: usize, site: Site) -> Option<&Place<T>> {
+        self.sites
+            .get(layer * Site::ALL.len() + site.index())?
+            .as_ref()
     }
 
-    fn laid_out(layout: Layout<T>, labels: Vec<String>, spare: Option<Self>) -> Self {
-        let (full, half) = spare.map_or_else(Default::default, |spare| {
-            (spare.full.storage, spare.half.storage)
-        });
-        Self {
-            full: Arena::in_spare(full, layout.full),
-            half: Arena::in_spare(half, layout.half),
-            sites: layout.sites,
-            labels,
-            head: layout.head,
-        }
+    /// Bytes of numbers and table.
+    fn bytes<O: Ops<T = T>>(&self, ops: &O) -> usize {
+        ops.arena_bytes(self.size) + size_of_val(self.sites.as_slice())
     }
 
-    /// What [`ResidentAdapter::bytes`] will be once these weights are built for a base of `layers` layers.
-    pub fn bytes_for(weights: &AdapterWeights, layers: usize) -> usize {
-        Layout::<T>::of(weights, layers).bytes()
-    }
-
-    /// Lays out an adapter for a base. DoRA's norms read the base's rows, so this takes as long as reading the
-    /// adapted weights once.
-    ///
-    /// # Errors
-    /// [`Misfit`] with the first site whose sizes are not the base's.
-    pub fn build<O: Ops<T = T>>(
-        weights: &AdapterWeights,
-        base: &impl BaseSites<O>,
-    ) -> Result<Self, Misfit> {
-        Self::build_in(None, weights, base)
-    }
-
-    /// The same in the memory of an adapter that nobody needs any more, if that is about as large: memory that the system has to
-    /// find and clear first costs more than the numbers' way into it.
-    ///
-    /// # Errors
-    /// As [`ResidentAdapter::build`].
-    pub fn build_in<O: Ops<T = T>>(
-        spare: Option<Self>,
-        weights: &AdapterWeights,
-        base: &impl BaseSites<O>,
-    ) -> Result<Self, Misfit> {
-        check(weights, base)?;
-        let labels = weights.head.as_ref().map(|head| head.labels.clone());
-        let layout = Layout::of(weights, base.layers());
-        let mut resident = Self::laid_out(layout, labels.unwrap_or_default(), spare);
-        resident.fill(weights);
-        for (&(layer, site), adapter) in &weights.sites {
-            resident.fill_gain(layer, site, adapter, base);
-        }
-        if let (Some(head), Some(range)) = (&weights.head, resident.head.clone()) {
-            copy_f32(&head.weight, &mut resident.full.all_mut()[range]);
-        }
-        Ok(resident)
-    }
-
-    /// Every A and B into its place. Memory that was never touched is the slow part of it, so all threads touch it; a few sites
+    /// Every number into its place. Memory that was never touched is the slow part of it, so all threads touch it; a few sites
     /// at a time, because a step that finds the threads taken works alone.
-    fn fill(&mut self, weights: &AdapterWeights) {
-        let (mut full, mut half) = (
-            Splitter::new(self.full.all_mut()),
-            Splitter::new(self.half.all_mut()),
-        );
+    fn fill(&self, weights: &AdapterWeights, gains: &Gains<T>, full: &mut [T], half: &mut [u16]) {
+        let (mut full, mut half) = (Splitter::new(full), Splitter::new(half));
         let mut fills = Vec::with_capacity(2 * weights.sites.len());
         for (&(layer, site), adapter) in &weights.sites {
-            let Some(place) = &self.sites[layer * Site::ALL.len() + site.index()] else {
+            let Some(place) = self.place(layer, site) else {
                 continue;
             };
             // B is kept transposed; A has one column in this sense, so it is copied.
@@ -306,6 +176,14 @@ impl<T: Real> ResidentAdapter<T> {
                 };
                 fills.push((numbers, columns, into));
             }
+            if let (Some(at), Some(gain)) = (&place.gain, gains.get(&(layer, site))) {
+                full.part(at).copy_from_slice(gain);
+            }
+        }
+        if let (Some(at), Some(head)) = (&self.head, &weights.head) {
+            let into = full.part(at).iter_mut();
+            into.zip(&head.weight)
+                .for_each(|(into, w)| *into = T::from_f32(*w));
         }
         full.end();
         half.end();
@@ -315,44 +193,114 @@ impl<T: Real> ResidentAdapter<T> {
             });
         }
     }
+}
 
-    /// What DoRA divides by, from the base's rows.
-    fn fill_gain<O: Ops<T = T>>(
-        &mut self,
-        layer: usize,
-        site: Site,
-        adapter: &SiteAdapter,
-        base: &impl BaseSites<O>,
-    ) {
-        let at = self.place(layer, site).and_then(|place| place.gain.clone());
-        if let (Some(at), Some(magnitude)) = (at, &adapter.magnitude) {
-            let gain = dora_gain(base.ops(), base.weight(layer, site), adapter, magnitude);
-            self.full.all_mut()[at].copy_from_slice(&gain);
+/// DoRA's gains of the sites that have them.
+type Gains<T> = BTreeMap<(usize, Site), Vec<T>>;
+
+/// What DoRA divides by comes from the base's rows.
+fn gains<O: Ops>(weights: &AdapterWeights, base: &impl BaseSites<O>, ops: &O) -> Gains<O::T> {
+    let sites = weights.sites.iter();
+    let gain = |(&(layer, site), adapter): (&(usize, Site), &SiteAdapter)| {
+        let magnitude = adapter.magnitude.as_ref()?;
+        let gain = dora_gain(ops, base.weight(layer, site), adapter, magnitude);
+        Some(((layer, site), gain))
+    };
+    sites.filter_map(gain).collect()
+}
+
+// === impl ResidentAdapter ===
+
+impl<O: Ops> ResidentAdapter<O> {
+    /// An adapter that changes nothing, for a base of `layers` layers.
+    pub fn empty(ops: &O, layers: usize) -> Self {
+        let layout = Layout::of(&AdapterWeights::default(), layers);
+        let arena = ops.arena(None, layout.size, &mut |_, _| ());
+        Self {
+            arena: arena.unwrap_or_else(|error| panic_any(error)),
+            size: layout.size,
+            bytes: layout.bytes(ops),
+            sites: layout.sites,
+            labels: Vec::new(),
+            head: None,
         }
     }
 
-    /// The adapter's numbers at a site, if it adapts it.
-    pub fn site(&self, layer: usize, site: Site) -> Option<SiteView<'_, T>> {
-        let place = self.place(layer, site)?;
-        Some(SiteView {
-            rank: place.rank,
-            scale: place.scale,
-            a: self.factor(&place.a),
-            bt: self.factor(&place.bt),
-            gain: place.gain.clone().map(|gain| &self.full.all()[gain]),
+    /// What [`ResidentAdapter::bytes`] will be once these weights are built for a base of `layers` layers.
+    pub fn bytes_for(ops: &O, weights: &AdapterWeights, layers: usize) -> usize {
+        Layout::<O::T>::of(weights, layers).bytes(ops)
+    }
+
+    /// Lays out an adapter for a base. DoRA's norms read the base's rows, so this takes as long as reading the
+    /// adapted weights once.
+    ///
+    /// # Errors
+    /// [`BuildError::Misfit`] with the first site whose sizes are not the base's; [`BuildError::OutOfMemory`].
+    pub fn build(weights: &AdapterWeights, base: &impl BaseSites<O>) -> Result<Self, BuildError> {
+        Self::build_in(None, weights, base)
+    }
+
+    /// The same in the memory of an adapter that nobody needs any more, if that is about as large: memory that the system has to
+    /// find and clear first costs more than the numbers' way into it.
+    ///
+    /// # Errors
+    /// As [`ResidentAdapter::build`].
+    pub fn build_in(
+        spare: Option<Self>,
+        weights: &AdapterWeights,
+        base: &impl BaseSites<O>,
+    ) -> Result<Self, BuildError> {
+        check(weights, base)?;
+        let ops = base.ops().beside();
+        let layout = Layout::of(weights, base.layers());
+        let gains = gains(weights, base, &ops);
+        let arena = ops.arena(
+            spare.map(|spare| spare.arena),
+            layout.size,
+            &mut |full, half| {
+                layout.fill(weights, &gains, full, half);
+            },
+        )?;
+        let labels = weights.head.as_ref().map(|head| head.labels.clone());
+        Ok(Self {
+            arena,
+            size: layout.size,
+            bytes: layout.bytes(&ops),
+            sites: layout.sites,
+            labels: labels.unwrap_or_default(),
+            head: layout.head,
         })
     }
 
-    fn factor(&self, span: &Span) -> Factor<'_, T> {
-        let half = |at: &Range<usize>| &self.half.all()[at.clone()];
-        match span {
-            Span::Full(at) => Factor::Full(&self.full.all()[at.clone()]),
-            Span::Bf16(at) => Factor::Bf16(half(at).reinterpret_cast()),
-            Span::F16(at) => Factor::F16(half(at).reinterpret_cast()),
+    /// The adapter's numbers at a site, if it adapts it.
+    pub fn site(&self, layer: usize, site: Site) -> Option<SiteView<'_, O>> {
+        let place = self.place(layer, site)?;
+        let gain = place.gain.clone();
+        Some(SiteView {
+            rank: place.rank,
+            scale: place.scale,
+            a: O::factor(&self.arena, &place.a),
+            bt: O::factor(&self.arena, &place.bt),
+            gain: gain.map(|gain| O::numbers(&self.arena, gain)),
+        })
+    }
+
+    /// A and B transposed of a site, as training has them.
+    ///
+    /// # Panics
+    /// On factors of 16 bits, which training widens before it begins.
+    pub(super) fn trained(&self, layer: usize, site: Site) -> Option<(View<'_, O>, View<'_, O>)> {
+        let place = self.place(layer, site)?;
+        match (&place.a, &place.bt) {
+            (Span::Full(a), Span::Full(bt)) => Some((
+                O::numbers(&self.arena, a.clone()),
+                O::numbers(&self.arena, bt.clone()),
+            )),
+            _ => panic!("only factors of full width are trained"),
         }
     }
 
-    fn place(&self, layer: usize, site: Site) -> Option<&Place<T>> {
+    fn place(&self, layer: usize, site: Site) -> Option<&Place<O::T>> {
         self.sites
             .get(layer * Site::ALL.len() + site.index())?
             .as_ref()
@@ -364,22 +312,23 @@ impl<T: Real> ResidentAdapter<T> {
     }
 
     /// The head `[labels, hidden]`.
-    pub fn head(&self) -> Option<&[T]> {
-        self.head.clone().map(|range| &self.full.all()[range])
+    pub fn head(&self) -> Option<View<'_, O>> {
+        self.head
+            .clone()
+            .map(|range| O::numbers(&self.arena, range))
     }
 
-    /// The head's logits: `hidden [rows, hidden]` after the final norm, `out [rows, labels]`. Does nothing without a head.
-    pub fn score<O: Ops<T = T>>(&self, ops: &O, hidden: &[T], out: &mut [T]) {
+    /// The head's logits: `hidden [rows, hidden]` after the final norm, `out [rows, labels]`, exact. Does nothing without a
+    /// head.
+    pub fn score(&self, ops: &O, hidden: View<'_, O>, out: ViewMut<'_, O>) {
         if let Some(head) = self.head() {
-            ops.shrink(hidden, head, self.labels.len(), T::ONE, out);
+            ops.shrink(hidden, head, self.labels.len(), out);
         }
     }
 
     /// Bytes held: those of each number as it is stored, alignment, and the table of places.
     pub fn bytes(&self) -> usize {
-        size_of_val(self.full.storage.as_slice())
-            + size_of_val(self.half.storage.as_slice())
-            + size_of_val(self.sites.as_slice())
+        self.bytes
     }
 
     /// The lowest adapted layer.
@@ -398,15 +347,25 @@ impl<T: Real> ResidentAdapter<T> {
             .any(|place| place.gain.is_some())
     }
 
-    /// Every number, in the layout that [`AdapterGrads`] shares: for the optimizer. The adapter was built from
-    /// [`AdapterWeights::widened`] numbers; others are not changed by training.
-    pub fn parameters(&self) -> &[T] {
-        self.full.all()
+    /// How many numbers there are of full width, those between the parts included.
+    pub fn parameter_count(&self) -> usize {
+        self.size.full
     }
 
-    /// As [`ResidentAdapter::parameters`], to be changed between steps.
-    pub fn parameters_mut(&mut self) -> &mut [T] {
-        self.full.all_mut()
+    /// Every number, in the layout that [`AdapterGrads`] shares: for the optimizer. The adapter was built from
+    /// [`AdapterWeights::widened`] numbers; others are not changed by training.
+    pub fn parameters(&self) -> View<'_, O> {
+        self.part(0..self.size.full)
+    }
+
+    /// Some of [`ResidentAdapter::parameters`].
+    pub fn part(&self, at: Range<usize>) -> View<'_, O> {
+        O::numbers(&self.arena, at)
+    }
+
+    /// Some of [`ResidentAdapter::parameters`], to be changed between steps.
+    pub fn part_mut(&mut self, at: Range<usize>) -> ViewMut<'_, O> {
+        O::numbers_mut(&mut self.arena, at)
     }
 
     /// Where the head lies among the parameters.
@@ -415,43 +374,54 @@ impl<T: Real> ResidentAdapter<T> {
     }
 
     /// The adapter as a file would hold it. DoRA's magnitude went into its gain and is not given back: `None`.
-    pub fn weights(&self) -> Option<AdapterWeights> {
+    pub fn weights(&self, ops: &O) -> Option<AdapterWeights> {
+        let mut parameters = vec![O::T::ZERO; self.size.full];
+        ops.read(self.parameters(), &mut parameters);
+        self.weights_with(ops, &parameters)
+    }
+
+    /// The same if its [`ResidentAdapter::parameters`] were these.
+    pub fn weights_with(&self, ops: &O, parameters: &[O::T]) -> Option<AdapterWeights> {
         if self.has_gains() {
             return None;
         }
+        let stored = |span: &Span| match span {
+            Span::Full(at) => parameters[at.clone()].iter().map(|n| n.to_f32()).collect(),
+            narrow => ops.read_factor(O::factor(&self.arena, narrow)),
+        };
         let mut weights = AdapterWeights::default();
         for (index, place) in self.sites.iter().enumerate() {
             let Some(place) = place else { continue };
             let at = (index / Site::ALL.len(), Site::ALL[index % Site::ALL.len()]);
-            let outputs = self.factor(&place.bt).len() / place.rank;
+            let bt = stored(&place.bt);
             let adapter = SiteAdapter {
                 r: place.rank,
                 scale: place.scale.to_f32(),
-                a: self.numbers(&place.a, 1),
-                b: self.numbers(&place.bt, outputs),
+                a: stored(&place.a),
+                b: columns_as_rows(&bt, bt.len() / place.rank),
                 magnitude: None,
             };
             weights.sites.insert(at, adapter);
         }
-        weights.head = self.head().map(|head| ScoreHead {
+        weights.head = self.head.clone().map(|head| ScoreHead {
             labels: self.labels.clone(),
-            weight: head.iter().map(|w| w.to_f32()).collect(),
+            weight: parameters[head].iter().map(|w| w.to_f32()).collect(),
         });
         Some(weights)
     }
+}
 
-    /// A span's numbers, its columns as rows.
-    fn numbers(&self, span: &Span, columns: usize) -> Numbers {
-        fn out<E, N: Copy + Default>(from: &[E], columns: usize, of: impl Fn(&E) -> N) -> Vec<N> {
-            let mut into = vec![N::default(); from.len()];
-            turned(from, columns, &mut into, of);
-            into
-        }
-        match self.factor(span) {
-            Factor::Full(numbers) => Numbers::F32(out(numbers, columns, |n| n.to_f32())),
-            Factor::Bf16(numbers) => Numbers::Bf16(out(numbers, columns, |n| *n)),
-            Factor::F16(numbers) => Numbers::F16(out(numbers, columns, |n| *n)),
-        }
+/// Columns of `numbers [_, columns]` as rows.
+fn columns_as_rows(numbers: &Numbers, columns: usize) -> Numbers {
+    fn out<E: Copy + Default>(from: &[E], columns: usize) -> Vec<E> {
+        let mut into = vec![E::default(); from.len()];
+        turned(from, columns, &mut into, |n| *n);
+        into
+    }
+    match numbers {
+        Numbers::F32(numbers) => Numbers::F32(out(numbers, columns)),
+        Numbers::Bf16(numbers) => Numbers::Bf16(out(numbers, columns)),
+        Numbers::F16(numbers) => Numbers::F16(out(numbers, columns)),
     }
 }
 
@@ -529,12 +499,6 @@ fn turned<E, N>(from: &[E], columns: usize, into: &mut [N], of: impl Fn(&E) -> N
     }
 }
 
-fn copy_f32<T: Real>(from: &[f32], to: &mut [T]) {
-    for (from, to) in from.iter().zip(to) {
-        *to = T::from_f32(*from);
-    }
-}
-
 fn check<O: Ops>(weights: &AdapterWeights, base: &impl BaseSites<O>) -> Result<(), Misfit> {
     for (&(layer, site), adapter) in &weights.sites {
         let misfit = |reason: String| {
@@ -582,48 +546,62 @@ fn check<O: Ops>(weights: &AdapterWeights, base: &impl BaseSites<O>) -> Result<(
 }
 
 /// Gradients of an adapter's parameters, in its layout.
-#[derive(Clone, Debug)]
-pub struct AdapterGrads<T = f32> {
-    arena: Arena<T>,
-    sites: Vec<Option<Place<T>>>,
+#[derive(Debug)]
+pub struct AdapterGrads<O: Ops = Backend> {
+    arena: O::Arena,
+    len: usize,
+    sites: Vec<Option<Place<O::T>>>,
     head: Option<Range<usize>>,
 }
 
-impl<T: Real> AdapterGrads<T> {
+impl<O: Ops> AdapterGrads<O> {
     /// Zeros in the layout of `adapter`.
-    pub fn of(adapter: &ResidentAdapter<T>) -> Self {
-        let arena = Arena::zeros(adapter.full.len);
+    pub fn of(ops: &O, adapter: &ResidentAdapter<O>) -> Self {
+        let size = ArenaSize {
+            half: 0,
+            ..adapter.size
+        };
+        let arena = ops.arena(None, size, &mut |full, _| full.fill(O::T::ZERO));
         Self {
-            arena,
+            arena: arena.unwrap_or_else(|error| panic_any(error)),
+            len: size.full,
             sites: adapter.sites.clone(),
             head: adapter.head.clone(),
         }
     }
 
     /// Every gradient, in the order of [`ResidentAdapter::parameters`].
-    pub fn all(&self) -> &[T] {
-        self.arena.all()
+    pub fn all(&self) -> View<'_, O> {
+        self.part(0..self.len)
     }
 
-    /// As [`AdapterGrads::all`], to be scaled or cleared.
-    pub fn all_mut(&mut self) -> &mut [T] {
-        self.arena.all_mut()
+    /// Some of them.
+    pub fn part(&self, at: Range<usize>) -> View<'_, O> {
+        O::numbers(&self.arena, at)
+    }
+
+    /// All become zero.
+    pub fn clear(&mut self, ops: &O) {
+        ops.clear(O::numbers_mut(&mut self.arena, 0..self.len));
     }
 
     /// The head's gradient.
-    pub fn head_mut(&mut self) -> Option<&mut [T]> {
-        self.head
-            .clone()
-            .map(|range| &mut self.arena.all_mut()[range])
+    pub fn head_mut(&mut self) -> Option<ViewMut<'_, O>> {
+        let at = self.head.clone()?;
+        Some(O::numbers_mut(&mut self.arena, at))
     }
 
-    /// (dA, dB transposed) of a site.
-    pub(super) fn site_mut(&mut self, index: usize) -> Option<(&mut [T], &mut [T])> {
+    /// Where dA and dB transposed of a site lie.
+    pub(super) fn site(&self, index: usize) -> Option<(Range<usize>, Range<usize>)> {
         let place = self.sites.get(index)?.as_ref()?;
-        let (Span::Full(a), Span::Full(bt)) = (place.a.clone(), place.bt.clone()) else {
-            return None;
-        };
-        let (before, after) = self.arena.all_mut().split_at_mut(bt.start);
-        Some((&mut before[a], &mut after[..bt.len()]))
+        match (&place.a, &place.bt) {
+            (Span::Full(a), Span::Full(bt)) => Some((a.clone(), bt.clone())),
+            _ => None,
+        }
+    }
+
+    /// Some of them, to be added to.
+    pub(super) fn part_mut(&mut self, at: Range<usize>) -> ViewMut<'_, O> {
+        O::numbers_mut(&mut self.arena, at)
     }
 }

@@ -4,8 +4,11 @@
 
 use std::borrow::Cow;
 
-use crate::ops::{Ops, Real};
+use crate::ops::{Buffer, Ops, Real};
 use crate::weights::SiteAdapter;
+
+/// Rows of a weight that are read at a time.
+const ROWS: usize = 64;
 
 /// `m / |W + s B A|` by output row. Sums in f64: the base is as it is stored, the gain as exact as f32 can be.
 pub(super) fn dora_gain<O: Ops>(
@@ -16,13 +19,23 @@ pub(super) fn dora_gain<O: Ops>(
 ) -> Vec<O::T> {
     let (outputs, inputs) = ops.dims(weight);
     let update = Update::of(adapter);
-    let mut row = vec![O::T::ZERO; inputs];
-    let gain = |output: usize| {
-        ops.gather(weight, &[output as u32], &mut row);
-        let row: Vec<f64> = row.iter().map(|w| w.to_f64()).collect();
-        f64::from(magnitude[output]) / norm(&update.onto(row, output))
-    };
-    (0..outputs).map(gain).map(O::T::from_f64).collect()
+    let ids: Vec<u32> = (0..outputs as u32).collect();
+    let mut gathered = ops.exact();
+    let mut rows = Vec::new();
+    let mut gains = Vec::with_capacity(outputs);
+    for ids in ids.chunks(ROWS) {
+        ops.resize(&mut gathered, ids.len() * inputs);
+        ops.gather(weight, ops.ids(ids), gathered.all_mut());
+        rows.resize(gathered.len(), O::T::ZERO);
+        ops.read(gathered.all(), &mut rows);
+        for (output, row) in ids.iter().zip(rows.chunks_exact(inputs)) {
+            let output = *output as usize;
+            let row: Vec<f64> = row.iter().map(|w| w.to_f64()).collect();
+            let gain = f64::from(magnitude[output]) / norm(&update.onto(row, output));
+            gains.push(O::T::from_f64(gain));
+        }
+    }
+    gains
 }
 
 fn norm(row: &[f64]) -> f64 {

@@ -9,8 +9,9 @@ use std::ops::Range;
 
 use super::cpu_matrix::Matrix;
 use super::cpu_tile::Isa;
+use super::host::host_memory;
 use super::{
-    AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, LowRank, Ops, Weight, WeightKind,
+    AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, Ops, Weight, WeightKind,
 };
 use super::{
     cpu_attention, cpu_attention_backward, cpu_keys, cpu_low_rank, cpu_peak, cpu_rows, cpu_softmax,
@@ -61,8 +62,8 @@ impl Cpu {
 }
 
 impl Ops for Cpu {
-    type T = f32;
     type Matrix = Matrix;
+    host_memory!(f32);
 
     fn pack(&self, weight: &[f32], outputs: usize, inputs: usize) -> Matrix {
         Matrix::pack_f32(weight, outputs, inputs)
@@ -102,8 +103,8 @@ impl Ops for Cpu {
         weight.backward(self.isa, dy, outputs, dx);
     }
 
-    fn shrink(&self, x: &[f32], a: &[f32], rank: usize, scale: f32, h: &mut [f32]) {
-        cpu_thin::shrink(self.isa, x, a, rank, scale, h);
+    fn shrink(&self, x: &[f32], a: &[f32], rank: usize, h: &mut [f32]) {
+        cpu_thin::shrink(self.isa, x, a, rank, h);
     }
 
     fn expand(&self, h: &[f32], bt: &[f32], rank: usize, scale: f32, y: &mut [f32]) {
@@ -114,8 +115,14 @@ impl Ops for Cpu {
         cpu_thin::outer(self.isa, h, x, rank, scale, dw);
     }
 
-    fn low_rank(&self, x: &[f32], updates: &[LowRank<'_, f32>], outputs: &mut [&mut [f32]]) {
-        cpu_low_rank::low_rank(self.isa, x, updates, outputs);
+    fn low_rank(
+        &self,
+        x: &[f32],
+        updates: &Self::Updates<'_>,
+        list: usize,
+        mut outputs: Vec<&mut [f32]>,
+    ) {
+        cpu_low_rank::low_rank(self.isa, x, &updates[list], &mut outputs);
     }
 
     fn rms_norm(&self, x: &[f32], weight: &[f32], eps: f64, y: &mut [f32]) {
@@ -138,7 +145,7 @@ impl Ops for Cpu {
         cpu_rows::swiglu_backward(self.isa, gate, up, dy);
     }
 
-    fn store_keys(&self, from: &[f32], rows: &[usize], block_size: usize, k: &mut [f32]) {
+    fn store_keys(&self, from: &[f32], _: usize, rows: &[u32], block_size: usize, k: &mut [f32]) {
         cpu_keys::store_keys(self.isa, from, rows, block_size, k);
     }
 
@@ -148,7 +155,7 @@ impl Ops for Cpu {
         q: &[f32],
         k: &[f32],
         v: &[f32],
-        spans: &[AttentionSpan<'_>],
+        spans: &Vec<AttentionSpan<'_>>,
         out: &mut [f32],
         lse: Option<&mut [f32]>,
     ) {
@@ -158,10 +165,10 @@ impl Ops for Cpu {
     fn attention_backward(
         &self,
         shape: AttentionShape,
-        saved: AttentionSaved<'_, f32>,
-        spans: &[AttentionSpan<'_>],
+        saved: AttentionSaved<&[f32]>,
+        spans: &Vec<AttentionSpan<'_>>,
         dout: &[f32],
-        grads: AttentionGrads<'_, f32>,
+        grads: AttentionGrads<&mut [f32]>,
     ) {
         cpu_attention_backward::attention_backward(self.isa, shape, saved, spans, dout, grads);
     }
@@ -170,7 +177,14 @@ impl Ops for Cpu {
         cpu_rows::add(x, y);
     }
 
-    fn cross_entropy(&self, logits: &mut [f32], labels: &[u32], scale: f32, losses: &mut [f32]) {
-        cpu_softmax::cross_entropy(self.isa, logits, labels, scale, losses);
+    fn cross_entropy(
+        &self,
+        logits: &[f32],
+        labels: &[u32],
+        scale: f32,
+        gradient: &mut [f32],
+        judged: &mut [f32],
+    ) {
+        cpu_softmax::cross_entropy(self.isa, logits, labels, scale, gradient, judged);
     }
 }

@@ -23,10 +23,10 @@ const SCORES: usize = 64 * 1024;
 pub(super) fn attention_backward(
     isa: Isa,
     shape: AttentionShape,
-    saved: AttentionSaved<'_, f32>,
+    saved: AttentionSaved<&[f32]>,
     spans: &[AttentionSpan<'_>],
     dout: &[f32],
-    grads: AttentionGrads<'_, f32>,
+    grads: AttentionGrads<&mut [f32]>,
 ) {
     check(shape, spans, saved.q, saved.k, saved.v);
     let flat = |span: &AttentionSpan<'_>| matches!(span.kv, KvRows::Flat { .. });
@@ -91,7 +91,7 @@ fn share_rows(shape: AttentionShape, spans: &[AttentionSpan<'_>]) -> bool {
 struct Backward<'a> {
     isa: Isa,
     shape: AttentionShape,
-    saved: AttentionSaved<'a, f32>,
+    saved: AttentionSaved<&'a [f32]>,
     dout: &'a [f32],
     dq: Out,
     dk: Out,

@@ -74,7 +74,7 @@ impl Problem {
         spans
     }
 
-    fn forward(&self, cpu: Cpu, spans: &[AttentionSpan<'_>], k: &[f32], v: &[f32]) -> Vec<f32> {
+    fn forward(&self, cpu: Cpu, spans: &Vec<AttentionSpan<'_>>, k: &[f32], v: &[f32]) -> Vec<f32> {
         let mut out = vec![0.0; self.q.len()];
         let mut lse = vec![0.0; self.rows() * self.shape.heads];
         cpu.attention(self.shape, &self.q, k, v, spans, &mut out, Some(&mut lse));
@@ -82,11 +82,11 @@ impl Problem {
         out
     }
 
-    fn backward(&self, cpu: Cpu, spans: &[AttentionSpan<'_>], dout: &[f32]) -> Vec<f32> {
+    fn backward(&self, cpu: Cpu, spans: &Vec<AttentionSpan<'_>>, dout: &[f32]) -> Vec<f32> {
         let forward = self.forward(cpu, spans, &self.k, &self.v);
         let (out, lse) = forward.split_at(self.q.len());
         let saved = AttentionSaved {
-            q: &self.q,
+            q: self.q.as_slice(),
             k: &self.k,
             v: &self.v,
             out,
@@ -95,7 +95,7 @@ impl Problem {
         let mut dq = vec![f32::NAN; self.q.len()];
         let (mut dk, mut dv) = (vec![0.5; self.k.len()], vec![0.25; self.v.len()]);
         let grads = AttentionGrads {
-            dq: &mut dq,
+            dq: dq.as_mut_slice(),
             dk: &mut dk,
             dv: &mut dv,
         };
@@ -121,7 +121,7 @@ fn attention_equals_the_reference() {
         let dout = random(&mut rng, q.len());
         let fast = problem.backward(Cpu::default(), &spans, &dout);
         let saved = AttentionSaved {
-            q: &q,
+            q: q.as_slice(),
             k: &k,
             v: &v,
             out: &out,
@@ -130,7 +130,7 @@ fn attention_equals_the_reference() {
         let mut dq = vec![0.0; q.len()];
         let (mut dk, mut dv) = (vec![0.5; k.len()], vec![0.25; v.len()]);
         let grads = AttentionGrads {
-            dq: &mut dq,
+            dq: dq.as_mut_slice(),
             dk: &mut dk,
             dv: &mut dv,
         };
@@ -173,14 +173,17 @@ fn paged(
         table,
         block_size: size,
     };
-    let places: Vec<usize> = (0..rows.len()).map(|position| kv.row(position)).collect();
+    let places: Vec<u32> = (0..rows.len())
+        .map(|position| kv.row(position) as u32)
+        .collect();
     let from = &problem.v[rows.start * width..rows.end * width];
     Cpu::default().store_values(from, problem.shape.head_dim, &places, size, &mut v);
     let from = &problem.k[rows.start * width..rows.end * width];
     // As a prompt in chunks does: runs that begin and end anywhere.
     let (first, rest) = places.split_at(21);
-    Cpu::default().store_keys(&from[..21 * width], first, size, &mut k);
-    Cpu::default().store_keys(&from[21 * width..], rest, size, &mut k);
+    let head_dim = problem.shape.head_dim;
+    Cpu::default().store_keys(&from[..21 * width], head_dim, first, size, &mut k);
+    Cpu::default().store_keys(&from[21 * width..], head_dim, rest, size, &mut k);
     (k, v)
 }
 
@@ -201,7 +204,7 @@ fn paged_keys_give_the_bits_of_flat_ones() {
         let flat = problem.forward(Cpu::default(), &problem.spans(1000), &problem.k, &problem.v);
         for (block_size, table) in tables {
             let (k, v) = paged(&problem, FIRST.0..KV_ROWS, block_size, table);
-            let spans = [AttentionSpan {
+            let spans = vec![AttentionSpan {
                 rows: FIRST.0..problem.rows(),
                 start: SECOND.1,
                 kv: KvRows::Paged { table, block_size },

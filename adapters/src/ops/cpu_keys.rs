@@ -10,7 +10,7 @@ use super::cpu_attention::Task;
 use super::cpu_buffer::spread;
 use super::cpu_tile::{HALF, Isa, Out, PANEL};
 use super::cpu_transpose::{prefetch, transpose_block};
-use super::{AttentionShape, KvRows};
+use super::{AttentionShape, KvRows, NO_ROW};
 
 /// What a missing position reads: as long as one side of a transposed block.
 static ZEROS: [f32; 16] = [0.0; 16];
@@ -179,11 +179,12 @@ fn gather_keys(
 
 /// Writes keys to turned blocks; see [`Ops::store_keys`](super::Ops::store_keys). Sixteen rows that fill a column of vectors go
 /// together; a single row touches as many cache lines as it has numbers, so rows are shared out. No row stands there twice.
-pub(super) fn store_keys(isa: Isa, from: &[f32], rows: &[usize], block_size: usize, k: &mut [f32]) {
+pub(super) fn store_keys(isa: Isa, from: &[f32], rows: &[u32], block_size: usize, k: &mut [f32]) {
     let Some(width) = from.len().checked_div(rows.len()) else {
         return;
     };
-    let last = rows.iter().max().map_or(0, |row| row / block_size + 1);
+    let stored = rows.iter().filter(|row| **row != NO_ROW);
+    let last = stored.max().map_or(0, |row| *row as usize / block_size + 1);
     assert!(
         last * block_size * width <= k.len(),
         "a row beyond the cache"
@@ -191,12 +192,16 @@ pub(super) fn store_keys(isa: Isa, from: &[f32], rows: &[usize], block_size: usi
     let side = HALF as usize;
     let whole = |at: usize| {
         let run = rows[at..].iter().take(side).enumerate();
-        let adjacent = run.take_while(|(i, row)| **row == rows[at] + i).count();
-        adjacent == side && rows[at].is_multiple_of(side) && block_size.is_multiple_of(side)
+        let next = |i: usize| rows[at].wrapping_add(i as u32);
+        let adjacent = run.take_while(|(i, row)| **row == next(*i)).count();
+        adjacent == side && next(0).is_multiple_of(HALF as u32) && block_size.is_multiple_of(side)
     };
     let k = Out(k.as_mut_ptr());
     spread(rows.len(), rows.len() * width * LINE_COST, |at| {
-        let row = rows[at];
+        if rows[at] == NO_ROW {
+            return;
+        }
+        let row = rows[at] as usize;
         let (block, lane) = (row / block_size * block_size * width, row % block_size);
         let first = at.checked_sub(row % side).filter(|first| whole(*first));
         match first {

@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::cpu_buffer::{Aligned, spread, with_scratch};
 use super::cpu_thin::{FEW_ROWS, FactorAt, axpys, dots};
 use super::cpu_tile::{HALF, Isa, Out, PANEL, Tile};
-use super::{Factor, LowRank, threads};
+use super::{Factor, HostLowRank, threads};
 
 /// Rows of one update that a thread does at a time; a multiple of the tallest tile.
 const ROWS_PER_TASK: usize = 48;
@@ -29,7 +29,7 @@ struct Unit {
 pub(super) fn low_rank(
     isa: Isa,
     x: &[f32],
-    updates: &[LowRank<'_, f32>],
+    updates: &[HostLowRank<'_, f32>],
     outputs: &mut [&mut [f32]],
 ) {
     let Some(first) = updates.first() else { return };
@@ -50,7 +50,7 @@ pub(super) fn low_rank(
     });
 }
 
-fn check(x: &[f32], inputs: usize, updates: &[LowRank<'_, f32>], outputs: &[&mut [f32]]) {
+fn check(x: &[f32], inputs: usize, updates: &[HostLowRank<'_, f32>], outputs: &[&mut [f32]]) {
     let rows = x.len() / inputs.max(1);
     assert_eq!(x.len(), rows * inputs, "x is [rows, in]");
     for update in updates {
@@ -71,10 +71,11 @@ fn check(x: &[f32], inputs: usize, updates: &[LowRank<'_, f32>], outputs: &[&mut
 }
 
 /// Updates that share rows and output are one unit; many rows are several.
-fn units(updates: &[LowRank<'_, f32>]) -> Vec<Unit> {
+fn units(updates: &[HostLowRank<'_, f32>]) -> Vec<Unit> {
     let mut units = Vec::with_capacity(updates.len());
-    let same =
-        |l: &LowRank<'_, f32>, r: &LowRank<'_, f32>| l.rows == r.rows && l.output == r.output;
+    let same = |l: &HostLowRank<'_, f32>, r: &HostLowRank<'_, f32>| {
+        l.rows == r.rows && l.output == r.output
+    };
     let mut next = 0;
     for together in updates.chunk_by(same) {
         let numbers: usize = together.iter().map(|u| u.a.len() + u.bt.len()).sum();
@@ -115,7 +116,7 @@ fn runs(units: &[Unit], cost: usize) -> Vec<Range<usize>> {
 ///
 /// # Safety
 /// The rows of `y` exist and no other thread touches them; the factors are `[rank, in]` and `[rank, out]`; the machine has `isa`.
-unsafe fn add(isa: Isa, x: &[f32], update: &LowRank<'_, f32>, rows: &Range<usize>, y: Out) {
+unsafe fn add(isa: Isa, x: &[f32], update: &HostLowRank<'_, f32>, rows: &Range<usize>, y: Out) {
     let (rank, count) = (update.rank, rows.len());
     let (inputs, width) = (update.a.len() / rank, update.bt.len() / rank);
     with_scratch(|scratch| {

@@ -13,7 +13,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::cpu_tests::{assert_close, assert_same_bits, everywhere, random, wide};
-use super::{Cpu, Factor, LowRank, Ops, Reference};
+use super::{Cpu, Factor, HostLowRank, LowRank, Ops, Reference};
 
 /// A factor that owns its numbers.
 enum Owned {
@@ -52,7 +52,7 @@ struct Made {
 }
 
 impl Made {
-    fn update(&self) -> LowRank<'_, f32> {
+    fn update(&self) -> HostLowRank<'_, f32> {
         LowRank {
             rows: self.rows.clone(),
             output: self.output,
@@ -110,9 +110,9 @@ impl Problem {
     }
 
     fn run(&self, cpu: Cpu) -> Vec<f32> {
-        let updates: Vec<_> = self.made.iter().map(Made::update).collect();
+        let updates = vec![self.made.iter().map(Made::update).collect()];
         let [mut left, mut right] = self.y.clone();
-        cpu.low_rank(&self.x, &updates, &mut [&mut left, &mut right]);
+        cpu.low_rank(&self.x, &updates, 0, vec![&mut left, &mut right]);
         [left, right].concat()
     }
 
@@ -127,7 +127,7 @@ impl Problem {
             let (a, bt) = (made.a.view().to_vec(), made.bt.view().to_vec());
             let mut h = vec![0.0; made.rows.len() * made.rank];
             let x = &self.x[made.rows.start * self.inputs..made.rows.end * self.inputs];
-            cpu.shrink(x, &a, made.rank, 1.0, &mut h);
+            cpu.shrink(x, &a, made.rank, &mut h);
             let y = &mut y[made.rows.start * width..made.rows.end * width];
             cpu.expand(&h, &bt, made.rank, made.scale, y);
         }
@@ -167,7 +167,12 @@ fn updates_equal_the_reference() {
             })
             .collect();
         let [mut left, mut right] = problem.y.clone().map(|y| wide(&y));
-        exact.low_rank(&wide(&problem.x), &updates, &mut [&mut left, &mut right]);
+        exact.low_rank(
+            &wide(&problem.x),
+            &vec![updates],
+            0,
+            vec![&mut left, &mut right],
+        );
         assert_close(&format!("{inputs} wide"), &fast, &[left, right].concat());
     }
 }
@@ -219,7 +224,7 @@ fn an_update_alone_is_the_same_in_any_list() {
         let mut left = problem.y[0][row * 77..][..77].to_vec();
         let mut right = problem.y[1][row * 96..][..96].to_vec();
         let x = &problem.x[row * 100..][..100];
-        cpu.low_rank(x, &updates, &mut [&mut left, &mut right]);
+        cpu.low_rank(x, &vec![updates], 0, vec![&mut left, &mut right]);
         assert_same_bits("left", &left, &together[row * 77..][..77]);
         let at = problem.rows * 77 + row * 96;
         assert_same_bits("right", &right, &together[at..][..96]);

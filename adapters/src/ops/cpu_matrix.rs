@@ -45,6 +45,7 @@ impl Matrix {
             Weight::Bf16(values) => Layout::Bf16(Panels::pack(values, outputs, inputs)),
             Weight::F16(values) => Layout::F16(Panels::pack(values, outputs, inputs)),
             Weight::Blocks(blocks) => Layout::Blocks(BlockPanels::pack(blocks, outputs, inputs)),
+            Weight::Uniform(uniform) => return Self::pack(&uniform.written(), outputs, inputs),
         })
     }
 

@@ -30,46 +30,50 @@ impl<V: Lanes> Terms<V> for Exponentials<V> {
     }
 }
 
-/// Each row of logits becomes `scale * (softmax - onehot(label))`; its loss goes to `losses`.
+/// `scale * (softmax - onehot(label))` of each row of logits to `gradient`; its loss, and whether its label comes first, to
+/// `judged`.
 pub(super) fn cross_entropy(
     isa: Isa,
-    logits: &mut [f32],
+    logits: &[f32],
     labels: &[u32],
     scale: f32,
-    losses: &mut [f32],
+    gradient: &mut [f32],
+    judged: &mut [f32],
 ) {
-    assert_eq!(labels.len(), losses.len(), "one loss for each label");
+    assert_eq!(2 * labels.len(), judged.len(), "two numbers for each label");
+    assert_eq!(logits.len(), gradient.len(), "a gradient for each logit");
     if labels.is_empty() {
         return;
     }
     let vocab = logits.len() / labels.len();
     assert_eq!(logits.len(), vocab * labels.len(), "whole rows of logits");
-    let work = |((row, label), loss): ((&mut [f32], &u32), &mut f32)| {
-        let label = *label as usize;
-        let target = row[label];
+    let judged = Out(judged.as_mut_ptr());
+    spread_parts(gradient, vocab, 2 * logits.len(), |i, row| {
+        let (from, label) = (&logits[i * vocab..][..vocab], labels[i] as usize);
+        let target = from[label];
+        row.copy_from_slice(from);
         // SAFETY: `row` is `vocab` numbers.
-        let log_total = unsafe { softmax_row(isa, row.as_mut_ptr(), vocab, scale) };
-        *loss = log_total - target;
+        let (highest, log_total) = unsafe { softmax_row(isa, row.as_mut_ptr(), vocab, scale) };
         row[label] -= scale;
-    };
-    let losses = Out(losses.as_mut_ptr());
-    let cost = 2 * logits.len();
-    spread_parts(logits, vocab, cost, |i, row| {
-        // SAFETY: there is one loss for each label, and it belongs to its row's task.
-        work(((row, &labels[i]), unsafe { &mut *losses.at(i) }));
+        let first = f32::from(u8::from(target >= highest));
+        // SAFETY: there are two numbers for each label, and they belong to its row's task.
+        unsafe {
+            judged.at(2 * i).write(log_total - target);
+            judged.at(2 * i + 1).write(first);
+        }
     });
 }
 
 per_isa! {
-    /// Replaces the row by `scale * softmax(row)` and returns the log of the sum of its exponentials.
+    /// Replaces the row by `scale * softmax(row)` and returns its highest number and the log of the sum of its exponentials.
     ///
     /// # Safety
     /// `x` is valid for `n` numbers and the machine has `isa`.
-    fn softmax_row(x: *mut f32, n: usize, scale: f32) -> f32 = softmax_row_body
+    fn softmax_row(x: *mut f32, n: usize, scale: f32) -> (f32, f32) = softmax_row_body
 }
 
 #[inline(always)]
-unsafe fn softmax_row_body<V: Lanes>(x: *mut f32, n: usize, scale: f32) -> f32 {
+unsafe fn softmax_row_body<V: Lanes>(x: *mut f32, n: usize, scale: f32) -> (f32, f32) {
     // SAFETY: promised by the caller.
     unsafe {
         let highest = highest::<V>(x, n);
@@ -84,7 +88,7 @@ unsafe fn softmax_row_body<V: Lanes>(x: *mut f32, n: usize, scale: f32) -> f32 {
                 .store_n(x.add(at), len);
             at += LANES;
         }
-        highest + total.ln()
+        (highest, highest + total.ln())
     }
 }
 

@@ -94,8 +94,8 @@ fn ask_for<E>(p: *const E) {
     let _ = p;
 }
 
-/// `h = scale * x A^T`.
-pub(super) fn shrink(isa: Isa, x: &[f32], a: &[f32], rank: usize, scale: f32, h: &mut [f32]) {
+/// `h = x A^T`.
+pub(super) fn shrink(isa: Isa, x: &[f32], a: &[f32], rank: usize, h: &mut [f32]) {
     let inputs = width(a, rank);
     let rows = h.len() / rank.max(1);
     assert_eq!(
@@ -116,7 +116,7 @@ pub(super) fn shrink(isa: Isa, x: &[f32], a: &[f32], rank: usize, scale: f32, h:
             unsafe {
                 let a = FactorAt::F32(a.as_ptr().add(first * inputs));
                 let h = out.at(first);
-                dots(isa, x.as_ptr(), rows, a, count, inputs, scale, h, rank);
+                dots(isa, x.as_ptr(), rows, a, count, inputs, 1.0, h, rank);
             }
         });
     }
@@ -132,7 +132,7 @@ pub(super) fn shrink(isa: Isa, x: &[f32], a: &[f32], rank: usize, scale: f32, h:
                 FactorAt::F32(a.as_ptr()),
                 rank,
                 inputs,
-                scale,
+                1.0,
                 h.as_mut_ptr(),
                 rank,
             );

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 
 use super::Real;
 
-/// A factor `[rank, width]`, row-major, as it is stored.
+/// A factor `[rank, width]` in the host's memory, row-major, as it is stored.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Factor<'a, T> {
     /// The numbers that operations work on.
@@ -22,7 +22,7 @@ pub enum Factor<'a, T> {
 
 /// `y[rows] += scale * (x[rows] A^T) Bt`, where `y` is one of the outputs that share the input `x`.
 #[derive(Clone, Debug)]
-pub struct LowRank<'a, T> {
+pub struct LowRank<F, T> {
     /// Which rows of `x` and of the output.
     pub rows: Range<usize>,
     /// Which output.
@@ -32,9 +32,28 @@ pub struct LowRank<'a, T> {
     /// The factor on `B A x`.
     pub scale: T,
     /// A `[rank, in]`.
-    pub a: Factor<'a, T>,
+    pub a: F,
     /// B transposed `[rank, out]`.
-    pub bt: Factor<'a, T>,
+    pub bt: F,
+}
+
+/// An update whose factors are in the host's memory.
+pub type HostLowRank<'a, T> = LowRank<Factor<'a, T>, T>;
+
+// === impl LowRank ===
+
+impl<F, T> LowRank<F, T> {
+    /// The same update with other factors.
+    pub(super) fn map<G>(self, factor: impl Fn(F) -> G) -> LowRank<G, T> {
+        LowRank {
+            rows: self.rows,
+            output: self.output,
+            rank: self.rank,
+            scale: self.scale,
+            a: factor(self.a),
+            bt: factor(self.bt),
+        }
+    }
 }
 
 // === impl Factor ===

@@ -1,19 +1,24 @@
 //! The dozen operations that a decoder with adapters is made of, forward and backward.
 //!
 //! Everything above is written once, generic over [`Ops`]: the plain [`Reference`] in f64 proves the derivatives by
-//! finite differences, the fast CPU path serves and trains. Slices are flat and row-major, outputs belong to the
-//! caller. An operation must not know what a layer, an adapter or a request is.
+//! finite differences, [`Cpu`] serves and train. Numbers lie in buffers where the operations work
+//! ([`buffer`]), flat and row-major; outputs belong to the caller. An operation must not know what a layer, an adapter
+//! or a request is.
 //!
 //! **The row rule.** An output row depends only on its own input row and on the weights. Its sums run in an order
 //! fixed by their length alone, never by the number of rows, by threads or by neighbours: cutting a batch elsewhere
 //! changes no bit. Where an operation sums over rows ([`Ops::outer`], the key and value gradients of attention) it
 //! adds them one row after the other onto what the output holds, so that cutting the rows changes no bit either.
 
+use crate::weights::Numbers;
 use std::fmt::Debug;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Range, Sub, SubAssign};
 
+mod backend;
+mod buffer;
 mod cpu;
+mod cpu_arena;
 mod cpu_attention;
 mod cpu_attention_backward;
 #[cfg(test)]
@@ -41,17 +46,22 @@ mod cpu_tests;
 mod cpu_thin;
 mod cpu_tile;
 mod cpu_transpose;
+pub mod cuda;
+mod host;
 mod low_rank;
 mod reference;
 mod weight;
 
+pub use backend::Backend;
+pub use buffer::{ArenaSize, Buffer, Fill, OutOfMemory, Span, View, ViewMut};
 pub use cpu::Cpu;
 pub use cpu_buffer::for_each;
 pub use cpu_matrix::Matrix;
 pub use cpu_team::{set_threads, threads};
-pub use low_rank::{Factor, LowRank};
+pub use cuda::Cuda;
+pub use low_rank::{Factor, HostLowRank, LowRank};
 pub use reference::Reference;
-pub use weight::{BLOCK, Blocks, Weight, WeightKind};
+pub use weight::{BLOCK, Blocks, Uniform, Weight, WeightKind};
 
 /// The numbers that operations work on: f32 in service, f64 in proofs.
 pub trait Real:
@@ -251,37 +261,206 @@ pub struct AttentionSpan<'a> {
 
 /// What the forward pass of attention read and wrote, for its backward pass. All of one micro-batch, flat.
 #[derive(Clone, Copy, Debug)]
-pub struct AttentionSaved<'a, T> {
+pub struct AttentionSaved<V> {
     /// Queries `[rows, heads * head_dim]`.
-    pub q: &'a [T],
+    pub q: V,
     /// Keys `[kv rows, kv_heads * head_dim]`.
-    pub k: &'a [T],
+    pub k: V,
     /// Values `[kv rows, kv_heads * head_dim]`.
-    pub v: &'a [T],
+    pub v: V,
     /// The output `[rows, heads * head_dim]`.
-    pub out: &'a [T],
-    /// The logarithm of each softmax's denominator, maximum included: `[rows, heads]`.
-    pub lse: &'a [T],
+    pub out: V,
+    /// The logarithm of each softmax's denominator, maximum included: `[rows, heads]`, exact.
+    pub lse: V,
 }
 
 /// Gradients of attention's inputs, shaped as these.
 #[derive(Debug)]
-pub struct AttentionGrads<'a, T> {
+pub struct AttentionGrads<V> {
     /// Overwritten in the spans' rows.
-    pub dq: &'a mut [T],
+    pub dq: V,
     /// Added to, query row after query row.
-    pub dk: &'a mut [T],
+    pub dk: V,
     /// Added to, query row after query row.
-    pub dv: &'a mut [T],
+    pub dv: V,
 }
 
-/// Operations on flat row-major slices. The number of rows is the slice's length over its row's width; zero rows are
-/// allowed everywhere. Wrong lengths are programming errors and panic.
-pub trait Ops: Clone + Debug + Default + Send + Sync + 'static {
-    /// What activations are made of.
+impl<V> AttentionSaved<V> {
+    fn map<W>(self, of: impl Fn(V) -> W) -> AttentionSaved<W> {
+        AttentionSaved {
+            q: of(self.q),
+            k: of(self.k),
+            v: of(self.v),
+            out: of(self.out),
+            lse: of(self.lse),
+        }
+    }
+}
+
+impl<V> AttentionGrads<V> {
+    fn map<W>(self, of: impl Fn(V) -> W) -> AttentionGrads<W> {
+        AttentionGrads {
+            dq: of(self.dq),
+            dk: of(self.dk),
+            dv: of(self.dv),
+        }
+    }
+}
+
+/// How a token is drawn from a row of logits.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TokenDraw {
+    /// Divides the logits; 0 takes the likeliest token, the lowest id among equals.
+    pub temperature: f32,
+    /// Tokens within this share of the probability, the likeliest first; 1 is all.
+    pub top_p: f32,
+    /// Tokens at least this likely beside the likeliest; 0 is all.
+    pub min_p: f32,
+    /// So many of the likeliest tokens; 0 is all.
+    pub top_k: u32,
+    /// With `counter`, the random number of this draw.
+    pub seed: u64,
+    /// Draws of this seed before.
+    pub counter: u64,
+}
+
+/// The numbers of one AdamW step, worked out by [`crate::train::optimizer`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWStep {
+    /// Gradients are multiplied by this first (clipping).
+    pub scale: f64,
+    /// What the mean gradient keeps; the new one gets the rest.
+    pub keep1: f64,
+    /// What the mean squared gradient keeps.
+    pub keep2: f64,
+    /// The correction of the mean square's root.
+    pub root: f64,
+    /// Keeps the denominator away from zero.
+    pub epsilon: f64,
+    /// Parameters are multiplied by this before the step.
+    pub shrink: f64,
+    /// The length of the step, the mean's correction in it.
+    pub size: f64,
+}
+
+/// Operations on flat row-major numbers. The number of rows is a view's length over its row's width; zero rows are
+/// allowed everywhere. Wrong lengths are programming errors and panic; so does a device that fails, and whoever runs steps
+/// and jobs catches it.
+///
+/// A buffer is *working* (what activations are made of: 16 bits on a device that says so) or *exact* ([`Ops::T`]). Where
+/// nothing is said, an operand is working.
+pub trait Ops: Clone + Debug + Send + Sync + 'static {
+    /// What a number is on the host.
     type T: Real;
+    /// Numbers where the operations work.
+    type Buf: Buffer;
     /// A frozen weight `[out, in]` in the layout that this implementation likes best. The only copy of it.
     type Matrix: Debug + Send + Sync;
+    /// An adapter's numbers, in one piece: exact ones and factors of 16 bits.
+    type Arena: Debug + Send + Sync;
+    /// A low-rank factor `[rank, width]` in an arena.
+    type Factor<'a>: Copy + Debug;
+    /// Row numbers or token ids of a pass.
+    type Ids<'a>: Copy + Debug;
+    /// Spans of a pass.
+    type Spans<'a>: Debug;
+    /// Lists of low-rank updates of a pass, one for each place where updates share an input.
+    type Updates<'a>: Debug;
+
+    /// Rows whose logits a loss holds at a time.
+    fn loss_rows(&self) -> usize;
+    /// Outputs whose gradients one product with the head adds up; see [`crate::train::loss`].
+    fn loss_outputs(&self) -> usize;
+
+    // --- memory ---
+
+    /// The same operations for a thread beside the steps: its work does not wait for theirs.
+    fn beside(&self) -> Self {
+        self.clone()
+    }
+    /// The same operations for passes that others interrupt: what is brought for one stays while steps bring theirs.
+    fn apart(&self) -> Self {
+        self.clone()
+    }
+    /// An empty working buffer.
+    fn working(&self) -> Self::Buf;
+    /// An empty exact buffer.
+    fn exact(&self) -> Self::Buf;
+    /// Bytes of a number in a working buffer.
+    fn working_bytes(&self) -> usize {
+        size_of::<Self::T>()
+    }
+    /// Gives a buffer a length. What it holds then is anything.
+    fn resize(&self, buffer: &mut Self::Buf, len: usize);
+    /// Numbers from the host; rounded to nearest where the buffer is working.
+    fn write(&self, from: &[Self::T], to: ViewMut<'_, Self>);
+    /// Numbers to the host, after all work on them.
+    fn read(&self, from: View<'_, Self>, to: &mut [Self::T]);
+    /// The memory itself where it is the host's.
+    fn on_host<'a>(&self, buffer: &'a mut Self::Buf) -> Option<&'a mut [Self::T]>;
+    /// Zeros.
+    fn clear(&self, view: ViewMut<'_, Self>);
+    /// A copy; both are working or both exact.
+    fn copy(&self, from: View<'_, Self>, to: ViewMut<'_, Self>);
+    /// The numbers `from` of a buffer to its place `to`; the two do not overlap.
+    fn copy_within(&self, buffer: &mut Self::Buf, from: Range<usize>, to: usize);
+    /// Waits until all work is done.
+    fn wait(&self) {}
+    /// Floating point operations of about two milliseconds: what long work does at a time.
+    fn quantum_flops(&self) -> usize {
+        1 << 28
+    }
+    /// A pass begins: what was brought for the one before is not needed any more.
+    fn begin_pass(&self) {}
+    /// The rows that a step of `rows` decoding rows is filled up to with [`NO_ROW`], so that few shapes recur.
+    fn padded(&self, rows: usize) -> usize {
+        rows
+    }
+    /// Runs the operations of a step that will come again with other tables, or replays them as they were. `run` brings nothing
+    /// itself: it reads what this pass has brought, frozen weights, and buffers that stand or fall with those whose places are
+    /// `over`.
+    fn recurring(&self, over: &[u64], run: &mut dyn FnMut()) {
+        let _ = over;
+        run();
+    }
+
+    /// Brings ids or row numbers to where operations read them; they stay until the pass is over. [`NO_ROW`] is no row:
+    /// gathered it is zeros, stored it is skipped.
+    fn ids<'a>(&self, ids: &'a [u32]) -> Self::Ids<'a>;
+    /// The same for spans.
+    fn spans<'a>(&self, spans: Vec<AttentionSpan<'a>>) -> Self::Spans<'a>;
+    /// The same for updates. Those of one list share their input; updates of the same rows and output stand together and
+    /// are added in their order.
+    fn updates<'a>(
+        &'a self,
+        lists: Vec<Vec<LowRank<Self::Factor<'a>, Self::T>>>,
+    ) -> Self::Updates<'a>;
+
+    // --- adapters ---
+
+    /// Memory for an adapter, in that of `spare` if it fits, filled by `fill` (exact numbers, numbers of 16 bits), which
+    /// writes all of it.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`] of the device.
+    fn arena(
+        &self,
+        spare: Option<Self::Arena>,
+        size: ArenaSize,
+        fill: Fill<'_, Self::T>,
+    ) -> Result<Self::Arena, OutOfMemory>;
+    /// Bytes of an arena.
+    fn arena_bytes(&self, size: ArenaSize) -> usize;
+    /// Exact numbers of an arena.
+    fn numbers(arena: &Self::Arena, at: Range<usize>) -> View<'_, Self>;
+    /// As [`Ops::numbers`], to be changed.
+    fn numbers_mut(arena: &mut Self::Arena, at: Range<usize>) -> ViewMut<'_, Self>;
+    /// A factor in an arena.
+    fn factor<'a>(arena: &'a Self::Arena, span: &Span) -> Self::Factor<'a>;
+    /// A factor's numbers as they are stored, on the host.
+    fn read_factor(&self, factor: Self::Factor<'_>) -> Numbers;
+
+    // --- frozen weights ---
 
     /// Brings a row-major `[outputs, inputs]` weight into this implementation's layout.
     fn pack(&self, weight: &[f32], outputs: usize, inputs: usize) -> Self::Matrix;
@@ -297,122 +476,164 @@ pub trait Ops: Clone + Debug + Default + Send + Sync + 'static {
     fn dims(&self, weight: &Self::Matrix) -> (usize, usize);
     /// Bytes that the packed weight occupies.
     fn bytes(&self, weight: &Self::Matrix) -> usize;
-    /// Row `ids[i]` of `weight` into `out[i]`: embeddings, and weight rows for norms. `out [ids, inputs]`.
-    fn gather(&self, weight: &Self::Matrix, ids: &[u32], out: &mut [Self::T]);
+    /// Row `ids[i]` of `weight` into `out[i]`: embeddings, angles, weight rows for norms. `out [ids, inputs]`, working or exact.
+    fn gather(&self, weight: &Self::Matrix, ids: Self::Ids<'_>, out: ViewMut<'_, Self>);
 
-    /// Columns `outputs` of `y = x W^T`: `x [rows, in]`, `y [rows, out]` whole rows, of which only columns `outputs`
-    /// are written. `outputs` begins at a multiple of [`PANEL`] and ends at one or at the weight's end.
+    /// Columns `outputs` of `y = x W^T`: `x [rows, in]`, `y [rows, out]` whole rows, working or exact, of which only columns
+    /// `outputs` are written. `outputs` begins at a multiple of [`PANEL`] and ends at one or at the weight's end.
     fn matmul_part(
         &self,
-        x: &[Self::T],
+        x: View<'_, Self>,
         weight: &Self::Matrix,
         outputs: Range<usize>,
-        y: &mut [Self::T],
+        y: ViewMut<'_, Self>,
     );
     /// `dx += dy[:, outputs] W[outputs, :]`: `dy [rows, out]` whole rows, `dx [rows, in]`; `outputs` as in
     /// [`Ops::matmul_part`]. Sums run over outputs in ascending order onto what `dx` holds.
     fn matmul_backward_part(
         &self,
-        dy: &[Self::T],
+        dy: View<'_, Self>,
         weight: &Self::Matrix,
         outputs: Range<usize>,
-        dx: &mut [Self::T],
+        dx: ViewMut<'_, Self>,
     );
     /// `y = x W^T`, every column.
-    fn matmul(&self, x: &[Self::T], weight: &Self::Matrix, y: &mut [Self::T]) {
+    fn matmul(&self, x: View<'_, Self>, weight: &Self::Matrix, y: ViewMut<'_, Self>) {
         self.matmul_part(x, weight, 0..self.dims(weight).0, y);
     }
     /// `dx += dy W`.
-    fn matmul_backward(&self, dy: &[Self::T], weight: &Self::Matrix, dx: &mut [Self::T]) {
+    fn matmul_backward(&self, dy: View<'_, Self>, weight: &Self::Matrix, dx: ViewMut<'_, Self>) {
         self.matmul_backward_part(dy, weight, 0..self.dims(weight).0, dx);
     }
 
-    /// `h = scale * x A^T`, thin: `x [rows, in]`, `a [rank, in]`, `h [rows, rank]`. Also the gradient of `h` through
-    /// [`Ops::expand`].
-    fn shrink(&self, x: &[Self::T], a: &[Self::T], rank: usize, scale: Self::T, h: &mut [Self::T]);
-    /// `y += scale * h Bt`, thin: `h [rows, rank]`, `bt [rank, out]` (B **transposed**), `y [rows, out]`. Also the
-    /// gradient of `x` through [`Ops::shrink`].
-    fn expand(&self, h: &[Self::T], bt: &[Self::T], rank: usize, scale: Self::T, y: &mut [Self::T]);
-    /// `dw += scale * h^T x`, row after row: `h [rows, rank]`, `x [rows, width]`, `dw [rank, width]`. Each element is
-    /// `dw = (scale * h) * x + dw`, fused or not but always the same.
-    fn outer(&self, h: &[Self::T], x: &[Self::T], rank: usize, scale: Self::T, dw: &mut [Self::T]);
+    // --- low rank ---
 
-    /// Every update of outputs that share the input `x [rows, in]`: `outputs[i]` is `[rows, out of i]`. Updates of the same
-    /// rows and output stand together and are added in their order. A row's bits are those of [`Ops::shrink`] and then
-    /// [`Ops::expand`] on the widened factors, whatever else is in the list.
-    fn low_rank(
+    /// `h = x A^T`, thin: `x [rows, in]`, `a [rank, in]` exact, `h [rows, rank]` exact. Also, but for the scale, the gradient of
+    /// `h` through [`Ops::expand`].
+    fn shrink(&self, x: View<'_, Self>, a: View<'_, Self>, rank: usize, h: ViewMut<'_, Self>);
+    /// `y += scale * h Bt`, thin: `h [rows, rank]` exact, `bt [rank, out]` (B **transposed**) exact, `y [rows, out]`. Also the
+    /// gradient of `x` through [`Ops::shrink`].
+    fn expand(
         &self,
-        x: &[Self::T],
-        updates: &[LowRank<'_, Self::T>],
-        outputs: &mut [&mut [Self::T]],
+        h: View<'_, Self>,
+        bt: View<'_, Self>,
+        rank: usize,
+        scale: Self::T,
+        y: ViewMut<'_, Self>,
+    );
+    /// `dw += scale * h^T x`, row after row: `h [rows, rank]` exact, `x [rows, width]`, `dw [rank, width]` exact. Each element
+    /// is `dw = (scale * h) * x + dw`, fused or not but always the same.
+    fn outer(
+        &self,
+        h: View<'_, Self>,
+        x: View<'_, Self>,
+        rank: usize,
+        scale: Self::T,
+        dw: ViewMut<'_, Self>,
     );
 
-    /// `y = x / sqrt(mean(x^2) + eps) * weight` in rows of `weight.len()`.
-    fn rms_norm(&self, x: &[Self::T], weight: &[Self::T], eps: f64, y: &mut [Self::T]);
+    /// The updates of list `list`, whose outputs share the input `x [rows, in]`: `outputs[i]` is `[rows, out of i]`. A row's
+    /// bits are those of [`Ops::shrink`] and then [`Ops::expand`] on the widened factors, whatever else is in the list.
+    fn low_rank(
+        &self,
+        x: View<'_, Self>,
+        updates: &Self::Updates<'_>,
+        list: usize,
+        outputs: Vec<ViewMut<'_, Self>>,
+    );
+
+    /// `out = mask * x / (1 - rate)`, or `out += ...` where `add`, in rows of one key each: [`crate::batch::Dropout`] says
+    /// what the mask is.
+    fn dropout(
+        &self,
+        x: View<'_, Self>,
+        row_keys: &[u64],
+        site: usize,
+        rate: f32,
+        out: ViewMut<'_, Self>,
+        add: bool,
+    );
+
+    // --- row by row ---
+
+    /// `y = x / sqrt(mean(x^2) + eps) * weight` in rows of `weight`'s length.
+    fn rms_norm(&self, x: View<'_, Self>, weight: View<'_, Self>, eps: f64, y: ViewMut<'_, Self>);
+    /// `residual += x`, then `y = rms_norm(residual)`.
+    fn add_rms_norm(
+        &self,
+        x: View<'_, Self>,
+        residual: &mut Self::Buf,
+        weight: View<'_, Self>,
+        eps: f64,
+        y: ViewMut<'_, Self>,
+    ) {
+        self.add(x, residual.all_mut());
+        self.rms_norm(residual.all(), weight, eps, y);
+    }
     /// `dx += d rms_norm(x) / dx` applied to `dy`.
     fn rms_norm_backward(
         &self,
-        x: &[Self::T],
-        weight: &[Self::T],
+        x: View<'_, Self>,
+        weight: View<'_, Self>,
         eps: f64,
-        dy: &[Self::T],
-        dx: &mut [Self::T],
+        dy: View<'_, Self>,
+        dx: ViewMut<'_, Self>,
     );
 
     /// Rotates each head of `x [rows, heads * head_dim]` in place, in halves as Hugging Face lays them out:
     /// `(a, b) -> (a cos - b sin, b cos + a sin)` with `a = x[i]`, `b = x[i + head_dim / 2]`. `cos` and `sin` are
-    /// `[rows, head_dim / 2]`. `inverse` rotates back, which is also the gradient.
+    /// `[rows, head_dim / 2]`, exact. `inverse` rotates back, which is also the gradient.
     fn rope(
         &self,
-        x: &mut [Self::T],
+        x: ViewMut<'_, Self>,
         head_dim: usize,
-        cos: &[Self::T],
-        sin: &[Self::T],
+        cos: View<'_, Self>,
+        sin: View<'_, Self>,
         inverse: bool,
     );
 
     /// `y = silu(gate) * up`, elementwise.
-    fn swiglu(&self, gate: &[Self::T], up: &[Self::T], y: &mut [Self::T]);
+    fn swiglu(&self, gate: View<'_, Self>, up: View<'_, Self>, y: ViewMut<'_, Self>);
     /// Replaces `gate` and `up` by their gradients for `dy`, the gradient of [`Ops::swiglu`]'s output.
-    fn swiglu_backward(&self, gate: &mut [Self::T], up: &mut [Self::T], dy: &[Self::T]);
+    fn swiglu_backward(&self, gate: ViewMut<'_, Self>, up: ViewMut<'_, Self>, dy: View<'_, Self>);
+
+    /// `y += x`.
+    fn add(&self, x: View<'_, Self>, y: ViewMut<'_, Self>);
+    /// `y += bias` in each row of `bias`'s length.
+    fn add_bias(&self, bias: View<'_, Self>, y: ViewMut<'_, Self>);
+    /// `y *= gain` in each row of `gain`'s length; `gain` is exact.
+    fn scale_columns(&self, gain: View<'_, Self>, y: ViewMut<'_, Self>);
+    /// Row `rows[i]` of `from` into row `i` of `out`.
+    fn take_rows(&self, from: View<'_, Self>, rows: Self::Ids<'_>, out: ViewMut<'_, Self>);
+    /// Row `i` of `x` onto row `rows[i]` of `y`; no row stands twice.
+    fn add_rows(&self, x: View<'_, Self>, rows: Self::Ids<'_>, y: ViewMut<'_, Self>);
+
+    // --- attention ---
 
     /// Row `i` of `from [rows, width]` becomes the key of row `rows[i]` of the paged cache `k`, whose blocks are turned
     /// (see [`KvRows::Paged`]).
-    fn store_keys(&self, from: &[Self::T], rows: &[usize], block_size: usize, k: &mut [Self::T]) {
-        let Some(width) = from.len().checked_div(rows.len()) else {
-            return;
-        };
-        for (from, row) in from.chunks_exact(width).zip(rows) {
-            let block = &mut k[row / block_size * block_size * width..][..block_size * width];
-            let column = block.iter_mut().skip(row % block_size).step_by(block_size);
-            column.zip(from).for_each(|(to, from)| *to = *from);
-        }
-    }
+    fn store_keys(
+        &self,
+        from: View<'_, Self>,
+        head_dim: usize,
+        rows: Self::Ids<'_>,
+        block_size: usize,
+        k: ViewMut<'_, Self>,
+    );
 
     /// Row `i` of `from [rows, kv_heads * head_dim]` becomes the value of row `rows[i]` of the paged cache `v` (see
     /// [`KvRows::Paged`]).
     fn store_values(
         &self,
-        from: &[Self::T],
+        from: View<'_, Self>,
         head_dim: usize,
-        rows: &[usize],
+        rows: Self::Ids<'_>,
         block_size: usize,
-        v: &mut [Self::T],
-    ) {
-        let Some(width) = from.len().checked_div(rows.len()) else {
-            return;
-        };
-        for (from, row) in from.chunks_exact(width).zip(rows) {
-            let block = &mut v[row / block_size * block_size * width..][..block_size * width];
-            let heads = block.chunks_exact_mut(block_size * head_dim);
-            for (to, from) in heads.zip(from.chunks_exact(head_dim)) {
-                to[row % block_size * head_dim..][..head_dim].copy_from_slice(from);
-            }
-        }
-    }
+        v: ViewMut<'_, Self>,
+    );
 
     /// Causal attention of the spans' rows of `q [rows, heads * head_dim]` over `k`, `v [kv rows, kv_heads *
-    /// head_dim]`, into the same rows of `out`. With `lse [rows, heads]`, the log of each softmax's denominator goes
+    /// head_dim]`, into the same rows of `out`. With `lse [rows, heads]`, exact, the log of each softmax's denominator goes
     /// there (see [`AttentionSaved::lse`]). Sums run over positions in ascending order.
     #[allow(
         clippy::too_many_arguments,
@@ -421,59 +642,63 @@ pub trait Ops: Clone + Debug + Default + Send + Sync + 'static {
     fn attention(
         &self,
         shape: AttentionShape,
-        q: &[Self::T],
-        k: &[Self::T],
-        v: &[Self::T],
-        spans: &[AttentionSpan<'_>],
-        out: &mut [Self::T],
-        lse: Option<&mut [Self::T]>,
+        q: View<'_, Self>,
+        k: View<'_, Self>,
+        v: View<'_, Self>,
+        spans: &Self::Spans<'_>,
+        out: ViewMut<'_, Self>,
+        lse: Option<ViewMut<'_, Self>>,
     );
     /// The gradients of [`Ops::attention`] for `dout [rows, heads * head_dim]`, over the spans' rows only. Scores are
     /// computed again from `q`, `k` and `lse`; no score matrix is kept. The spans are flat: nothing trains on a paged cache.
     fn attention_backward(
         &self,
         shape: AttentionShape,
-        saved: AttentionSaved<'_, Self::T>,
-        spans: &[AttentionSpan<'_>],
-        dout: &[Self::T],
-        grads: AttentionGrads<'_, Self::T>,
+        saved: AttentionSaved<View<'_, Self>>,
+        spans: &Self::Spans<'_>,
+        dout: View<'_, Self>,
+        grads: AttentionGrads<ViewMut<'_, Self>>,
     );
 
-    /// Replaces each row of `logits [rows, vocab]` by `scale * (softmax(row) - onehot(label))` and writes the row's
-    /// `-log softmax(row)[label]` (not scaled) to `losses [rows]`.
+    /// Draws a token for each row of `logits [rows, vocab]`, exact; `None` for a row with a logit that is NaN or infinite. Nothing
+    /// at all where logits are the host's, which draws by rules of its own.
+    fn draw(&self, logits: View<'_, Self>, draws: &[TokenDraw]) -> Option<Vec<Option<u32>>> {
+        let _ = (logits, draws);
+        None
+    }
+
+    // --- loss and optimizer ---
+
+    /// For each row of `logits [rows, vocab]`, exact, `scale * (softmax(row) - onehot(label))` to `gradient`, and to
+    /// `judged [rows, 2]`, exact, `-log softmax(row)[label]` (not scaled) and 1 where no logit is above the label's, else 0.
     fn cross_entropy(
         &self,
-        logits: &mut [Self::T],
-        labels: &[u32],
+        logits: View<'_, Self>,
+        labels: Self::Ids<'_>,
         scale: Self::T,
-        losses: &mut [Self::T],
+        gradient: ViewMut<'_, Self>,
+        judged: ViewMut<'_, Self>,
     );
 
-    /// `y += x`.
-    fn add(&self, x: &[Self::T], y: &mut [Self::T]) {
-        assert_eq!(x.len(), y.len(), "both sides of a sum have one length");
-        for (y, x) in y.iter_mut().zip(x) {
-            *y += *x;
-        }
-    }
-    /// `y += bias` in each row of `bias.len()`.
-    fn add_bias(&self, bias: &[Self::T], y: &mut [Self::T]) {
-        for row in y.chunks_exact_mut(bias.len()) {
-            self.add(bias, row);
-        }
-    }
-    /// `y *= gain` in each row of `gain.len()`.
-    fn scale_columns(&self, gain: &[Self::T], y: &mut [Self::T]) {
-        for row in y.chunks_exact_mut(gain.len()) {
-            for (y, gain) in row.iter_mut().zip(gain) {
-                *y *= *gain;
-            }
-        }
-    }
+    /// The sum of the squares of exact numbers, added up in double precision in an order of their own.
+    fn sum_of_squares(&self, numbers: View<'_, Self>) -> f64;
+
+    /// One step of AdamW on exact numbers (see [`crate::train::optimizer`]).
+    fn adamw(
+        &self,
+        step: &AdamWStep,
+        params: ViewMut<'_, Self>,
+        grads: View<'_, Self>,
+        mean: ViewMut<'_, Self>,
+        square: ViewMut<'_, Self>,
+    );
 }
+
+/// Bytes on whose multiples the parts of an arena begin: a cache line, and more than a device asks for.
+pub const ARENA_ALIGN: usize = 64;
+
+/// No row: see [`Ops::ids`].
+pub const NO_ROW: u32 = u32::MAX;
 
 /// Outputs are packed in panels of this many; a part of a matrix product begins and ends at one.
 pub const PANEL: usize = 32;
-
-/// The operations that the server runs on.
-pub type Backend = Cpu;

@@ -6,8 +6,10 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use super::host::host_memory;
 use super::{
-    AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, LowRank, Ops, Real, WeightKind,
+    AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, LowRank, NO_ROW, Ops, Real,
+    WeightKind,
 };
 
 /// Plain operations in `T`.
@@ -52,8 +54,8 @@ fn inverse_rms<T: Real>(x: &[T], eps: f64) -> T {
 }
 
 impl<T: Real> Ops for Reference<T> {
-    type T = T;
     type Matrix = Plain<T>;
+    host_memory!(T);
 
     fn pack(&self, weight: &[f32], outputs: usize, inputs: usize) -> Plain<T> {
         assert_eq!(
@@ -115,11 +117,11 @@ impl<T: Real> Ops for Reference<T> {
         }
     }
 
-    fn shrink(&self, x: &[T], a: &[T], rank: usize, scale: T, h: &mut [T]) {
+    fn shrink(&self, x: &[T], a: &[T], rank: usize, h: &mut [T]) {
         let inputs = a.len() / rank;
         for (x, h) in x.chunks_exact(inputs).zip(h.chunks_exact_mut(rank)) {
             for (a, h) in a.chunks_exact(inputs).zip(h) {
-                *h = scale * dot(x, a);
+                *h = dot(x, a);
             }
         }
     }
@@ -142,15 +144,21 @@ impl<T: Real> Ops for Reference<T> {
         }
     }
 
-    fn low_rank(&self, x: &[T], updates: &[LowRank<'_, T>], outputs: &mut [&mut [T]]) {
-        for update in updates {
+    fn low_rank(
+        &self,
+        x: &[T],
+        updates: &Self::Updates<'_>,
+        list: usize,
+        mut outputs: Vec<&mut [T]>,
+    ) {
+        for update in &updates[list] {
             let LowRank { rows, rank, .. } = update;
             let (a, bt) = (update.a.to_vec(), update.bt.to_vec());
             let (inputs, width) = (a.len() / rank, bt.len() / rank);
             let mut h = vec![T::ZERO; rows.len() * rank];
             let x = &x[rows.start * inputs..rows.end * inputs];
             let y = &mut outputs[update.output][rows.start * width..rows.end * width];
-            self.shrink(x, &a, *rank, T::ONE, &mut h);
+            self.shrink(x, &a, *rank, &mut h);
             self.expand(&h, &bt, *rank, update.scale, y);
         }
     }
@@ -229,7 +237,7 @@ impl<T: Real> Ops for Reference<T> {
         q: &[T],
         k: &[T],
         v: &[T],
-        spans: &[AttentionSpan<'_>],
+        spans: &Vec<AttentionSpan<'_>>,
         out: &mut [T],
         mut lse: Option<&mut [T]>,
     ) {
@@ -270,10 +278,10 @@ impl<T: Real> Ops for Reference<T> {
     fn attention_backward(
         &self,
         shape: AttentionShape,
-        saved: AttentionSaved<'_, T>,
-        spans: &[AttentionSpan<'_>],
+        saved: AttentionSaved<&[T]>,
+        spans: &Vec<AttentionSpan<'_>>,
         dout: &[T],
-        grads: AttentionGrads<'_, T>,
+        grads: AttentionGrads<&mut [T]>,
     ) {
         let scale = T::from_f64(shape.scale());
         for span in spans {
@@ -300,22 +308,56 @@ impl<T: Real> Ops for Reference<T> {
         }
     }
 
-    fn cross_entropy(&self, logits: &mut [T], labels: &[u32], scale: T, losses: &mut [T]) {
-        if labels.is_empty() {
+    fn add(&self, x: &[T], y: &mut [T]) {
+        assert_eq!(x.len(), y.len(), "both sides of a sum have one length");
+        y.iter_mut().zip(x).for_each(|(y, x)| *y += *x);
+    }
+
+    fn store_keys(&self, from: &[T], _: usize, rows: &[u32], block_size: usize, k: &mut [T]) {
+        let Some(width) = from.len().checked_div(rows.len()) else {
             return;
+        };
+        for (from, row) in from.chunks_exact(width).zip(rows) {
+            if *row == NO_ROW {
+                continue;
+            }
+            let row = *row as usize;
+            let block = &mut k[row / block_size * block_size * width..][..block_size * width];
+            let column = block.iter_mut().skip(row % block_size).step_by(block_size);
+            column.zip(from).for_each(|(to, from)| *to = *from);
         }
-        let vocab = logits.len() / labels.len();
-        for ((row, label), loss) in logits.chunks_exact_mut(vocab).zip(labels).zip(losses) {
+    }
+
+    fn cross_entropy(
+        &self,
+        logits: &[T],
+        labels: &[u32],
+        scale: T,
+        gradient: &mut [T],
+        judged: &mut [T],
+    ) {
+        let Some(vocab) = logits.len().checked_div(labels.len()) else {
+            return;
+        };
+        let rows = logits
+            .chunks_exact(vocab)
+            .zip(gradient.chunks_exact_mut(vocab));
+        for (((row, gradient), label), judged) in rows.zip(labels).zip(judged.chunks_exact_mut(2)) {
             let label = *label as usize;
             let highest = row
                 .iter()
                 .fold(T::LOWEST, |a, b| if *b > a { *b } else { a });
             let total: T = row.iter().map(|x| (*x - highest).exp()).sum();
-            *loss = highest + total.ln() - row[label];
-            for x in row.iter_mut() {
-                *x = scale * ((*x - highest).exp() / total);
+            judged[0] = highest + total.ln() - row[label];
+            judged[1] = if row[label] >= highest {
+                T::ONE
+            } else {
+                T::ZERO
+            };
+            for (gradient, x) in gradient.iter_mut().zip(row) {
+                *gradient = scale * ((*x - highest).exp() / total);
             }
-            row[label] -= scale;
+            gradient[label] -= scale;
         }
     }
 }

@@ -8,6 +8,8 @@ use std::fmt;
 
 use half::{bf16, f16};
 
+use crate::batch::{GOLDEN, mix};
+
 /// Inputs that share a scale.
 pub const BLOCK: usize = 32;
 
@@ -39,6 +41,22 @@ pub enum Weight {
     F16(Vec<f16>),
     /// Rows of blocks.
     Blocks(Blocks),
+    /// Numbers that nobody has written down.
+    Uniform(Uniform),
+}
+
+/// Random numbers by formula: number `i` is uniform in `-bound..bound`, a function of `(seed, i)` alone (SplitMix64). So a model
+/// of any size needs no file, and a device makes its own.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Uniform {
+    /// How they are kept: a plain format.
+    pub kind: WeightKind,
+    /// How many.
+    pub len: usize,
+    /// Which.
+    pub seed: u64,
+    /// How large.
+    pub bound: f32,
 }
 
 /// Rows of blocks; the last block of a row is filled up with zeros where the inputs are no multiple of 32.
@@ -73,6 +91,30 @@ impl fmt::Display for WeightKind {
             WeightKind::Q4_0 => "q4_0",
             WeightKind::Q4_1 => "q4_1",
         })
+    }
+}
+
+// === impl Uniform ===
+
+impl Uniform {
+    /// The numbers, before they are rounded to their format.
+    pub fn numbers(&self) -> impl Iterator<Item = f32> + use<> {
+        let Uniform {
+            seed, bound, len, ..
+        } = *self;
+        (0..len as u64).map(move |i| {
+            let steps = mix(seed.wrapping_add(i.wrapping_mul(GOLDEN))) >> 40;
+            bound * (steps as f32 / (1 << 23) as f32 - 1.0)
+        })
+    }
+
+    /// The numbers as they are kept.
+    pub(super) fn written(&self) -> Weight {
+        match self.kind {
+            WeightKind::Bf16 => Weight::Bf16(self.numbers().map(bf16::from_f32).collect()),
+            WeightKind::F16 => Weight::F16(self.numbers().map(f16::from_f32).collect()),
+            _ => Weight::F32(self.numbers().collect()),
+        }
     }
 }
 
@@ -203,6 +245,7 @@ impl Weight {
             Weight::Bf16(_) => WeightKind::Bf16,
             Weight::F16(_) => WeightKind::F16,
             Weight::Blocks(blocks) => blocks.kind,
+            Weight::Uniform(uniform) => uniform.kind,
         }
     }
 
@@ -215,6 +258,7 @@ impl Weight {
             Weight::Blocks(blocks) => {
                 blocks.bytes.len() / blocks.row_bytes().max(1) * blocks.inputs
             }
+            Weight::Uniform(uniform) => uniform.len,
         }
     }
 
@@ -230,6 +274,7 @@ impl Weight {
             Weight::Bf16(values) => Cow::Owned(values.iter().map(|x| x.to_f32()).collect()),
             Weight::F16(values) => Cow::Owned(values.iter().map(|x| x.to_f32()).collect()),
             Weight::Blocks(blocks) => Cow::Owned(blocks.widened()),
+            Weight::Uniform(uniform) => Cow::Owned(uniform.written().into_f32()),
         }
     }
 
@@ -259,6 +304,7 @@ impl Weight {
                     bytes: reordered(&bytes, row, place),
                 })
             }
+            Weight::Uniform(uniform) => uniform.written().reordered(inputs, place),
         }
     }
 
@@ -267,6 +313,9 @@ impl Weight {
     pub fn rounded(self, kind: WeightKind, inputs: usize) -> Self {
         if self.kind() == kind {
             return self;
+        }
+        if let (Weight::Uniform(uniform), 0) = (&self, kind.block_bytes()) {
+            return Weight::Uniform(Uniform { kind, ..*uniform });
         }
         let values = self.widened();
         let rounded = match kind {

@@ -3,8 +3,7 @@
 //! Next-token prediction multiplies only the rows that predict a label by the output head, a few at a time: the logits
 //! of a batch never exist at once. Sums run in f64 in row order, so that cutting a batch changes no bit.
 
-use crate::batch::sized;
-use crate::ops::{Ops, Real};
+use crate::ops::{Buffer, Ops, Real};
 use crate::pace::{Pace, Stopped, pieces};
 
 /// A row that predicts a label.
@@ -47,112 +46,155 @@ impl LossSum {
 }
 
 /// Buffers of [`linear_cross_entropy`].
-#[derive(Debug, Default)]
-pub struct LossBuffers<T> {
-    states: Vec<T>,
-    logits: Vec<T>,
-    losses: Vec<T>,
-    gradient: Vec<T>,
-    labels: Vec<u32>,
+#[derive(Debug)]
+pub struct LossBuffers<O: Ops> {
+    states: O::Buf,
+    logits: O::Buf,
+    dlogits: O::Buf,
+    gradient: O::Buf,
+    part: O::Buf,
+    judged: O::Buf,
 }
 
-/// Rows that are multiplied by the head at a time, and rows between two breaths on their logits.
-const CHUNK: usize = 64;
-const SOFTMAX_CHUNK: usize = 16;
+impl<O: Ops> LossBuffers<O> {
+    /// Empty buffers.
+    pub fn new(ops: &O) -> Self {
+        Self {
+            states: ops.working(),
+            logits: ops.exact(),
+            dlogits: ops.working(),
+            gradient: ops.working(),
+            part: ops.working(),
+            judged: ops.exact(),
+        }
+    }
+}
 
-/// Tokens whose gradients are summed before they join the total. Most of a vocabulary is nearly impossible; added one by
-/// one to the large terms in f32 its many small ones would vanish, which shortened gradients by 2e-4 of their norm at 49152 tokens.
-const BLOCK: usize = 1024;
+/// What a logit costs beside a multiply-add: two visits and an exponential.
+const SOFTMAX_FLOPS: usize = 256;
 
 /// Cross-entropy of `softmax(head * state)` for the targets' rows of `states [rows, hidden]`. With `dstates`, adds
 /// `scale * gradient` to the same rows there.
+///
+/// Most of a vocabulary is nearly impossible; added one by one to the large terms in f32 its many small ones would vanish,
+/// which shortened gradients by 2e-4 of their norm at 49152 tokens. So the gradients of [`Ops::loss_outputs`] tokens are
+/// summed before they join the total.
 ///
 /// # Errors
 /// [`Stopped`] when the pace says so.
 pub fn linear_cross_entropy<O: Ops>(
     (ops, pace): (&O, &dyn Pace),
     head: &O::Matrix,
-    states: &[O::T],
+    states: &O::Buf,
     targets: &[Target],
     scale: O::T,
-    mut dstates: Option<&mut [O::T]>,
-    buffers: &mut LossBuffers<O::T>,
+    mut dstates: Option<&mut O::Buf>,
+    buffers: &mut LossBuffers<O>,
 ) -> Result<LossSum, Stopped> {
     let (vocab, width) = ops.dims(head);
-    let mut sum = LossSum::default();
-    for targets in targets.chunks(CHUNK) {
-        let rows = targets.len();
-        let chosen = sized(&mut buffers.states, rows * width);
-        for (target, chosen) in targets.iter().zip(chosen.chunks_exact_mut(width)) {
-            chosen.copy_from_slice(&states[target.row * width..][..width]);
+    ops.resize(&mut buffers.judged, 2 * targets.len());
+    for (chunk, targets) in targets.chunks(ops.loss_rows()).enumerate() {
+        let rows: Vec<u32> = targets.iter().map(|target| target.row as u32).collect();
+        let labels: Vec<u32> = targets.iter().map(|target| target.label).collect();
+        let (count, first) = (rows.len(), chunk * ops.loss_rows());
+        let rows = ops.ids(&rows);
+        ops.resize(&mut buffers.states, count * width);
+        ops.take_rows(states.all(), rows, buffers.states.all_mut());
+        ops.resize(&mut buffers.logits, count * vocab);
+        ops.resize(&mut buffers.dlogits, count * vocab);
+        for (r, part) in pieces(pace, count, vocab, width) {
+            let chosen = buffers.states.part(r.start * width..r.end * width);
+            let logits = buffers.logits.part_mut(r.start * vocab..r.end * vocab);
+            ops.matmul_part(chosen, head, part, logits);
+            pace.breathe()?;
         }
-        let logits = sized(&mut buffers.logits, rows * vocab);
-        for (r, part) in pieces(pace, rows, vocab, width) {
-            let chosen = &chosen[r.start * width..r.end * width];
-            ops.matmul_part(
-                chosen,
-                head,
-                part,
-                &mut logits[r.start * vocab..r.end * vocab],
+        let together = softmax_rows(pace, vocab);
+        for start in (0..count).step_by(together) {
+            let end = start.saturating_add(together).min(count);
+            let at = start * vocab..end * vocab;
+            let judged = 2 * (first + start)..2 * (first + end);
+            ops.cross_entropy(
+                buffers.logits.part(at.clone()),
+                ops.ids(&labels[start..end]),
+                scale,
+                buffers.dlogits.part_mut(at),
+                buffers.judged.part_mut(judged),
             );
             pace.breathe()?;
         }
-        buffers.labels.clear();
-        buffers
-            .labels
-            .extend(targets.iter().map(|target| target.label));
-        let losses = sized(&mut buffers.losses, rows);
-        let chunks = logits
-            .chunks_mut(SOFTMAX_CHUNK * vocab)
-            .zip(buffers.labels.chunks(SOFTMAX_CHUNK));
-        for ((logits, labels), losses) in chunks.zip(losses.chunks_mut(SOFTMAX_CHUNK)) {
-            sum.add(softmax_cross_entropy(ops, logits, labels, scale, losses));
-            pace.breathe()?;
-        }
-        let Some(dstates) = dstates.as_deref_mut() else {
-            continue;
-        };
-        let both = sized(&mut buffers.gradient, 2 * rows * width);
-        let (gradient, part) = both.split_at_mut(rows * width);
-        gradient.fill(O::T::ZERO);
-        for block in (0..vocab).step_by(BLOCK) {
-            part.fill(O::T::ZERO);
-            ops.matmul_backward_part(logits, head, block..(block + BLOCK).min(vocab), part);
-            ops.add(part, gradient);
-            pace.breathe()?;
-        }
-        for (target, gradient) in targets.iter().zip(gradient.chunks_exact(width)) {
-            ops.add(gradient, &mut dstates[target.row * width..][..width]);
+        if let Some(dstates) = dstates.as_deref_mut() {
+            back(ops, pace, head, buffers)?;
+            ops.add_rows(buffers.gradient.all(), rows, dstates.all_mut());
         }
     }
-    Ok(sum)
+    Ok(judged(ops, &buffers.judged))
 }
 
-/// Cross-entropy of rows of logits, which become `scale *` their gradient.
+/// Rows of logits between two breaths: eight of any width end where a device's operands may begin.
+fn softmax_rows(pace: &dyn Pace, vocab: usize) -> usize {
+    let rows = pace.quantum_flops() / (vocab * SOFTMAX_FLOPS);
+    rows.max(1).checked_next_multiple_of(8).unwrap_or(rows)
+}
+
+/// From the gradient of the logits to that of the states.
+fn back<O: Ops>(
+    ops: &O,
+    pace: &dyn Pace,
+    head: &O::Matrix,
+    buffers: &mut LossBuffers<O>,
+) -> Result<(), Stopped> {
+    let (vocab, _) = ops.dims(head);
+    let (len, dlogits) = (buffers.states.len(), &buffers.dlogits);
+    let (gradient, part) = (&mut buffers.gradient, &mut buffers.part);
+    ops.resize(gradient, len);
+    ops.resize(part, len);
+    ops.clear(gradient.all_mut());
+    for first in (0..vocab).step_by(ops.loss_outputs().min(vocab)) {
+        let outputs = first..vocab.min(first.saturating_add(ops.loss_outputs()));
+        ops.clear(part.all_mut());
+        ops.matmul_backward_part(dlogits.all(), head, outputs, part.all_mut());
+        ops.add(part.all(), gradient.all_mut());
+        pace.breathe()?;
+    }
+    Ok(())
+}
+
+/// Cross-entropy of rows of logits, exact; `gradient` gets `scale *` its gradient.
 pub fn softmax_cross_entropy<O: Ops>(
     ops: &O,
-    logits: &mut [O::T],
+    logits: &O::Buf,
     labels: &[u32],
     scale: O::T,
-    losses: &mut [O::T],
+    gradient: &mut O::Buf,
+    losses: &mut O::Buf,
 ) -> LossSum {
     if labels.is_empty() {
         return LossSum::default();
     }
-    let classes = logits.len() / labels.len();
-    let right = |(row, label): (&[O::T], &u32)| row.iter().all(|x| *x <= row[*label as usize]);
-    let correct = logits
-        .chunks_exact(classes)
-        .zip(labels)
-        .filter(|row| right(*row))
-        .count() as u64;
-    ops.cross_entropy(logits, labels, scale, losses);
-    let loss = losses.iter().map(|loss| loss.to_f64()).sum();
-    LossSum {
-        loss,
-        correct,
-        targets: labels.len() as u64,
+    ops.resize(gradient, logits.len());
+    ops.resize(losses, 2 * labels.len());
+    let labels = ops.ids(labels);
+    ops.cross_entropy(
+        logits.all(),
+        labels,
+        scale,
+        gradient.all_mut(),
+        losses.all_mut(),
+    );
+    judged(ops, losses)
+}
+
+/// What judged rows `[rows, 2]` add up to.
+fn judged<O: Ops>(ops: &O, rows: &O::Buf) -> LossSum {
+    let mut host = vec![O::T::ZERO; rows.len()];
+    ops.read(rows.all(), &mut host);
+    let mut sum = LossSum::default();
+    for row in host.chunks_exact(2) {
+        sum.loss += row[0].to_f64();
+        sum.correct += u64::from(row[1] == O::T::ONE);
+        sum.targets += 1;
     }
+    sum
 }
 
 #[cfg(test)]
@@ -183,7 +225,7 @@ mod tests {
             })
             .collect();
         let scale = 1.0 / targets.len() as f64;
-        let mut buffers = LossBuffers::default();
+        let mut buffers = LossBuffers::new(&ops);
         let mut gradient = vec![0.0; states.len()];
         let sum = linear_cross_entropy(
             (&ops, &Unpaced),
@@ -199,7 +241,7 @@ mod tests {
             gradient[3 * width..4 * width].iter().all(|g| *g == 0.0),
             "a row without a target"
         );
-        let mut mean = |states: &[f64]| {
+        let mut mean = |states: &Vec<f64>| {
             let sum = linear_cross_entropy(
                 (&ops, &Unpaced),
                 &head,
@@ -241,13 +283,17 @@ mod tests {
             })
             .collect();
         let target = [Target { row: 0, label: 0 }];
-        fn gradient<O: Ops>(weight: &[f32], dims: (usize, usize), target: &[Target]) -> Vec<f64> {
-            let ops = O::default();
+        fn gradient<O: Ops<Buf = Vec<<O as Ops>::T>>>(
+            ops: O,
+            weight: &[f32],
+            dims: (usize, usize),
+            target: &[Target],
+        ) -> Vec<f64> {
             let head = ops.pack(weight, dims.0, dims.1);
             let states = vec![O::T::from_f64(-0.5); dims.1];
             let mut gradient = vec![O::T::ZERO; dims.1];
             let context: (&O, &dyn Pace) = (&ops, &Unpaced);
-            let (scale, mut buffers) = (O::T::ONE, LossBuffers::default());
+            let (scale, mut buffers) = (O::T::ONE, LossBuffers::new(&ops));
             let sum = linear_cross_entropy(
                 context,
                 &head,
@@ -260,9 +306,14 @@ mod tests {
             assert!(sum.is_ok());
             gradient.iter().map(|g| g.to_f64()).collect()
         }
-        let exact = gradient::<Reference<f64>>(&weight, (vocab, width), &target);
+        let exact = gradient(
+            Reference::<f64>::default(),
+            &weight,
+            (vocab, width),
+            &target,
+        );
         // The plain f32 operations add the softmax's denominator one by one, so only the path that serves is held to this.
-        let found = gradient::<crate::ops::Backend>(&weight, (vocab, width), &target);
+        let found = gradient(crate::ops::Cpu::default(), &weight, (vocab, width), &target);
         for (found, exact) in found.iter().zip(&exact) {
             assert!((found / exact - 1.0).abs() < 2e-5, "{found}, not {exact}");
         }

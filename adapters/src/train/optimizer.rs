@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::ops::Real;
+use crate::ops::{AdamWStep, Buffer, Ops, View, ViewMut};
 
 /// The numbers of AdamW.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,86 +30,66 @@ pub struct Group {
 }
 
 /// The optimizer's state.
-#[derive(Clone, Debug, PartialEq)]
-pub struct AdamW<T = f32> {
+#[derive(Debug)]
+pub struct AdamW<O: Ops> {
     /// Steps done.
     pub step: u64,
-    /// Mean gradients.
-    pub mean: Vec<T>,
-    /// Mean squared gradients.
-    pub square: Vec<T>,
+    /// Mean gradients, exact.
+    pub mean: O::Buf,
+    /// Mean squared gradients, exact.
+    pub square: O::Buf,
 }
 
-impl<T: Real> AdamW<T> {
+impl<O: Ops> AdamW<O> {
     /// Before the first step of `len` parameters.
-    pub fn new(len: usize) -> Self {
+    pub fn new(ops: &O, len: usize) -> Self {
+        let zeros = || {
+            let mut buffer = ops.exact();
+            ops.resize(&mut buffer, len);
+            ops.clear(buffer.all_mut());
+            buffer
+        };
         Self {
             step: 0,
-            mean: vec![T::ZERO; len],
-            square: vec![T::ZERO; len],
+            mean: zeros(),
+            square: zeros(),
         }
     }
 
-    /// One step of every group. Gradients are multiplied by `scale` first (clipping).
-    pub fn step(
-        &mut self,
-        config: &AdamWConfig,
-        groups: &[Group],
-        scale: f64,
-        params: &mut [T],
-        grads: &[T],
-    ) {
-        self.step += 1;
-        for group in groups {
-            self.update(config, group, scale, params, grads);
-        }
-    }
-
-    /// Updates one group, or a part of one, at the step that [`AdamW::step`] counts: the caller counted it.
+    /// Updates one group, or a part of one, at the step that [`AdamW::step`] counts: the caller counted it. `params` and `grads`
+    /// are those of the group's range; gradients are multiplied by `scale` first (clipping).
     pub fn update(
         &mut self,
+        ops: &O,
         config: &AdamWConfig,
         group: &Group,
         scale: f64,
-        params: &mut [T],
-        grads: &[T],
+        params: ViewMut<'_, O>,
+        grads: View<'_, O>,
     ) {
         let Group {
             range,
             learning_rate,
         } = group;
         let step = self.step.min(i32::MAX as u64) as i32;
-        let correction1 = 1.0 - config.beta1.powi(step);
-        let correction2 = (1.0 - config.beta2.powi(step)).sqrt();
-        let (keep1, new1) = (T::from_f64(config.beta1), T::from_f64(1.0 - config.beta1));
-        let (keep2, new2) = (T::from_f64(config.beta2), T::from_f64(1.0 - config.beta2));
-        let (root, epsilon, scale) = (
-            T::from_f64(correction2),
-            T::from_f64(config.epsilon),
-            T::from_f64(scale),
-        );
-        let shrink = T::from_f64(1.0 - learning_rate * config.weight_decay);
-        let size = T::from_f64(learning_rate / correction1);
-        let state = self.mean[range.clone()]
-            .iter_mut()
-            .zip(&mut self.square[range.clone()]);
-        let both = params[range.clone()].iter_mut().zip(&grads[range.clone()]);
-        for ((p, g), (m, v)) in both.zip(state) {
-            let g = *g * scale;
-            *m = keep1 * *m + new1 * g;
-            *v = keep2 * *v + new2 * (g * g);
-            *p = shrink * *p - size * (*m / (v.sqrt() / root + epsilon));
-        }
+        let numbers = AdamWStep {
+            scale,
+            keep1: config.beta1,
+            keep2: config.beta2,
+            root: (1.0 - config.beta2.powi(step)).sqrt(),
+            epsilon: config.epsilon,
+            shrink: 1.0 - learning_rate * config.weight_decay,
+            size: learning_rate / (1.0 - config.beta1.powi(step)),
+        };
+        let mean = self.mean.part_mut(range.clone());
+        let square = self.square.part_mut(range.clone());
+        ops.adamw(&numbers, params, grads, mean, square);
     }
 }
 
-/// The global norm, summed in f64 in order.
-pub fn norm<T: Real>(grads: &[T]) -> f64 {
-    grads
-        .iter()
-        .map(|g| g.to_f64() * g.to_f64())
-        .sum::<f64>()
-        .sqrt()
+/// The global norm of exact gradients.
+pub fn norm<O: Ops>(ops: &O, grads: View<'_, O>) -> f64 {
+    ops.sum_of_squares(grads).sqrt()
 }
 
 /// What gradients of norm `norm` are multiplied by, so that they have `limit` at most (`torch.nn.utils.clip_grad_norm_`).
@@ -120,6 +100,7 @@ pub fn clip(norm: f64, limit: Option<f64>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::Reference;
 
     const CONFIG: AdamWConfig = AdamWConfig {
         beta1: 0.9,
@@ -131,7 +112,9 @@ mod tests {
     // The closed form: after steps with constant gradient g, both corrected means are exactly g and g^2.
     #[test]
     fn constant_gradients_move_by_the_learning_rate() {
-        let (mut adam, mut params) = (AdamW::<f64>::new(4), vec![1.0, -2.0, 3.0, 5.0]);
+        let ops = Reference::<f64>::default();
+        let (mut adam, mut params) = (AdamW::new(&ops, 4), vec![1.0, -2.0, 3.0, 5.0]);
+        let grads = [4.0, -4.0, 8.0, 1.0];
         let groups = [
             Group {
                 range: 0..2,
@@ -144,7 +127,12 @@ mod tests {
         ];
         let mut expected = params.clone();
         for _ in 0..5 {
-            adam.step(&CONFIG, &groups, 0.5, &mut params, &[4.0, -4.0, 8.0, 1.0]);
+            adam.step += 1;
+            for group in &groups {
+                let at = group.range.clone();
+                let params = &mut params[at.clone()];
+                adam.update(&ops, &CONFIG, group, 0.5, params, &grads[at]);
+            }
             for (p, (lr, sign)) in expected
                 .iter_mut()
                 .zip([(0.5, 1.0), (0.5, -1.0), (0.25, 1.0)])
@@ -160,7 +148,7 @@ mod tests {
 
     #[test]
     fn clipping_scales_only_what_is_too_long() {
-        assert_eq!(norm(&[3.0f32, 4.0]), 5.0);
+        assert_eq!(norm(&Reference::<f32>::default(), &[3.0, 4.0]), 5.0);
         assert!((clip(5.0, Some(1.0)) - 0.2).abs() < 1e-6);
         assert_eq!((clip(0.5, Some(1.0)), clip(5.0, None)), (1.0, 1.0));
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use espalier_adapters::ops::{
-    AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, Cpu, KvRows, Ops,
+    AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, Buffer, Cpu, KvRows, Ops,
 };
 use espalier_benches::ceilings::{Ceilings, Probe};
 use rand::{Rng, SeedableRng};
@@ -115,7 +115,7 @@ fn thin(cpu: &Cpu, ceilings: &Ceilings, rows: usize) {
         turn += 1;
         turn % factors.len()
     };
-    let shrink = fastest(|| cpu.shrink(&x, &factors[next()], rank, 0.5, &mut h));
+    let shrink = fastest(|| cpu.shrink(&x, &factors[next()], rank, &mut h));
     let expand = fastest(|| cpu.expand(&h, &factors[next()], rank, 1e-6, &mut y));
     let outer = fastest(|| cpu.outer(&h, &x, rank, 1e-6, &mut dw));
     for (name, seconds) in [("shrink", shrink), ("expand", expand), ("outer", outer)] {
@@ -169,16 +169,16 @@ fn attention(cpu: &Cpu, ceilings: &Ceilings, length: usize, decode: bool) {
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
     let seconds = fastest(|| {
         let saved = AttentionSaved {
-            q: &q,
-            k: &k,
-            v: &v,
-            out: &out,
-            lse: &lse,
+            q: q.all(),
+            k: k.all(),
+            v: v.all(),
+            out: out.all(),
+            lse: lse.all(),
         };
         let grads = AttentionGrads {
-            dq: &mut dq,
-            dk: &mut dk,
-            dv: &mut dv,
+            dq: dq.all_mut(),
+            dk: dk.all_mut(),
+            dv: dv.all_mut(),
         };
         cpu.attention_backward(shape, saved, &spans, &dout, grads);
     });
@@ -229,9 +229,9 @@ fn rows(cpu: &Cpu, ceilings: &Ceilings, rows: usize) {
     );
     let vocab = 49152;
     let labels: Vec<u32> = (0..rows.min(64) as u32).collect();
-    let mut logits = random(&mut rng, labels.len() * vocab);
-    let mut losses = vec![0.0; labels.len()];
-    let loss = fastest(|| cpu.cross_entropy(&mut logits, &labels, 1.0, &mut losses));
+    let logits = random(&mut rng, labels.len() * vocab);
+    let (mut gradient, mut judged) = (logits.clone(), vec![0.0; 2 * labels.len()]);
+    let loss = fastest(|| cpu.cross_entropy(&logits, &labels, 1.0, &mut gradient, &mut judged));
     let name = format!("cross_entropy {vocab} x {}", labels.len());
     line(ceilings, &name, 0.0, bytes(2 * logits.len()), loss, None);
 }

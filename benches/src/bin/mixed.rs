@@ -11,6 +11,7 @@ use std::time::Instant;
 use clap::Parser;
 use espalier_adapters::batch::Segment;
 use espalier_adapters::config::{LoraConfig, Site};
+use espalier_adapters::ops::{Backend, Buffer, Ops};
 use espalier_adapters::peft;
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
 use espalier_adapters::weights::{AdapterWeights, Numbers, SiteAdapter};
@@ -21,7 +22,8 @@ use espalier_engine::adapter_loader::{AdapterSource, SourceError};
 use espalier_engine::config::EngineConfig;
 use espalier_engine::handle::EngineHandle;
 use espalier_engine::model::{
-    Batch, Dtype, KvCache, Model, ModelConfig, ResidentAdapter, SeqSpan, Workspace, load_as,
+    BaseSites, Batch, Buf, Dtype, KvCache, Model, ModelConfig, ResidentAdapter, SeqSpan, Workspace,
+    load_as,
 };
 use espalier_engine::request::{Event, Generate, Priority, Request, RequestKind, StopConditions};
 use half::bf16;
@@ -76,7 +78,7 @@ fn main() -> Fallible<()> {
 
 fn steps(args: &Args, dtype: Dtype, bandwidth: f64) -> Fallible<()> {
     let loaded = load_as(&args.model, dtype)?;
-    let model = Model::new(loaded.config, loaded.weights)?;
+    let model = Model::new(Backend::default(), loaded.config, loaded.weights)?;
     let most = args.rows.iter().copied().max().unwrap_or(0);
     let weights: Vec<_> = (0..most as u64)
         .map(|seed| adapter(model.config(), seed))
@@ -148,12 +150,14 @@ struct Step<'a> {
     tables: Vec<Vec<u32>>,
     tokens: Vec<u32>,
     workspace: Workspace,
-    logits: Vec<f32>,
+    logits: Buf,
 }
 
 impl<'a> Step<'a> {
     fn new(model: &'a Model, rows: usize) -> Self {
-        let config = model.config();
+        let (ops, config) = (model.ops(), model.config());
+        let mut logits = ops.exact();
+        ops.resize(&mut logits, rows * config.vocab);
         let mut random = ChaCha8Rng::seed_from_u64(7);
         let blocks = (CONTEXT + 1).div_ceil(BLOCK_SIZE);
         let tables = (0..rows)
@@ -165,13 +169,13 @@ impl<'a> Step<'a> {
             .collect();
         let mut step = Step {
             model,
-            kv: KvCache::new(config, rows * blocks, BLOCK_SIZE),
+            kv: KvCache::new(ops, config, rows * blocks, BLOCK_SIZE),
             tables,
             tokens: (0..rows)
                 .map(|_| random.random_range(100..40_000))
                 .collect(),
-            workspace: Workspace::new(),
-            logits: vec![0.0; rows * config.vocab],
+            workspace: Workspace::new(ops),
+            logits,
         };
         for row in 0..rows {
             let prompt: Vec<u32> = (0..CONTEXT)
@@ -214,7 +218,8 @@ impl<'a> Step<'a> {
             };
             let (model, kv, workspace) = (self.model, &mut self.kv, &mut self.workspace);
             let hidden = model.forward(&batch, kv, workspace);
-            model.logits(hidden, &mut self.logits);
+            model.logits(hidden.all(), self.logits.all_mut());
+            model.ops().wait();
             black_box(&self.logits);
         }
         began.elapsed().as_secs_f64() / steps as f64
@@ -279,7 +284,7 @@ async fn registered(args: &Args) -> Fallible<()> {
         ..EngineConfig::default()
     };
     let nothing = Arc::new(Registry(HashMap::new()));
-    let bare = EngineHandle::start(config(), load()?, nothing)?;
+    let bare = EngineHandle::start(config(), Backend::default(), load()?, nothing)?;
     let loaded = load()?;
     let lora = LoraConfig::new(4, 8.0, &[Site::Q, Site::V]);
     let registry = (0..args.registered as u64)
@@ -289,7 +294,12 @@ async fn registered(args: &Args) -> Fallible<()> {
         })
         .collect::<Fallible<HashMap<_, _>>>()?;
     let digests: Vec<_> = registry.keys().copied().take(IN_MEMORY).collect();
-    let full = EngineHandle::start(config(), loaded, Arc::new(Registry(registry)))?;
+    let full = EngineHandle::start(
+        config(),
+        Backend::default(),
+        loaded,
+        Arc::new(Registry(registry)),
+    )?;
     for digest in &digests {
         full.activate(*digest).await?;
     }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
+use espalier_adapters::ops::Backend;
 use espalier_adapters::version::VersionDigest;
 use espalier_benches::Fallible;
 use espalier_benches::random_adapters::RandomAdapters;
@@ -59,7 +60,12 @@ async fn main() -> Fallible<()> {
     let mut source = RandomAdapters::default();
     let mut version = |seed| source.add(seed, RANK, &loaded.config);
     let versions = [version(1)?, version(2)?];
-    let engine = EngineHandle::start(EngineConfig::default(), loaded, Arc::new(source))?;
+    let engine = EngineHandle::start(
+        EngineConfig::default(),
+        Backend::default(),
+        loaded,
+        Arc::new(source),
+    )?;
     for version in &versions {
         engine.activate(*version).await?;
     }

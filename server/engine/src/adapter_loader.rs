@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use espalier_adapters::config::{BaseShape, Site};
+use espalier_adapters::linear::BuildError;
+use espalier_adapters::ops::OutOfMemory;
 use espalier_adapters::peft::{self, Limits};
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
 use espalier_adapters::weights::{AdapterWeights, Numbers, SiteAdapter};
@@ -18,7 +20,7 @@ use crate::command::{CommandSender, EngineCommand};
 use crate::config::EngineConfig;
 use crate::error::EngineError;
 use crate::metrics;
-use crate::model::{Model, ModelConfig, ResidentAdapter};
+use crate::model::{BaseSites, Model, ModelConfig, ResidentAdapter};
 use crate::model_runner::SELF_CHECK_TOKENS;
 
 /// Two, so that one source that hangs or one adapter that waits for room does not hold up all others.
@@ -174,15 +176,12 @@ impl Loader {
             *spare = artifact.safetensors;
         }
         stage.end("parse");
-        let bytes = ResidentAdapter::<f32>::bytes_for(&weights, self.base.layers);
+        let ops = self.model.ops();
+        let bytes = ResidentAdapter::bytes_for(ops, &weights, self.base.layers);
         let Room { reservation, spare } = self.shelf.reserve(digest, bytes)?;
         stage.end("room");
-        let adapter =
-            ResidentAdapter::build_in(spare, &weights, &*self.model).map_err(|misfit| {
-                EngineError::Internal {
-                    detail: misfit.to_string(),
-                }
-            })?;
+        let adapter = ResidentAdapter::build_in(spare, &weights, &*self.model)
+            .map_err(|error| from_build(digest, error))?;
         let adapter = Arc::new(adapter);
         stage.end("build");
         self.check(digest, &weights, &adapter)?;
@@ -268,6 +267,19 @@ fn base_shape(config: &ModelConfig) -> BaseShape {
         kv_heads: config.kv_heads,
         head_dim: config.head_dim,
         vocab: config.vocab,
+    }
+}
+
+fn from_build(digest: VersionDigest, error: BuildError) -> EngineError {
+    match error {
+        BuildError::Misfit(misfit) => EngineError::Internal {
+            detail: misfit.to_string(),
+        },
+        BuildError::OutOfMemory(OutOfMemory { asked, free }) => EngineError::DeviceMemory {
+            digest,
+            requested: asked,
+            free,
+        },
     }
 }
 

@@ -58,6 +58,8 @@ pub struct EngineConfig {
     pub limits: RequestLimits,
     /// Bounds of constrained output.
     pub constraints: ConstraintLimits,
+    /// Bytes of saved activations of one training job's micro-batch.
+    pub training_activation_bytes: usize,
     /// Longest stretch of training between two looks at the serving queue.
     pub training_quantum: Duration,
     /// What training may add to the mean time per output token while requests run: 0.25 is 25 %.
@@ -117,6 +119,7 @@ impl Default for EngineConfig {
             adapter_self_check: true,
             limits: RequestLimits::default(),
             constraints: ConstraintLimits::default(),
+            training_activation_bytes: 512 << 20,
             training_quantum: Duration::from_millis(10),
             training_max_tpot_impact: 0.25,
             max_training_jobs: 8,

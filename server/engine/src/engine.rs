@@ -18,6 +18,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use espalier_adapters::ops::Backend;
 use tokio::sync::oneshot;
 
 use crate::adapter_loader::{self, AdapterSource};
@@ -75,9 +76,6 @@ struct Engine {
     /// Where constrained sequences' next tokens are worked out.
     masker: Masker,
     clock: StepClock,
-    /// Reused: the wanted states of a step, and those of them from which tokens are drawn.
-    states: Vec<f32>,
-    drawing: Vec<f32>,
 }
 
 struct Drain {
@@ -88,13 +86,14 @@ struct Drain {
 /// A planned sequence after the step: where its wanted states are, or that its step panicked.
 struct StepOutput {
     item: ScheduledSequence,
-    /// In `Engine::states`; `None` after a panic.
+    /// Rows of the runner's states; `None` after a panic.
     states: Option<Range<usize>>,
 }
 
 /// Builds the model and starts loader and engine threads.
 pub(crate) fn start(
     config: EngineConfig,
+    ops: Backend,
     loaded: LoadedModel,
     source: Arc<dyn AdapterSource>,
 ) -> Result<Shared, EngineError> {
@@ -105,7 +104,7 @@ pub(crate) fn start(
         .context_length
         .min(config.max_sequence_tokens)
         .min(config.kv_blocks * BLOCK_SIZE);
-    let decoder = Model::new(loaded.config.clone(), loaded.weights)
+    let decoder = Model::new(ops, loaded.config.clone(), loaded.weights)
         .map_err(|error| cannot(error.to_string()))?;
     let formats = decoder.formats();
     tracing::info!(
@@ -180,8 +179,6 @@ pub(crate) fn start(
         totals: EngineStats::default(),
         clock: StepClock::new(),
         masker: Masker::start(config.max_num_seqs).map_err(|error| cannot(error.to_string()))?,
-        states: Vec::new(),
-        drawing: Vec::new(),
         config: config.clone(),
     };
     metrics::describe(&config);
@@ -388,18 +385,18 @@ impl Engine {
         }
         let began = Instant::now();
         self.runner.copy_blocks(&plan.copies);
-        let mut states = std::mem::take(&mut self.states);
-        states.clear();
-        let outputs = match self.run_items(&plan.items, &mut states) {
+        let outputs = match self.run_items(&plan.items, 0) {
             Some(outputs) => outputs,
             None if plan.items.len() == 1 => vec![StepOutput {
                 item: plan.items[0],
                 states: None,
             }],
             None => {
-                let mut outputs = Vec::with_capacity(plan.items.len());
+                let mut outputs: Vec<StepOutput> = Vec::with_capacity(plan.items.len());
                 for item in &plan.items {
-                    match self.run_items(std::slice::from_ref(item), &mut states) {
+                    let mut found = outputs.iter().filter_map(|output| output.states.as_ref());
+                    let kept = found.next_back().map_or(0, |states| states.end);
+                    match self.run_items(std::slice::from_ref(item), kept) {
                         Some(alone) => outputs.extend(alone),
                         None => outputs.push(StepOutput {
                             item: *item,
@@ -410,19 +407,12 @@ impl Engine {
                 outputs
             }
         };
-        self.states = states;
         self.book_step(plan, began.elapsed());
         outputs
     }
 
-    /// Appends the wanted states; `None` after a panic.
-    fn run_items(
-        &mut self,
-        items: &[ScheduledSequence],
-        states: &mut Vec<f32>,
-    ) -> Option<Vec<StepOutput>> {
-        let kept = states.len();
-        let hidden = self.runner.hidden_size();
+    /// Has the wanted states put after the `kept` first; `None` after a panic.
+    fn run_items(&mut self, items: &[ScheduledSequence], kept: usize) -> Option<Vec<StepOutput>> {
         let (runner, scheduler) = (&mut self.runner, &self.scheduler);
         let (sequences, requests) = (&self.sequences, &self.requests);
         let run = AssertUnwindSafe(|| {
@@ -441,15 +431,10 @@ impl Engine {
                     })
                 })
                 .collect();
-            runner.run(&run_items, states);
-            let mut next = kept;
-            let outputs = items.iter().zip(&run_items).map(|(item, run_item)| {
-                let first = next;
-                next += run_item.wanted.len() * hidden;
-                StepOutput {
-                    item: *item,
-                    states: Some(first..next),
-                }
+            let states = runner.run(&run_items, kept);
+            let outputs = items.iter().zip(states).map(|(item, states)| StepOutput {
+                item: *item,
+                states: Some(states),
             });
             outputs.collect()
         });
@@ -458,7 +443,6 @@ impl Engine {
             self.totals.panics += 1;
             metrics::panic_caught("step");
             tracing::error!(sequences = items.len(), "a step panicked");
-            states.truncate(kept);
             self.runner.renew_buffers();
         }
         outputs

@@ -98,6 +98,19 @@ pub enum EngineError {
         /// The configured budget.
         budget: usize,
     },
+    /// The budget has room for the adapter, but the device has none (reason `ADAPTER_CAPACITY`).
+    #[error(
+        "adapter version {digest} needs {requested} bytes of the device's memory; {free} are free: \
+         lower adapter_cache_bytes or kv_cache_bytes"
+    )]
+    DeviceMemory {
+        /// The version asked for.
+        digest: VersionDigest,
+        /// Bytes it needs.
+        requested: usize,
+        /// Bytes that are free.
+        free: usize,
+    },
     /// Pinned adapters would take more than their share of the budget (reason `PINNED_CAPACITY`).
     #[error(
         "adapter version {digest} has {requested} bytes; {pinned} are pinned already and at most {limit} may be \

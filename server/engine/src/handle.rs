@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use espalier_adapters::ops::Backend;
 use espalier_adapters::profile::MergePolicy;
 use espalier_adapters::text::{ChatTemplate, Tokenizer};
 use espalier_adapters::version::VersionDigest;
@@ -120,16 +121,17 @@ impl Gauges {
 // === impl EngineHandle ===
 
 impl EngineHandle {
-    /// Starts the engine thread on a loaded model.
+    /// Starts the engine thread on a loaded model, whose weights go to where `ops` work.
     ///
     /// # Errors
     /// A configuration that cannot work, or a thread that cannot be started.
     pub fn start(
         config: EngineConfig,
+        ops: Backend,
         model: LoadedModel,
         source: Arc<dyn AdapterSource>,
     ) -> Result<EngineHandle, EngineError> {
-        crate::engine::start(config, model, source).map(|shared| EngineHandle {
+        crate::engine::start(config, ops, model, source).map(|shared| EngineHandle {
             shared: Arc::new(shared),
         })
     }

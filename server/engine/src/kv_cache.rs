@@ -2,7 +2,7 @@
 //!
 //! Who owns which block is the block manager's business; this only holds numbers.
 
-use espalier_adapters::ops::Real;
+use espalier_adapters::ops::{Backend, Buffer, Ops};
 
 use crate::model::ModelConfig;
 
@@ -10,8 +10,8 @@ use crate::model::ModelConfig;
 /// [`KvRows::Paged`](espalier_adapters::ops::KvRows::Paged) has them. Rows are written before they are read, so nothing is
 /// ever cleared.
 #[derive(Debug)]
-pub struct KvCache<T = f32> {
-    layers: Vec<LayerKv<T>>,
+pub struct KvCache<O: Ops = Backend> {
+    layers: Vec<LayerKv<O>>,
     width: usize,
     blocks: usize,
     block_size: usize,
@@ -19,16 +19,20 @@ pub struct KvCache<T = f32> {
 
 /// One layer's blocks.
 #[derive(Debug)]
-pub(crate) struct LayerKv<T> {
-    pub(crate) k: Vec<T>,
-    pub(crate) v: Vec<T>,
+pub(crate) struct LayerKv<O: Ops> {
+    pub(crate) k: O::Buf,
+    pub(crate) v: O::Buf,
 }
 
-impl<T: Real> KvCache<T> {
+impl<O: Ops> KvCache<O> {
     /// Room for `blocks` blocks of `block_size` tokens.
-    pub fn new(config: &ModelConfig, blocks: usize, block_size: usize) -> Self {
+    pub fn new(ops: &O, config: &ModelConfig, blocks: usize, block_size: usize) -> Self {
         let width = config.kv_width();
-        let rows = || vec![T::ZERO; blocks * block_size * width];
+        let rows = || {
+            let mut rows = ops.working();
+            ops.resize(&mut rows, blocks * block_size * width);
+            rows
+        };
         let layers = (0..config.layers)
             .map(|_| LayerKv {
                 k: rows(),
@@ -43,11 +47,6 @@ impl<T: Real> KvCache<T> {
         }
     }
 
-    /// Bytes of one block over all layers.
-    pub fn block_bytes(config: &ModelConfig, block_size: usize) -> usize {
-        2 * config.layers * block_size * config.kv_width() * size_of::<T>()
-    }
-
     /// Number of blocks.
     pub fn blocks(&self) -> usize {
         self.blocks
@@ -59,16 +58,21 @@ impl<T: Real> KvCache<T> {
     }
 
     /// Copies a block's rows in every layer: for sequences that share a prefix and then part.
-    pub fn copy_block(&mut self, from: u32, to: u32) {
+    pub fn copy_block(&mut self, ops: &O, from: u32, to: u32) {
         let len = self.block_size * self.width;
         let (from, to) = (from as usize * len, to as usize * len);
         for layer in &mut self.layers {
-            layer.k.copy_within(from..from + len, to);
-            layer.v.copy_within(from..from + len, to);
+            ops.copy_within(&mut layer.k, from..from + len, to);
+            ops.copy_within(&mut layer.v, from..from + len, to);
         }
     }
 
-    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut LayerKv<T> {
+    /// Where the first keys are, which tells this cache from any other.
+    pub(crate) fn place(&self) -> u64 {
+        self.layers.first().map_or(0, |layer| layer.k.place())
+    }
+
+    pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut LayerKv<O> {
         &mut self.layers[layer]
     }
 }

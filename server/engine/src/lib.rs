@@ -11,6 +11,7 @@
 //! an adapter version is its digest.
 
 pub mod config;
+pub mod device;
 pub mod error;
 pub mod handle;
 pub mod request;

@@ -322,7 +322,7 @@ fn load_failure(error: &EngineError) -> &'static str {
         EngineError::AdapterIncompatible { .. } => "incompatible",
         EngineError::AdapterSource { .. } => "source",
         EngineError::AdapterSelfCheck { .. } => "self_check",
-        EngineError::AdapterCapacity { .. } => "capacity",
+        EngineError::AdapterCapacity { .. } | EngineError::DeviceMemory { .. } => "capacity",
         _ => "internal",
     }
 }

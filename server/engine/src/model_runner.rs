@@ -1,18 +1,18 @@
 //! Carries a planned step to the model: a flat list of tokens, cut in spans by sequence and in segments by adapter.
 //!
-//! Owns the keys and values and every buffer of a step, so that a step allocates next to nothing. It must not know what
-//! becomes of the states that it returns.
+//! Owns the keys and values and every buffer of a step, so that a step allocates next to nothing. The wanted states stay where
+//! the operations work, known by their rows. It must not know what becomes of them.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use espalier_adapters::batch::{Covered, Mixture, Segment};
-use espalier_adapters::ops::{Backend, Ops};
+use espalier_adapters::ops::{Backend, Buffer, Ops, TokenDraw};
 
 use crate::block_manager::BlockCopy;
 use crate::config::BLOCK_SIZE;
 use crate::merger::MergedWeights;
-use crate::model::{BaseSites, Batch, KvCache, Model, ResidentAdapter, SeqSpan, Workspace};
+use crate::model::{BaseSites, Batch, Buf, KvCache, Model, ResidentAdapter, SeqSpan, Workspace};
 
 /// Tokens of an adapter's self-check; they fit in one block.
 pub(crate) const SELF_CHECK_TOKENS: usize = 4;
@@ -42,22 +42,42 @@ pub(crate) struct ModelRunner {
     scratch_kv: KvCache,
     workspace: Workspace,
     tokens: Vec<u32>,
-    logits: Vec<f32>,
+    /// The wanted states of a step, `[rows, hidden]`.
+    states: Buf,
+    /// Those of them whose logits are computed.
+    chosen: Buf,
+    /// Row numbers on their way to the operations.
+    rows: Vec<u32>,
+    /// Exact.
+    logits: Buf,
+    /// The logits on the host, where that is not where they are computed.
+    host_logits: Vec<f32>,
+}
+
+/// From which a next token follows.
+pub(crate) enum Choice<'a> {
+    /// A row of logits `[vocab]`.
+    Row(&'a mut [f32]),
+    /// The token; `None` where a logit was not finite.
+    Drawn(Option<u32>),
 }
 
 // === impl ModelRunner ===
 
 impl ModelRunner {
     pub(crate) fn new(model: Arc<Model>, kv_blocks: usize) -> Self {
-        let kv = KvCache::new(model.config(), kv_blocks, BLOCK_SIZE);
-        let scratch_kv = KvCache::new(model.config(), 1, BLOCK_SIZE);
+        let ops = model.ops();
         ModelRunner {
-            model,
-            kv,
-            scratch_kv,
-            workspace: Workspace::new(),
+            kv: KvCache::new(ops, model.config(), kv_blocks, BLOCK_SIZE),
+            scratch_kv: KvCache::new(ops, model.config(), 1, BLOCK_SIZE),
+            workspace: Workspace::new(ops),
             tokens: Vec::new(),
-            logits: Vec::new(),
+            states: ops.working(),
+            chosen: ops.working(),
+            rows: Vec::new(),
+            logits: ops.exact(),
+            host_logits: Vec::new(),
+            model,
         }
     }
 
@@ -65,20 +85,16 @@ impl ModelRunner {
         &self.model
     }
 
-    pub(crate) fn hidden_size(&self) -> usize {
-        self.model.config().hidden
-    }
-
     /// Copies the blocks of sequences that part from their prefix.
     pub(crate) fn copy_blocks(&mut self, copies: &[BlockCopy]) {
         for copy in copies {
-            self.kv.copy_block(copy.from, copy.to);
+            self.kv.copy_block(self.model.ops(), copy.from, copy.to);
         }
     }
 
-    /// One step. `items` of one mixture should stand together. The wanted states after the final norm go to `states`,
-    /// item after item, `[wanted rows, hidden]`.
-    pub(crate) fn run(&mut self, items: &[RunItem<'_>], states: &mut Vec<f32>) {
+    /// One step. `items` of one mixture should stand together. Says which rows each item's wanted states after the final norm
+    /// are from now on: they come after the first `kept` rows, which stay as they are.
+    pub(crate) fn run(&mut self, items: &[RunItem<'_>], kept: usize) -> Vec<Range<usize>> {
         #[cfg(test)]
         for item in items {
             assert!(
@@ -97,6 +113,15 @@ impl ModelRunner {
                 block_table: item.block_table,
             });
         }
+        self.rows.clear();
+        let mut found = Vec::with_capacity(items.len());
+        for (item, span) in items.iter().zip(&spans) {
+            let rows = span.rows.start + item.wanted.start..span.rows.start + item.wanted.end;
+            let first = kept + self.rows.len();
+            self.rows.extend(rows.map(|row| row as u32));
+            found.push(first..kept + self.rows.len());
+        }
+        self.make_room(kept, self.rows.len());
         let segments = Segment::join(
             items
                 .iter()
@@ -109,30 +134,106 @@ impl ModelRunner {
             segments: &segments,
             overlays: &overlays,
         };
-        let hidden_size = self.model.config().hidden;
-        let (model, kv, workspace) = (&self.model, &mut self.kv, &mut self.workspace);
-        let hidden = model.forward(&batch, kv, workspace);
-        states.clear();
-        for (item, span) in items.iter().zip(&spans) {
-            let rows = span.rows.start + item.wanted.start..span.rows.start + item.wanted.end;
-            states.extend_from_slice(&hidden[rows.start * hidden_size..rows.end * hidden_size]);
+        let (model, width) = (&self.model, self.model.config().hidden);
+        let hidden = model.forward(&batch, &mut self.kv, &mut self.workspace);
+        let states = kept * width..self.states.len();
+        let (rows, states) = (model.ops().ids(&self.rows), self.states.part_mut(states));
+        model.ops().take_rows(hidden.all(), rows, states);
+        if self.rows.is_empty() {
+            // Nobody reads anything of this step, so nobody else would wait for it: it is over when a device has done it.
+            model.ops().wait();
         }
+        found
     }
 
-    /// The logits `[rows, vocab]` of states `[rows, hidden]`.
-    pub(crate) fn logits(&mut self, states: &[f32]) -> &mut [f32] {
-        let config = self.model.config();
-        self.logits
-            .resize(states.len() / config.hidden * config.vocab, 0.0);
-        let (model, logits) = (&self.model, &mut self.logits);
-        model.logits(states, logits);
-        &mut self.logits
+    /// Room for `more` states after the first `kept`.
+    fn make_room(&mut self, kept: usize, more: usize) {
+        let (ops, width) = (self.model.ops(), self.model.config().hidden);
+        let (kept, len) = (kept * width, (kept + more) * width);
+        if kept == 0 {
+            return ops.resize(&mut self.states, len);
+        }
+        // A buffer that grows forgets.
+        let mut states = ops.working();
+        ops.resize(&mut states, len);
+        ops.copy(self.states.part(0..kept), states.part_mut(0..kept));
+        self.states = states;
     }
 
-    /// The head's logits `[labels]` of one state.
-    pub(crate) fn score(&self, adapter: &ResidentAdapter, state: &[f32]) -> Vec<f32> {
-        let mut logits = vec![0.0; adapter.labels().len()];
-        adapter.score(self.model.ops(), state, &mut logits);
+    /// The states of `rows`, `[rows, hidden]`.
+    pub(crate) fn read_states(&self, rows: Range<usize>) -> Vec<f32> {
+        let width = self.model.config().hidden;
+        let mut states = vec![0.0; rows.len() * width];
+        let from = self.states.part(rows.start * width..rows.end * width);
+        self.model.ops().read(from, &mut states);
+        states
+    }
+
+    /// The logits `[rows, vocab]` of the states of some rows.
+    pub(crate) fn logits(&mut self, rows: &[Range<usize>]) -> &mut [f32] {
+        let count = self.multiply(rows);
+        let (ops, vocab) = (self.model.ops(), self.model.config().vocab);
+        if ops.on_host(&mut self.logits).is_none() {
+            self.host_logits.resize(count * vocab, 0.0);
+            ops.read(self.logits.all(), &mut self.host_logits);
+            return &mut self.host_logits;
+        }
+        ops.on_host(&mut self.logits).unwrap_or_default()
+    }
+
+    /// From which the next tokens of some rows follow: the tokens themselves where the device drew them by `draws`, else the
+    /// rows of logits.
+    pub(crate) fn choose(
+        &mut self,
+        rows: &[Range<usize>],
+        draws: &[Option<TokenDraw>],
+    ) -> Vec<Choice<'_>> {
+        self.multiply(rows);
+        let (ops, vocab) = (self.model.ops(), self.model.config().vocab);
+        let asked: Vec<TokenDraw> = draws.iter().map(|draw| draw.unwrap_or_default()).collect();
+        let Some(tokens) = ops.draw(self.logits.all(), &asked) else {
+            let logits = ops.on_host(&mut self.logits).unwrap_or_default();
+            return logits.chunks_exact_mut(vocab).map(Choice::Row).collect();
+        };
+        let rest = draws.iter().filter(|draw| draw.is_none()).count();
+        self.host_logits.resize(rest * vocab, 0.0);
+        let mut host = self.host_logits.chunks_exact_mut(vocab);
+        let mut choices = Vec::with_capacity(draws.len());
+        for (row, (draw, token)) in draws.iter().zip(tokens).enumerate() {
+            if draw.is_some() {
+                choices.push(Choice::Drawn(token));
+            } else if let Some(to) = host.next() {
+                ops.read(self.logits.part(row * vocab..(row + 1) * vocab), to);
+                choices.push(Choice::Row(to));
+            }
+        }
+        choices
+    }
+
+    /// The logits of the states of some rows, and how many there are.
+    fn multiply(&mut self, rows: &[Range<usize>]) -> usize {
+        let (ops, config) = (self.model.ops(), self.model.config());
+        self.rows.clear();
+        self.rows
+            .extend(rows.iter().cloned().flatten().map(|row| row as u32));
+        let count = self.rows.len();
+        ops.resize(&mut self.chosen, count * config.hidden);
+        let rows = ops.ids(&self.rows);
+        ops.take_rows(self.states.all(), rows, self.chosen.all_mut());
+        ops.resize(&mut self.logits, count * config.vocab);
+        self.model.logits(self.chosen.all(), self.logits.all_mut());
+        count
+    }
+
+    /// The head's logits `[labels]` of one row's state.
+    pub(crate) fn score(&self, adapter: &ResidentAdapter, row: usize) -> Vec<f32> {
+        let (ops, width) = (self.model.ops(), self.model.config().hidden);
+        let state = self.states.part(row * width..(row + 1) * width);
+        let mut scores = ops.exact();
+        ops.resize(&mut scores, adapter.labels().len());
+        adapter.score(ops, state, scores.all_mut());
+        let mut logits = vec![0.0; scores.len()];
+        ops.read(scores.all(), &mut logits);
         logits
     }
 
@@ -160,13 +261,15 @@ impl ModelRunner {
         let hidden = self
             .model
             .forward(&batch, &mut self.scratch_kv, &mut self.workspace);
-        hidden.iter().all(|value| value.is_finite())
+        let mut states = vec![0.0; hidden.len()];
+        self.model.ops().read(hidden.all(), &mut states);
+        states.iter().all(|value| value.is_finite())
     }
 
     /// New buffers, after a panic may have left the old ones in any state. Keys and values stay: who was in the
     /// failed step writes its rows again or is gone.
     pub(crate) fn renew_buffers(&mut self) {
-        self.workspace = Workspace::new();
+        self.workspace = Workspace::new(self.model.ops());
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! candle-transformers' `LogitsProcessor` is the oracle of greedy and penalties in the tests, and not the path: it has no
 //! min-p, no bias and no counts, copies each row into tensors, sorts the whole vocabulary, panics on NaN, and draws from
-//! a generator whose sequence its crate may change. Here the same seed gives the same tokens on every machine: sums run
-//! in a fixed order, and the exponential is our own (`exponential`), because libraries round theirs differently.
+//! a generator whose sequence its crate may change. Here the same seed gives the same tokens on every processor: sums run
+//! in a fixed order, and the exponential is our own (`exponential`), because libraries round theirs differently. A device
+//! draws plain rows itself, where they lie, by random numbers of its own (`Sampler::plain`).
 //!
 //! A row is as long as the vocabulary, so nothing here sorts or copies one: passes over all logits are plain loops over
 //! lanes, and only the few tokens that may be drawn are gathered.
@@ -11,6 +12,7 @@
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 
+use espalier_adapters::ops::TokenDraw;
 use rand::Rng;
 use rand::SeedableRng;
 use rand_chacha::ChaCha12Rng;
@@ -27,6 +29,8 @@ pub(crate) struct NonFinite;
 pub(crate) struct Sampler {
     params: SamplingParams,
     rng: ChaCha12Rng,
+    /// What a device draws by.
+    seed: u64,
     /// Tokens of the prompt; kept only when the repetition penalty needs them.
     prompt: HashSet<u32>,
     /// How often each token is in the output; kept only when a penalty needs it.
@@ -66,12 +70,29 @@ impl Sampler {
         };
         Sampler {
             params,
+            // Every candidate has its own stream of the seed; the first one's is the seed itself.
+            seed: seed.wrapping_add(candidate.wrapping_mul(0x9e37_79b9_7f4a_7c15)),
             rng,
             prompt,
             counts: HashMap::new(),
             candidates: Vec::new(),
             sums: Vec::new(),
         }
+    }
+
+    /// How a device draws the token that comes after `drawn` others; `None` where logits are to be changed first, which the host
+    /// does.
+    pub(crate) fn plain(&self, drawn: usize) -> Option<TokenDraw> {
+        let params = &self.params;
+        let plain = !self.has_penalty() && params.logit_bias.is_empty();
+        plain.then(|| TokenDraw {
+            temperature: params.temperature,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            top_k: u32::try_from(params.top_k).unwrap_or(u32::MAX),
+            seed: self.seed,
+            counter: drawn as u64,
+        })
     }
 
     /// Chooses a token from one row of logits, which is changed. `banned` cannot be chosen, unless nothing else is left;

@@ -145,7 +145,7 @@ fn what_is_told_to_callers_names_no_place_and_no_key() {
     .unwrap();
     let told = config.of_serving();
     assert_eq!(told["max_sequences"], "17");
-    assert_eq!(told["kv_cache_bytes"], "512MiB");
+    assert_eq!(told["adapter_cache_bytes"], "1GiB");
     for key in [
         "service_key",
         "service_key_file",

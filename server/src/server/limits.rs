@@ -1,9 +1,12 @@
 //! The configuration's numbers, handed to each owner in the shape that it asks for. The only place where a setting's name
 //! and its use meet; nothing is decided here.
 
+use espalier_adapters::ops::Backend;
 use espalier_adapters::train::dataset::DataLimits;
-use espalier_engine::config::{BLOCK_SIZE, EngineConfig, RequestLimits};
+use espalier_engine::EngineHandle;
+use espalier_engine::config::{EngineConfig, RequestLimits};
 use espalier_engine::constraint::ConstraintLimits;
+use espalier_engine::device::block_bytes;
 use espalier_engine::model::config::ModelConfig;
 
 use crate::bulk::BulkLimits;
@@ -14,11 +17,14 @@ use crate::registry::RegistryLimits;
 use crate::services::adapter::artifact_limits;
 use crate::tenants::TenantLimits;
 
-/// The engine's numbers out of the configuration; KV blocks are counted from bytes, because operators think in memory.
-pub(super) fn engine_config(config: &Config, model: &ModelConfig) -> EngineConfig {
+/// The engine's numbers out of the configuration; KV blocks are counted from bytes, because operators think in memory. 0 of
+/// them, and of a training job's activations, is left to the plan.
+pub(super) fn engine_config(config: &Config, ops: &Backend, model: &ModelConfig) -> EngineConfig {
     let (limits, engine, training) = (&config.limits, &config.engine, &config.training);
-    let row_bytes = 2 * model.layers * model.kv_heads * model.head_dim * size_of::<f32>();
-    let blocks = (engine.kv_cache_bytes.as_usize() / (row_bytes * BLOCK_SIZE).max(1)).max(1);
+    let blocks = match engine.kv_cache_bytes.as_usize() {
+        0 => 0,
+        bytes => (bytes / block_bytes(ops, model).max(1)).max(1),
+    };
     EngineConfig {
         max_num_seqs: engine.max_sequences,
         max_num_batched_tokens: engine.max_batched_tokens,
@@ -26,7 +32,7 @@ pub(super) fn engine_config(config: &Config, model: &ModelConfig) -> EngineConfi
         prefill_chunk_tokens: engine.prefill_chunk_tokens.min(engine.max_batched_tokens),
         kv_blocks: blocks,
         prefix_cache: engine.prefix_cache,
-        max_sequence_tokens: model.context_length.min(blocks * BLOCK_SIZE),
+        max_sequence_tokens: model.context_length,
         max_queue: engine.max_queue,
         event_buffer: limits.stream_buffer,
         slow_reader_limit: limits.slow_reader_timeout,
@@ -62,6 +68,7 @@ pub(super) fn engine_config(config: &Config, model: &ModelConfig) -> EngineConfi
             cache_bytes: config.constraints.constraint_cache_bytes.as_usize(),
         },
         adapter_limits: artifact_limits(config),
+        training_activation_bytes: training.training_activation_bytes.as_usize(),
         training_quantum: training.training_quantum,
         training_max_tpot_impact: training.training_max_tpot_impact,
         max_training_jobs: training.max_active_jobs,
@@ -115,13 +122,13 @@ pub(super) fn dataset_limits(config: &Config) -> DatasetLimits {
     }
 }
 
-/// `context` is what one sequence may hold; a configured 0 stands for it.
-pub(super) fn job_limits(config: &Config, context: usize) -> JobLimits {
-    let training = &config.training;
+/// A configured 0 tokens of an example stand for what one sequence may hold.
+pub(super) fn job_limits(config: &Config, engine: &EngineHandle) -> JobLimits {
+    let (training, context) = (&config.training, engine.model().max_sequence_tokens);
     JobLimits {
         max_active: training.max_active_jobs,
         max_per_tenant: training.max_jobs_per_tenant,
-        activation_bytes: training.training_activation_bytes.as_usize(),
+        activation_bytes: engine.config().training_activation_bytes,
         checkpoint_steps: training.checkpoint_steps as u64,
         max_example_tokens: match training.max_example_tokens {
             0 => context,

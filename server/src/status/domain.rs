@@ -86,6 +86,14 @@ impl From<EngineError> for Refusal {
                 .with("requested", requested)
                 .with("in_use", in_use)
                 .with("budget", budget),
+            EngineError::DeviceMemory {
+                digest,
+                requested,
+                free,
+            } => Refusal::unavailable("ADAPTER_CAPACITY", text, LATER)
+                .with("digest", digest)
+                .with("requested", requested)
+                .with("free", free),
             EngineError::PinnedCapacity {
                 digest,
                 requested,

@@ -72,16 +72,16 @@ fn products() {
     let (a, bt, scale) = (random(3, rank * inputs), random(4, rank * outputs), 1.7);
     let delta = |x: &[f64], a: &[f64], bt: &[f64]| {
         let (mut h, mut y) = (vec![0.0; rows * rank], vec![0.0; rows * outputs]);
-        OPS.shrink(x, a, rank, 1.0, &mut h);
+        OPS.shrink(x, a, rank, &mut h);
         OPS.expand(&h, bt, rank, scale, &mut y);
         y
     };
     let (mut h, mut dh) = (vec![0.0; rows * rank], vec![0.0; rows * rank]);
     let (mut dx, mut da, mut dbt) = (vec![0.0; x.len()], vec![0.0; a.len()], vec![0.0; bt.len()]);
-    OPS.shrink(&x, &a, rank, 1.0, &mut h);
-    OPS.shrink(&dy, &bt, rank, scale, &mut dh);
-    OPS.expand(&dh, &a, rank, 1.0, &mut dx);
-    OPS.outer(&dh, &x, rank, 1.0, &mut da);
+    OPS.shrink(&x, &a, rank, &mut h);
+    OPS.shrink(&dy, &bt, rank, &mut dh);
+    OPS.expand(&dh, &a, rank, scale, &mut dx);
+    OPS.outer(&dh, &x, rank, scale, &mut da);
     OPS.outer(&h, &dy, rank, scale, &mut dbt);
     check("lora dx", &x, &dx, |x| delta(x, &a, &bt));
     check("lora da", &a, &da, |a| delta(&x, a, &bt));
@@ -129,15 +129,16 @@ fn norm_rope_swiglu() {
 fn cross_entropy() {
     let (logits, labels) = (random(1, 3 * 7), [2u32, 0, 6]);
     let upstream = upstream(3);
-    let mut gradient = logits.clone();
+    let mut gradient = vec![0.0; logits.len()];
     // Each row's loss has its own upstream weight; scale is shared, so rows are done one by one.
-    for ((row, label), scale) in gradient.chunks_mut(7).zip(&labels).zip(&upstream) {
-        OPS.cross_entropy(row, std::slice::from_ref(label), *scale, &mut [0.0]);
+    let rows = logits.chunks(7).zip(gradient.chunks_mut(7));
+    for ((row, gradient), (label, scale)) in rows.zip(labels.iter().zip(&upstream)) {
+        OPS.cross_entropy(row, &[*label], *scale, gradient, &mut [0.0; 2]);
     }
     check("cross_entropy", &logits, &gradient, |logits| {
-        let mut losses = vec![0.0; 3];
-        OPS.cross_entropy(&mut logits.to_vec(), &labels, 1.0, &mut losses);
-        losses
+        let (mut gradient, mut judged) = (vec![0.0; logits.len()], vec![0.0; 6]);
+        OPS.cross_entropy(logits, &labels, 1.0, &mut gradient, &mut judged);
+        judged.into_iter().step_by(2).collect()
     });
 }
 
@@ -186,14 +187,14 @@ fn attention() {
         let dout = upstream(out.len());
         let (mut dq, mut dk, mut dv) = (vec![9.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
         let saved = AttentionSaved {
-            q: &q,
+            q: q.as_slice(),
             k: &k,
             v: &v,
             out: &out,
             lse: &lse,
         };
         let grads = AttentionGrads {
-            dq: &mut dq,
+            dq: dq.as_mut_slice(),
             dk: &mut dk,
             dv: &mut dv,
         };
@@ -214,8 +215,8 @@ fn paged_is_flat() {
         table: &table,
         block_size: 2,
     };
-    let rows: Vec<usize> = (0..5).map(|position| place.row(position)).collect();
-    OPS.store_keys(&k, &rows, 2, &mut paged_k);
+    let rows: Vec<u32> = (0..5).map(|position| place.row(position) as u32).collect();
+    OPS.store_keys(&k, 4, &rows, 2, &mut paged_k);
     OPS.store_values(&v, 4, &rows, 2, &mut paged_v);
     for (position, element) in (0..5).flat_map(|position| (0..8).map(move |d| (position, d))) {
         let (head, d) = (element / 4, element % 4);
@@ -226,7 +227,7 @@ fn paged_is_flat() {
     }
     let (mut flat, mut paged) = (vec![0.0; q.len()], vec![0.0; q.len()]);
     let span = |kv| {
-        [AttentionSpan {
+        vec![AttentionSpan {
             rows: 0..5,
             start: 0,
             kv,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use espalier_adapters::config::{BaseShape, LoraConfig, Site};
+use espalier_adapters::ops::Backend;
 use espalier_adapters::peft;
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
 use espalier_adapters::weights::{AdapterWeights, SiteAdapter};
@@ -83,6 +84,7 @@ pub(crate) fn engine(
     let model = espalier_engine::model::load(&args.model)?;
     Ok(EngineHandle::start(
         config,
+        Backend::default(),
         model,
         Arc::new(Stored(store.clone())),
     )?)

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use espalier_adapters::config::{LoraConfig, Site};
+use espalier_adapters::ops::Backend;
 use espalier_adapters::pace::Unpaced;
 use espalier_adapters::train::examples::{Example, Examples};
 use espalier_benches::Fallible;
@@ -68,7 +69,11 @@ const STEPS: u64 = 4;
 
 pub(crate) fn train(model: &str, rows: usize, tokens: usize) -> Fallible<()> {
     let loaded = espalier_engine::model::load(model)?;
-    let model = Arc::new(Model::new(loaded.config, loaded.weights)?);
+    let model = Arc::new(Model::new(
+        Backend::default(),
+        loaded.config,
+        loaded.weights,
+    )?);
     let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(0);
     let items: Vec<Example> = (0..rows)
         .map(|_| Example::Lm {

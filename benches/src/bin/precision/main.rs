@@ -15,12 +15,12 @@ use std::time::Instant;
 use clap::Parser;
 use espalier_adapters::batch::Segment;
 use espalier_adapters::config::Site;
-use espalier_adapters::ops::{self, Ops};
+use espalier_adapters::ops::{self, Backend, Buffer, Ops};
 use espalier_benches::Fallible;
 use espalier_benches::ceilings::{Ceilings, Probe};
 use espalier_benches::turns::median;
 use espalier_engine::model::{
-    BaseSites, Batch, Dtype, KvCache, Model, ResidentAdapter, SeqSpan, Workspace, load_as,
+    BaseSites, Batch, Buf, Dtype, KvCache, Model, ResidentAdapter, SeqSpan, Workspace, load_as,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -107,7 +107,7 @@ struct Side {
     model: Model,
     kv: KvCache,
     workspace: Workspace,
-    logits: Vec<f32>,
+    logits: Buf,
     table: Vec<u32>,
 }
 
@@ -124,13 +124,15 @@ struct Measured {
 impl Side {
     fn load(spec: &str, dtype: Dtype) -> Fallible<Self> {
         let loaded = load_as(spec, dtype)?;
-        let model = Model::new(loaded.config, loaded.weights)?;
+        let model = Model::new(Backend::default(), loaded.config, loaded.weights)?;
         let blocks = PROMPT / BLOCK + 8;
+        let mut logits = model.ops().exact();
+        model.ops().resize(&mut logits, model.config().vocab);
         Ok(Side {
             dtype,
-            kv: KvCache::new(model.config(), blocks, BLOCK),
-            workspace: Workspace::new(),
-            logits: vec![0.0; model.config().vocab],
+            kv: KvCache::new(model.ops(), model.config(), blocks, BLOCK),
+            workspace: Workspace::new(model.ops()),
+            logits,
             table: (0..blocks as u32).collect(),
             model,
         })
@@ -142,33 +144,24 @@ impl Side {
         tokens: &[u32],
         start: usize,
         adapter: Option<&Arc<ResidentAdapter>>,
-    ) -> &[f32] {
-        let spans = [SeqSpan {
-            rows: 0..tokens.len(),
-            start_pos: start,
-            block_table: &self.table,
-        }];
-        let segments = [Segment {
-            rows: 0..tokens.len(),
-            adapters: adapter.cloned().into(),
-        }];
-        let batch = Batch {
-            tokens,
-            spans: &spans,
-            segments: &segments,
-            overlays: &[],
-        };
-        self.model
-            .forward(&batch, &mut self.kv, &mut self.workspace)
+    ) -> Vec<f32> {
+        let place = (&mut self.kv, &self.table[..], start);
+        let states = forward(&self.model, place, tokens, adapter, &mut self.workspace);
+        read(&self.model, states)
     }
 
     /// Runs rows and computes the logits of the last one; returns the likeliest token.
     fn step(&mut self, tokens: &[u32], start: usize) -> u32 {
+        let place = (&mut self.kv, &self.table[..], start);
+        let states = forward(&self.model, place, tokens, None, &mut self.workspace);
         let hidden = self.model.config().hidden;
-        let states = self.states(tokens, start, None);
-        let last = states[states.len() - hidden..].to_vec();
-        self.model.logits(&last, &mut self.logits);
-        best(&self.logits) as u32
+        let last = states.part(states.len() - hidden..states.len());
+        self.model.logits(last, self.logits.all_mut());
+        let best = match self.model.ops().on_host(&mut self.logits) {
+            Some(logits) => best(logits),
+            None => best(&read(&self.model, &self.logits)),
+        };
+        best as u32
     }
 
     fn measure(&mut self, prompt: &[u32]) -> Measured {
@@ -194,16 +187,19 @@ impl Side {
         let x: Vec<f32> = (0..PROMPT * wide)
             .map(|_| rng.random_range(-1.0..1.0))
             .collect();
-        let mut y = vec![0.0; PROMPT * wide];
         let ops = self.model.ops();
+        let (x, mut y) = (written(&self.model, &x), ops.working());
+        ops.resize(&mut y, PROMPT * wide);
         seconds(|| {
             for layer in 0..config.layers {
                 for site in Site::ALL {
                     let weight = self.model.weight(layer, site);
                     let (outputs, inputs) = ops.dims(weight);
-                    ops.matmul(&x[..PROMPT * inputs], weight, &mut y[..PROMPT * outputs]);
+                    let (x, y) = (x.part(0..PROMPT * inputs), y.part_mut(0..PROMPT * outputs));
+                    ops.matmul(x, weight, y);
                 }
             }
+            ops.wait();
         })
     }
 
@@ -219,6 +215,56 @@ impl Side {
             .sum();
         2.0 * weights as f64
     }
+}
+
+/// The states of some rows of one sequence, from `start` on, in the cache's blocks of a table.
+fn forward<'w>(
+    model: &Model,
+    (kv, table, start): (&mut KvCache, &[u32], usize),
+    tokens: &[u32],
+    adapter: Option<&Arc<ResidentAdapter>>,
+    workspace: &'w mut Workspace,
+) -> &'w Buf {
+    let spans = [SeqSpan {
+        rows: 0..tokens.len(),
+        start_pos: start,
+        block_table: table,
+    }];
+    let segments = [Segment {
+        rows: 0..tokens.len(),
+        adapters: adapter.cloned().into(),
+    }];
+    let batch = Batch {
+        tokens,
+        spans: &spans,
+        segments: &segments,
+        overlays: &[],
+    };
+    model.forward(&batch, kv, workspace)
+}
+
+/// Numbers of the model's operations, on the host.
+fn read(model: &Model, numbers: &Buf) -> Vec<f32> {
+    let mut host = vec![0.0; numbers.len()];
+    model.ops().read(numbers.all(), &mut host);
+    host
+}
+
+/// Numbers of the host, where the model's operations work.
+fn written(model: &Model, host: &[f32]) -> Buf {
+    let mut numbers = model.ops().working();
+    model.ops().resize(&mut numbers, host.len());
+    model.ops().write(host, numbers.all_mut());
+    numbers
+}
+
+/// The logits of states.
+fn logits(model: &Model, states: &[f32]) -> Vec<f32> {
+    let (ops, config) = (model.ops(), model.config());
+    let mut logits = ops.exact();
+    ops.resize(&mut logits, states.len() / config.hidden * config.vocab);
+    model.logits(written(model, states).all(), logits.all_mut());
+    read(model, &logits)
 }
 
 fn best(logits: &[f32]) -> usize {

@@ -8,7 +8,7 @@ use espalier_adapters::text::Tokenizer;
 use espalier_engine::model::{Dtype, Model, ResidentAdapter, load_as};
 use serde_json::Value;
 
-use super::{Args, Fallible, Side, best};
+use super::{Args, Fallible, Side, best, logits};
 
 /// Tokens of one piece of text.
 const PIECE: usize = 256;
@@ -48,8 +48,8 @@ pub(crate) fn table(args: &Args) -> Fallible<()> {
             };
             let (mut own, mut base) = (Quality::default(), Quality::default());
             for ids in &pieces {
-                let wanted = exact.states(ids, 0, of_exact.as_ref()).to_vec();
-                let found = side.states(ids, 0, resident.as_ref()).to_vec();
+                let wanted = exact.states(ids, 0, of_exact.as_ref());
+                let found = side.states(ids, 0, resident.as_ref());
                 compare(&exact, &side, ids, (&wanted, &found), (&mut base, &mut own));
             }
             let n = own.positions as f64;
@@ -86,15 +86,12 @@ fn compare(
 ) {
     const ROWS: usize = 32;
     let config = exact.model.config();
-    let (mut p, mut q) = (Vec::new(), Vec::new());
     let rows = ids.len() - 1;
     for first in (0..rows).step_by(ROWS) {
         let count = ROWS.min(rows - first);
         let part = first * config.hidden..(first + count) * config.hidden;
-        p.resize(count * config.vocab, 0.0);
-        q.resize(count * config.vocab, 0.0);
-        exact.model.logits(&wanted[part.clone()], &mut p);
-        side.model.logits(&found[part], &mut q);
+        let p = logits(&exact.model, &wanted[part.clone()]);
+        let q = logits(&side.model, &found[part]);
         let both = p
             .chunks_exact(config.vocab)
             .zip(q.chunks_exact(config.vocab));

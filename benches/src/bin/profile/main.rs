@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
+use espalier_adapters::ops::Backend;
 use espalier_adapters::version::VersionDigest;
 use espalier_benches::Fallible;
 use espalier_benches::random_adapters::RandomAdapters;
@@ -93,7 +94,7 @@ async fn drive(options: &Drive) -> Fallible<()> {
         prefix_cache: false,
         ..EngineConfig::default()
     };
-    let engine = EngineHandle::start(config, loaded, Arc::new(source))?;
+    let engine = EngineHandle::start(config, Backend::default(), loaded, Arc::new(source))?;
     for version in &versions {
         engine.activate(*version).await?;
     }

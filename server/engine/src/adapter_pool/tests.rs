@@ -4,6 +4,8 @@
 
 use std::sync::mpsc::{Receiver, sync_channel};
 
+use espalier_adapters::ops::Backend;
+
 use super::*;
 
 fn digest(n: u8) -> VersionDigest {
@@ -71,7 +73,7 @@ impl Fixture {
     fn finish(&self, asked: &Asked, ms: u64) {
         let reservation = self.look(asked, ms).unwrap();
         let result = reservation.map(|reservation| ResidentVersion {
-            adapter: Arc::new(ResidentAdapter::empty(1)),
+            adapter: Arc::new(ResidentAdapter::empty(&Backend::default(), 1)),
             labels: Arc::from([]),
             reservation,
         });

@@ -208,7 +208,7 @@ impl Engine {
         key: RequestKey,
         kind: RequestKind,
     ) -> Result<Vec<Planned>, EngineError> {
-        let hidden = self.runner.hidden_size();
+        let hidden = self.model.config.hidden;
         let Some(request) = self.requests.get_mut(&key) else {
             return Ok(Vec::new());
         };

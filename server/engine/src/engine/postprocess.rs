@@ -2,17 +2,19 @@
 //!
 //! Every event has its place in the channel before the step begins, so nothing here waits for a reader.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use espalier_adapters::ops::for_each;
+use espalier_adapters::ops::{TokenDraw, for_each};
 
 use super::{Engine, StepOutput};
 use crate::classify;
 use crate::constraint::{self, Masker, Progress};
 use crate::error::EngineError;
 use crate::metrics;
+use crate::model_runner::Choice;
 use crate::request::{
     Candidate, Delta, Event, FinishReason, Output, Pooling, Priority, TokenLogprob,
 };
@@ -54,38 +56,44 @@ struct Draw {
     drawn: Drawn,
 }
 
+impl Draw {
+    fn plain(&self) -> Option<TokenDraw> {
+        match &self.sequence.task {
+            Task::Generate(generation) => generation.plain(),
+            _ => None,
+        }
+    }
+}
+
 impl Engine {
     pub(super) fn postprocess(&mut self, outputs: Vec<StepOutput>) {
-        let states = std::mem::take(&mut self.states);
-        let mut drawn = self.draw_tokens(&outputs, &states).into_iter().peekable();
+        let mut drawn = self.draw_tokens(&outputs).into_iter().peekable();
         for output in outputs {
             let id = output.item.id;
-            let Some(range) = output.states else {
+            let Some(states) = output.states else {
                 self.fail_sequence(id, "its step panicked");
                 continue;
             };
             self.scheduler.complete(&output.item);
             let drawn = drawn.next_if(|drawn| drawn.id == id);
             let advance =
-                AssertUnwindSafe(|| self.advance(id, &states[range], drawn, output.item.completes));
+                AssertUnwindSafe(|| self.advance(id, states, drawn, output.item.completes));
             if catch_unwind(advance).is_err() {
                 self.totals.panics += 1;
                 metrics::panic_caught("postprocess");
                 self.fail_sequence(id, "its postprocessing panicked");
             }
         }
-        self.states = states;
     }
 
     /// The next tokens of all generations that have a state for one: one product, then row beside row.
-    fn draw_tokens(&mut self, outputs: &[StepOutput], states: &[f32]) -> Vec<Drawn> {
+    fn draw_tokens(&mut self, outputs: &[StepOutput]) -> Vec<Drawn> {
         let max_sequence = self.model.max_sequence_tokens;
-        let mut drawing = std::mem::take(&mut self.drawing);
-        drawing.clear();
+        let mut drawing = Vec::with_capacity(outputs.len());
         let mut draws: Vec<Draw> = Vec::with_capacity(outputs.len());
         for output in outputs {
             let id = output.item.id;
-            let Some(range) = output.states.clone().filter(|range| !range.is_empty()) else {
+            let Some(states) = output.states.clone().filter(|states| !states.is_empty()) else {
                 continue;
             };
             let generates = |sequence: &Sequence| matches!(sequence.task, Task::Generate(_));
@@ -104,16 +112,16 @@ impl Engine {
                     last: position + 1 >= max_sequence,
                     drawn: Drawn { id, next },
                 });
-                drawing.extend_from_slice(&states[range]);
+                drawing.push(states);
             }
         }
         if !draws.is_empty() {
-            let logits = self.runner.logits(&drawing);
+            let plain: Vec<_> = draws.iter().map(Draw::plain).collect();
+            let choices = self.runner.choose(&drawing, &plain);
             self.clock.lap(|times| &mut times.logits);
-            draw_rows(logits, self.model.config.vocab, &mut draws, &self.masker);
+            draw_rows(choices, &mut draws, &self.masker);
             self.clock.lap(|times| &mut times.sampling);
         }
-        self.drawing = drawing;
         let back = |draw: Draw| {
             self.sequences.insert(draw.drawn.id, draw.sequence);
             draw.drawn
@@ -132,13 +140,24 @@ impl Engine {
         }
     }
 
-    /// Makes of one sequence's new states what its task asks for.
-    fn advance(&mut self, id: SequenceId, states: &[f32], drawn: Option<Drawn>, completes: bool) {
+    /// Makes of one sequence's new states what its task asks for. What is read of them here is finite; of those that give
+    /// logits, the logits tell.
+    fn advance(
+        &mut self,
+        id: SequenceId,
+        rows: Range<usize>,
+        drawn: Option<Drawn>,
+        completes: bool,
+    ) {
         // A sibling that failed in this step has taken the whole request with it.
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return;
         };
         let (key, position) = (sequence.request, self.scheduler.tokens(id).len());
+        let states = match &sequence.task {
+            Task::Classify { .. } | Task::Embed { .. } => self.runner.read_states(rows.clone()),
+            Task::Generate(_) | Task::Score(_) => Vec::new(),
+        };
         if !states.iter().all(|state| state.is_finite()) {
             return self.fail(key, EngineError::NonFiniteLogits { position });
         }
@@ -150,7 +169,7 @@ impl Engine {
             }
             Task::Classify { index } if completes => {
                 let index = *index;
-                self.classify(key, index, states);
+                self.classify(key, index, rows.start);
                 self.finish(id, key);
             }
             Task::Embed {
@@ -160,11 +179,11 @@ impl Engine {
                 index,
             } => {
                 if *pooling == Pooling::Mean {
-                    classify::add_states(sum, states);
+                    classify::add_states(sum, &states);
                 }
                 if completes {
                     let mut vector = match pooling {
-                        Pooling::Last => states.to_vec(),
+                        Pooling::Last => states,
                         Pooling::Mean => classify::mean(sum, position),
                     };
                     if *normalize {
@@ -176,7 +195,7 @@ impl Engine {
                 }
             }
             Task::Score(_) => {
-                self.score(id, key, states);
+                self.score(id, key, rows);
                 if completes {
                     self.finish_continuation(id, key);
                 }
@@ -234,12 +253,12 @@ impl Engine {
 
     // --- classify and score ---
 
-    fn classify(&mut self, key: RequestKey, index: usize, state: &[f32]) {
+    fn classify(&mut self, key: RequestKey, index: usize, row: usize) {
         let Some(request) = self.requests.get(&key) else {
             return;
         };
         let Ok(head) = request.head() else { return };
-        let logits = self.runner.score(&head.adapter, state);
+        let logits = self.runner.score(&head.adapter, row);
         let labels = Arc::clone(&request.labels);
         let wide: Vec<f64> = logits.iter().map(|logit| f64::from(*logit)).collect();
         let probabilities = classify::softmax(&wide);
@@ -255,10 +274,11 @@ impl Engine {
     }
 
     /// Each state scores the next target.
-    fn score(&mut self, id: SequenceId, key: RequestKey, states: &[f32]) {
+    fn score(&mut self, id: SequenceId, key: RequestKey, rows: Range<usize>) {
         let vocab = self.model.config.vocab;
-        for states in states.chunks(SCORED_ROWS * self.runner.hidden_size()) {
-            let logits = self.runner.logits(states);
+        for first in rows.clone().step_by(SCORED_ROWS) {
+            let some = first..rows.end.min(first + SCORED_ROWS);
+            let logits = self.runner.logits(std::slice::from_ref(&some));
             let Some(sequence) = self.sequences.get_mut(&id) else {
                 return;
             };
@@ -354,13 +374,12 @@ impl Engine {
     }
 }
 
-/// Chooses a token for each draw from its row of logits `[draws, vocab]`, rows beside each other. A panic costs its own
-/// request.
-fn draw_rows(logits: &mut [f32], vocab: usize, draws: &mut [Draw], masker: &Masker) {
-    let draw = |(row, draw): &mut (&mut [f32], &mut Draw)| {
+/// Chooses a token for each draw, one beside the other. A panic costs its own request.
+fn draw_rows(choices: Vec<Choice<'_>>, draws: &mut [Draw], masker: &Masker) {
+    let draw = |(choice, draw): &mut (Choice<'_>, &mut Draw)| {
         let next = AssertUnwindSafe(|| match &mut draw.sequence.task {
             Task::Generate(generation) => {
-                Some(generation.next(row, draw.position, draw.last, masker))
+                Some(generation.next(choice, draw.position, draw.last, masker))
             }
             _ => None,
         });
@@ -370,23 +389,37 @@ fn draw_rows(logits: &mut [f32], vocab: usize, draws: &mut [Draw], masker: &Mask
             Err(_) => metrics::panic_caught("sampling"),
         }
     };
-    let mut rows: Vec<_> = logits.chunks_exact_mut(vocab).zip(draws).collect();
-    for_each(&mut rows, draw);
+    let mut both: Vec<_> = choices.into_iter().zip(draws).collect();
+    for_each(&mut both, draw);
 }
 
 // === impl Generation ===
 
 impl Generation {
-    /// Chooses a token from a row of logits, which is changed, for a sequence of `position` tokens. `last`: the context is
-    /// full after it.
+    /// How a device draws the next token; `None` where more is asked for than a draw from the logits as they are.
+    fn plain(&self) -> Option<TokenDraw> {
+        let rules = &self.rules;
+        let banned = !rules.banned_always.is_empty()
+            || (self.outputs < rules.conditions.min_tokens && !rules.banned_early.is_empty());
+        if rules.logprobs.is_some() || self.constraint.is_some() || banned {
+            return None;
+        }
+        self.sampler.plain(self.outputs)
+    }
+
+    /// Chooses a token for a sequence of `position` tokens; a row of logits is changed. `last`: the context is full after it.
     fn next(
         &mut self,
-        logits: &mut [f32],
+        choice: &mut Choice<'_>,
         position: usize,
         last: bool,
         masker: &Masker,
     ) -> Result<Next, EngineError> {
-        let (token, logprob) = self.sample(logits, position)?;
+        let (token, logprob) = match choice {
+            Choice::Row(logits) => self.sample(logits, position)?,
+            Choice::Drawn(Some(token)) => (*token, None),
+            Choice::Drawn(None) => return Err(EngineError::NonFiniteLogits { position }),
+        };
         let progress = self.commit(token, masker)?;
         let (text, end) = self.append(token, progress, last);
         Ok(Next {

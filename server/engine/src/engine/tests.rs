@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod constraint;
+mod device;
 mod fixture;
 mod merging;
 mod mixtures;
+mod on_device;
 mod training;
 
 use std::time::{Duration, Instant};
@@ -386,6 +388,61 @@ fn adapters_that_cannot_be_served_are_refused_with_the_reason() {
 }
 
 #[test]
+fn states_that_are_not_finite_end_every_kind_of_request() {
+    let ask = |checked: bool, kind: RequestKind| {
+        let fixture = fixture(EngineConfig {
+            adapter_self_check: checked,
+            ..small()
+        });
+        let mut request = fixture.request(None, kind);
+        request.target = vec![crate::request::TargetVersion {
+            digest: fixture.overflowing(),
+            weight: 1.0,
+        }];
+        let error = collect(fixture.engine.submit(request).unwrap()).error;
+        fixture.settled();
+        error.unwrap()
+    };
+    let embed = |pooling| RequestKind::Embed {
+        inputs: vec![prompt(3, 30)],
+        pooling,
+        normalize: false,
+    };
+    let score = RequestKind::Score {
+        prompt: prompt(4, 20),
+        continuations: vec![prompt(5, 3)],
+    };
+    let labels = RequestKind::LabelLikelihood {
+        prompts: vec![prompt(4, 9)],
+        labels: vec!["x".to_owned()],
+        label_tokens: vec![prompt(5, 2)],
+    };
+    let classify = RequestKind::Classify {
+        inputs: vec![prompt(2, 7)],
+    };
+    // The last target is no token of its sequence; a mean fails with its first chunk.
+    for (kind, expected) in [
+        (sampled(prompt(1, 10), 1, 4), 10),
+        (greedy(prompt(1, 40), 4, StopConditions::default()), 40),
+        (score, 22),
+        (labels, 10),
+        (classify, 7),
+        (embed(Pooling::Last), 30),
+        (embed(Pooling::Mean), 30),
+    ] {
+        match ask(false, kind) {
+            EngineError::NonFiniteLogits { position } => assert_eq!(position, expected),
+            other => panic!("{other}"),
+        }
+    }
+    let error = ask(true, sampled(prompt(1, 10), 1, 4));
+    assert!(
+        matches!(error, EngineError::AdapterSelfCheck { .. }),
+        "{error}"
+    );
+}
+
+#[test]
 fn candidates_are_sequences_of_their_own() {
     let fixture = fixture(EngineConfig::default());
     let kind = |n| {
@@ -596,9 +653,12 @@ fn a_full_queue_and_fields_out_of_range_are_refused() {
 #[test]
 fn a_panic_in_a_step_costs_one_request() {
     let fixture = fixture(EngineConfig::default());
-    let good = || sampled(prompt(1, 5), 1, 30);
-    let alone = fixture.ask(Some(0), good());
-    let receiver = fixture.submit(Some(0), good());
+    // Several, so that the repeated step keeps the states of those before.
+    let good = |i: u64| (Some(i as usize % 3), sampled(prompt(i, 5), i, 30));
+    let ask = |(adapter, kind)| fixture.ask(adapter, kind);
+    let alone: Vec<Reply> = (0..4).map(|i| ask(good(i))).collect();
+    let submit = |(adapter, kind)| fixture.submit(adapter, kind);
+    let receivers: Vec<_> = (0..4).map(|i| submit(good(i))).collect();
     let mut poisoned = POISON.to_vec();
     poisoned.extend(prompt(2, 6));
     let bad = fixture.ask(Some(0), sampled(poisoned, 1, 5));
@@ -607,7 +667,9 @@ fn a_panic_in_a_step_costs_one_request() {
         "{:?}",
         bad.error
     );
-    assert_eq!(collect(receiver).results(), alone.results());
+    for (receiver, alone) in receivers.into_iter().zip(alone) {
+        assert_eq!(collect(receiver).results(), alone.results());
+    }
     assert!(fixture.engine.stats().panics > 0);
     fixture.settled();
 }

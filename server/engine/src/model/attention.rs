@@ -8,7 +8,7 @@ use espalier_adapters::batch::Pass;
 use espalier_adapters::config::Site;
 use espalier_adapters::linear::{self, AdapterGrads, LoraLinear};
 use espalier_adapters::ops::{
-    AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, KvRows, Ops,
+    AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, Buffer, KvRows, Ops,
 };
 use espalier_adapters::pace::{Pace, Stopped};
 
@@ -16,31 +16,32 @@ use super::config::ModelConfig;
 use super::decoder::{Activations, Scratch, packed};
 use super::norm::RmsNorm;
 use super::rope::{Angles, Rope};
+use super::stream::Stream;
 use super::weights::{ModelWeights, Part, Slot};
 use crate::kv_cache::LayerKv;
 
 /// Attention of one block.
 #[derive(Debug)]
 pub(crate) struct Attention<O: Ops> {
-    norm: RmsNorm<O::T>,
+    norm: RmsNorm<O>,
     pub(crate) q: LoraLinear<O>,
     pub(crate) k: LoraLinear<O>,
     pub(crate) v: LoraLinear<O>,
     pub(crate) o: LoraLinear<O>,
-    q_norm: Option<RmsNorm<O::T>>,
-    k_norm: Option<RmsNorm<O::T>>,
+    q_norm: Option<RmsNorm<O>>,
+    k_norm: Option<RmsNorm<O>>,
     shape: AttentionShape,
 }
 
 /// Where rows stand: the same for every layer of a pass.
 #[derive(Debug)]
-pub(crate) struct Places<'a, T> {
-    pub(crate) rope: &'a Rope,
-    pub(crate) angles: &'a Angles<T>,
+pub(crate) struct Places<'a, O: Ops> {
+    pub(crate) rope: &'a Rope<O>,
+    pub(crate) angles: &'a Angles<O>,
     /// Spans in groups that fit between two breaths.
-    pub(crate) groups: &'a [Vec<AttentionSpan<'a>>],
-    /// The cache row of each batch row; unused in training.
-    pub(crate) kv_rows: &'a [usize],
+    pub(crate) groups: Vec<O::Spans<'a>>,
+    /// The cache row of each batch row; none in training.
+    pub(crate) kv_rows: O::Ids<'a>,
     /// Rows in a block of the cache; unused in training.
     pub(crate) block_size: usize,
 }
@@ -49,11 +50,12 @@ pub(crate) struct Places<'a, T> {
 const ATTENTION_SHARE: usize = 8;
 
 /// Cuts spans in groups of about one quantum; a long span is cut by query rows, which changes no bit.
-pub(crate) fn grouped<'a>(
+pub(crate) fn grouped<'a, O: Ops>(
+    ops: &O,
     pace: &dyn Pace,
     shape: AttentionShape,
     spans: impl Iterator<Item = AttentionSpan<'a>>,
-) -> Vec<Vec<AttentionSpan<'a>>> {
+) -> Vec<O::Spans<'a>> {
     let budget = pace.quantum_flops() / ATTENTION_SHARE;
     let mut groups: Vec<Vec<AttentionSpan<'a>>> = vec![Vec::new()];
     let mut spent = 0;
@@ -81,11 +83,11 @@ pub(crate) fn grouped<'a>(
             spent = spent.saturating_add(count * row_flops);
         }
     }
-    groups
+    groups.into_iter().map(|group| ops.spans(group)).collect()
 }
 
 /// The span of a whole sequence of a micro-batch.
-pub(crate) fn flat_span(rows: &Range<usize>) -> AttentionSpan<'static> {
+pub(crate) fn flat_span<'a>(rows: &Range<usize>) -> AttentionSpan<'a> {
     AttentionSpan {
         rows: rows.clone(),
         start: 0,
@@ -113,31 +115,35 @@ impl<O: Ops> Attention<O> {
         );
         let o = linear(Site::O, Part::O, None);
         let own = &weights.layers[layer];
-        let norm =
-            |weight: &Option<Vec<f32>>| weight.as_deref().map(|w| RmsNorm::new(w, config.rms_eps));
+        let norm = |weight: &[f32]| RmsNorm::new(ops, weight, config.rms_eps);
         Self {
-            norm: RmsNorm::new(&own.attn_norm, config.rms_eps),
+            norm: norm(&own.attn_norm),
             q,
             k,
             v,
             o,
-            q_norm: norm(&own.q_norm),
-            k_norm: norm(&own.k_norm),
+            q_norm: own.q_norm.as_deref().map(norm),
+            k_norm: own.k_norm.as_deref().map(norm),
             shape: shape(config),
         }
     }
 
-    /// `x += attention(norm(x))`. Leaves q, k (both before norm and rope), v, output and lse in `act`.
+    /// Adds `attention(norm(x))` to the stream. Leaves q, k (both before norm and rope), v, output and lse in `act`; with
+    /// `keep`, the stream's sum too.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_, O>,
-        places: &Places<'_, O::T>,
-        x: &mut [O::T],
-        act: &mut Activations<O::T>,
-        scratch: &mut Scratch<O::T>,
-        cache: Option<&mut LayerKv<O::T>>,
+        places: &Places<'_, O>,
+        stream: &mut Stream<O>,
+        (act, keep): (&mut Activations<O>, bool),
+        scratch: &mut Scratch<O>,
+        cache: Option<&mut LayerKv<O>>,
     ) -> Result<(), Stopped> {
-        self.norm.forward(pass.ops, x, &mut scratch.norm);
+        let ops = pass.ops;
+        stream.norm(ops, &self.norm, &mut scratch.norm);
+        if keep {
+            stream.keep(ops, &mut act.x);
+        }
         linear::forward(
             pass,
             [&self.q, &self.k, &self.v],
@@ -145,61 +151,38 @@ impl<O: Ops> Attention<O> {
             [&mut act.q, &mut act.k, &mut act.v],
             &mut scratch.thin,
         )?;
-        self.place_heads(pass.ops, places, act, scratch);
-        match cache {
+        self.place_heads(ops, places, act, scratch);
+        let (k, v, mut lse) = match cache {
             Some(cache) => {
-                let block_size = places.block_size;
-                pass.ops
-                    .store_keys(&scratch.k, places.kv_rows, block_size, &mut cache.k);
-                let head_dim = self.shape.head_dim;
-                pass.ops
-                    .store_values(&act.v, head_dim, places.kv_rows, block_size, &mut cache.v);
-                for group in places.groups {
-                    pass.ops.attention(
-                        self.shape,
-                        &scratch.q,
-                        &cache.k,
-                        &cache.v,
-                        group,
-                        &mut act.attn,
-                        None,
-                    );
-                    pass.pace.breathe()?;
-                }
+                let (k, v) = (scratch.k.all(), act.v.all());
+                let (head_dim, rows) = (self.shape.head_dim, places.kv_rows);
+                ops.store_keys(k, head_dim, rows, places.block_size, cache.k.all_mut());
+                ops.store_values(v, head_dim, rows, places.block_size, cache.v.all_mut());
+                (cache.k.all(), cache.v.all(), None)
             }
-            None => {
-                for group in places.groups {
-                    let lse = Some(act.lse.as_mut_slice());
-                    pass.ops.attention(
-                        self.shape,
-                        &scratch.q,
-                        &scratch.k,
-                        &act.v,
-                        group,
-                        &mut act.attn,
-                        lse,
-                    );
-                    pass.pace.breathe()?;
-                }
-            }
+            None => (scratch.k.all(), act.v.all(), Some(&mut act.lse)),
+        };
+        for group in &places.groups {
+            let (q, out) = (scratch.q.all(), act.attn.all_mut());
+            let lse = lse.as_deref_mut().map(O::Buf::all_mut);
+            ops.attention(self.shape, q, k, v, group, out, lse);
+            pass.pace.breathe()?;
         }
         let thin = &mut scratch.thin;
-        linear::forward(pass, [&self.o], &act.attn, [&mut scratch.norm], thin)?;
-        pass.ops.add(&scratch.norm, x);
-        Ok(())
+        linear::forward(pass, [&self.o], &act.attn, [stream.added()], thin)
     }
 
     /// Queries and keys as attention reads them, from the projections' outputs: normed where the family does, turned.
     fn place_heads(
         &self,
         ops: &O,
-        places: &Places<'_, O::T>,
-        act: &Activations<O::T>,
-        scratch: &mut Scratch<O::T>,
+        places: &Places<'_, O>,
+        act: &Activations<O>,
+        scratch: &mut Scratch<O>,
     ) {
-        let normed = |norm: &Option<RmsNorm<O::T>>, raw: &[O::T], out: &mut [O::T]| match norm {
+        let normed = |norm: &Option<RmsNorm<O>>, raw: &O::Buf, out: &mut O::Buf| match norm {
             Some(norm) => norm.forward(ops, raw, out),
-            None => out.copy_from_slice(raw),
+            None => ops.copy(raw.all(), out.all_mut()),
         };
         normed(&self.q_norm, &act.q, &mut scratch.q);
         normed(&self.k_norm, &act.k, &mut scratch.k);
@@ -212,14 +195,14 @@ impl<O: Ops> Attention<O> {
     pub(crate) fn backward(
         &self,
         pass: &Pass<'_, O>,
-        places: &Places<'_, O::T>,
-        act: &Activations<O::T>,
-        (dx, lowest): (&mut [O::T], bool),
-        grads: &mut [Option<AdapterGrads<O::T>>],
-        scratch: &mut Scratch<O::T>,
+        places: &Places<'_, O>,
+        act: &Activations<O>,
+        (dx, lowest): (&mut O::Buf, bool),
+        grads: &mut [Option<AdapterGrads<O>>],
+        scratch: &mut Scratch<O>,
     ) -> Result<(), Stopped> {
-        let zero = <O::T as Default>::default();
-        scratch.dattn.fill(zero);
+        let ops = pass.ops;
+        ops.clear(scratch.dattn.all_mut());
         self.o.backward(
             pass,
             (&act.attn, dx),
@@ -227,48 +210,32 @@ impl<O: Ops> Attention<O> {
             grads,
             &mut scratch.thin,
         )?;
-        self.place_heads(pass.ops, places, act, scratch);
-        scratch.dk.fill(zero);
-        scratch.dv.fill(zero);
-        for group in places.groups {
+        self.place_heads(ops, places, act, scratch);
+        ops.clear(scratch.dk.all_mut());
+        ops.clear(scratch.dv.all_mut());
+        for group in &places.groups {
             let saved = AttentionSaved {
-                q: &scratch.q,
-                k: &scratch.k,
-                v: &act.v,
-                out: &act.attn,
-                lse: &act.lse,
+                q: scratch.q.all(),
+                k: scratch.k.all(),
+                v: act.v.all(),
+                out: act.attn.all(),
+                lse: act.lse.all(),
             };
             let grads = AttentionGrads {
-                dq: &mut scratch.dq,
-                dk: &mut scratch.dk,
-                dv: &mut scratch.dv,
+                dq: scratch.dq.all_mut(),
+                dk: scratch.dk.all_mut(),
+                dv: scratch.dv.all_mut(),
             };
-            pass.ops
-                .attention_backward(self.shape, saved, group, &scratch.dattn, grads);
+            ops.attention_backward(self.shape, saved, group, scratch.dattn.all(), grads);
             pass.pace.breathe()?;
         }
-        places
-            .rope
-            .turn(pass.ops, places.angles, &mut scratch.dq, true);
-        places
-            .rope
-            .turn(pass.ops, places.angles, &mut scratch.dk, true);
-        unnorm(
-            pass.ops,
-            self.q_norm.as_ref(),
-            &act.q,
-            &mut scratch.dq,
-            &mut scratch.q,
-        );
-        unnorm(
-            pass.ops,
-            self.k_norm.as_ref(),
-            &act.k,
-            &mut scratch.dk,
-            &mut scratch.k,
-        );
-        self.norm.forward(pass.ops, &act.x, &mut scratch.norm);
-        scratch.dnorm.fill(zero);
+        places.rope.turn(ops, places.angles, &mut scratch.dq, true);
+        places.rope.turn(ops, places.angles, &mut scratch.dk, true);
+        let (q_norm, k_norm) = (self.q_norm.as_ref(), self.k_norm.as_ref());
+        unnorm(ops, q_norm, &act.q, &mut scratch.dq, &mut scratch.q);
+        unnorm(ops, k_norm, &act.k, &mut scratch.dk, &mut scratch.k);
+        self.norm.forward(ops, &act.x, &mut scratch.norm);
+        ops.clear(scratch.dnorm.all_mut());
         let Scratch {
             norm,
             dnorm,
@@ -279,11 +246,11 @@ impl<O: Ops> Attention<O> {
             ..
         } = scratch;
         for (linear, dy) in [(&self.q, dq), (&self.k, dk), (&self.v, dv)] {
-            let dn = (!lowest).then_some(dnorm.as_mut_slice());
+            let dn = (!lowest).then_some(&mut *dnorm);
             linear.backward(pass, (norm, dy), dn, grads, thin)?;
         }
         if !lowest {
-            self.norm.backward(pass.ops, &act.x, dnorm, dx);
+            self.norm.backward(ops, &act.x, dnorm, dx);
         }
         Ok(())
     }
@@ -302,14 +269,14 @@ pub(crate) fn shape(config: &ModelConfig) -> AttentionShape {
 /// Replaces the gradient of a normed head by that of the head before the norm.
 fn unnorm<O: Ops>(
     ops: &O,
-    norm: Option<&RmsNorm<O::T>>,
-    raw: &[O::T],
-    dy: &mut [O::T],
-    spare: &mut [O::T],
+    norm: Option<&RmsNorm<O>>,
+    raw: &O::Buf,
+    dy: &mut O::Buf,
+    spare: &mut O::Buf,
 ) {
     if let Some(norm) = norm {
-        spare.fill(O::T::default());
+        ops.clear(spare.all_mut());
         norm.backward(ops, raw, dy, spare);
-        dy.copy_from_slice(spare);
+        ops.copy(spare.all(), dy.all_mut());
     }
 }

@@ -2,10 +2,10 @@
 //!
 //! One decoder runs every family: what differs (biases, head norms, window, tied head) is read from the configuration.
 
-use espalier_adapters::batch::{Pass, Thin};
+use espalier_adapters::batch::{Pass, Segment, Thin};
 use espalier_adapters::config::Site;
 use espalier_adapters::linear::{BaseSites, LoraLinear};
-use espalier_adapters::ops::{AttentionSpan, KvRows, Ops, Real};
+use espalier_adapters::ops::{AttentionSpan, Backend, Buffer, KvRows, NO_ROW, Ops, View, ViewMut};
 use espalier_adapters::pace::{Stopped, Unpaced};
 
 use super::Batch;
@@ -16,6 +16,7 @@ use super::error::ModelError;
 use super::mlp::Mlp;
 use super::norm::RmsNorm;
 use super::rope::{Angles, Rope};
+use super::stream::Stream;
 use super::weights::{ModelWeights, Slot};
 use crate::kv_cache::{KvCache, LayerKv};
 
@@ -26,9 +27,9 @@ pub struct Decoder<O: Ops> {
     config: ModelConfig,
     embed: O::Matrix,
     pub(crate) blocks: Vec<Block<O>>,
-    pub(crate) norm: RmsNorm<O::T>,
+    pub(crate) norm: RmsNorm<O>,
     head: Option<O::Matrix>,
-    pub(crate) rope: Rope,
+    pub(crate) rope: Rope<O>,
 }
 
 /// One block.
@@ -39,86 +40,114 @@ pub(crate) struct Block<O: Ops> {
 }
 
 /// What one block leaves for its backward pass; in serving, one set that every block writes over. `[rows, width]` each.
-#[derive(Debug, Default)]
-pub(crate) struct Activations<T> {
+#[derive(Debug)]
+pub(crate) struct Activations<O: Ops> {
     /// The block's input; kept in training only.
-    pub(crate) x: Vec<T>,
+    pub(crate) x: O::Buf,
     /// Queries before norm and rope.
-    pub(crate) q: Vec<T>,
+    pub(crate) q: O::Buf,
     /// Keys before norm and rope.
-    pub(crate) k: Vec<T>,
-    pub(crate) v: Vec<T>,
+    pub(crate) k: O::Buf,
+    pub(crate) v: O::Buf,
     /// Attention's output before the output projection.
-    pub(crate) attn: Vec<T>,
-    /// `[rows, heads]`; kept in training only.
-    pub(crate) lse: Vec<T>,
+    pub(crate) attn: O::Buf,
+    /// `[rows, heads]`, exact; kept in training only.
+    pub(crate) lse: O::Buf,
     /// The residual between attention and MLP; kept in training only.
-    pub(crate) mid: Vec<T>,
-    pub(crate) gate: Vec<T>,
-    pub(crate) up: Vec<T>,
+    pub(crate) mid: O::Buf,
+    pub(crate) gate: O::Buf,
+    pub(crate) up: O::Buf,
 }
 
 /// What no block leaves behind.
-#[derive(Debug, Default)]
-pub(crate) struct Scratch<T> {
-    pub(crate) norm: Vec<T>,
-    pub(crate) q: Vec<T>,
-    pub(crate) k: Vec<T>,
-    pub(crate) inner: Vec<T>,
-    pub(crate) dnorm: Vec<T>,
-    pub(crate) dattn: Vec<T>,
-    pub(crate) dq: Vec<T>,
-    pub(crate) dk: Vec<T>,
-    pub(crate) dv: Vec<T>,
-    pub(crate) dinner: Vec<T>,
-    pub(crate) thin: Thin<T>,
+#[derive(Debug)]
+pub(crate) struct Scratch<O: Ops> {
+    pub(crate) norm: O::Buf,
+    pub(crate) q: O::Buf,
+    pub(crate) k: O::Buf,
+    pub(crate) inner: O::Buf,
+    pub(crate) dnorm: O::Buf,
+    pub(crate) dattn: O::Buf,
+    pub(crate) dq: O::Buf,
+    pub(crate) dk: O::Buf,
+    pub(crate) dv: O::Buf,
+    pub(crate) dinner: O::Buf,
+    pub(crate) thin: Thin<O>,
 }
 
 /// Buffers of a pass, reused by the next one: nothing is allocated per layer, and nothing at all once they have grown.
-#[derive(Debug, Default)]
-pub struct Workspace<T = f32> {
-    pub(crate) x: Vec<T>,
-    pub(crate) hidden: Vec<T>,
-    pub(crate) act: Activations<T>,
-    pub(crate) scratch: Scratch<T>,
-    pub(crate) angles: Angles<T>,
-    kv_rows: Vec<usize>,
+#[derive(Debug)]
+pub struct Workspace<O: Ops = Backend> {
+    pub(crate) stream: Stream<O>,
+    pub(crate) hidden: O::Buf,
+    pub(crate) act: Activations<O>,
+    pub(crate) scratch: Scratch<O>,
+    pub(crate) angles: Angles<O>,
+    pub(crate) positions: Vec<u32>,
+    tokens: Vec<u32>,
+    kv_rows: Vec<u32>,
 }
 
 // === impl Activations ===
 
-impl<T: Real> Activations<T> {
-    pub(crate) fn resize(&mut self, config: &ModelConfig, rows: usize, keep: bool) {
-        let kept = if keep { rows } else { 0 };
+impl<O: Ops> Activations<O> {
+    pub(crate) fn new(ops: &O) -> Self {
+        Self {
+            x: ops.working(),
+            q: ops.working(),
+            k: ops.working(),
+            v: ops.working(),
+            attn: ops.working(),
+            lse: ops.exact(),
+            mid: ops.working(),
+            gate: ops.working(),
+            up: ops.working(),
+        }
+    }
+
+    /// Room for all but what is kept of the stream, which takes its own.
+    pub(crate) fn resize(&mut self, ops: &O, config: &ModelConfig, rows: usize) {
         let sizes = [
-            (&mut self.x, kept * config.hidden),
             (&mut self.q, rows * config.q_width()),
             (&mut self.k, rows * config.kv_width()),
             (&mut self.v, rows * config.kv_width()),
             (&mut self.attn, rows * config.q_width()),
             (&mut self.lse, rows * config.heads),
-            (&mut self.mid, kept * config.hidden),
             (&mut self.gate, rows * config.intermediate),
             (&mut self.up, rows * config.intermediate),
         ];
         for (buffer, len) in sizes {
-            buffer.resize(len, T::ZERO);
+            ops.resize(buffer, len);
         }
     }
 
     /// Bytes for each row.
-    pub(crate) fn row_bytes(config: &ModelConfig) -> usize {
-        let numbers = 2
-            * (config.hidden + config.q_width() + config.kv_width() + config.intermediate)
-            + config.heads;
-        numbers * size_of::<T>()
+    pub(crate) fn row_bytes(ops: &O, config: &ModelConfig) -> usize {
+        let widths = config.hidden + config.q_width() + config.kv_width() + config.intermediate;
+        2 * widths * ops.working_bytes() + config.heads * size_of::<O::T>()
     }
 }
 
 // === impl Scratch ===
 
-impl<T: Real> Scratch<T> {
-    pub(crate) fn resize(&mut self, config: &ModelConfig, rows: usize, backward: bool) {
+impl<O: Ops> Scratch<O> {
+    fn new(ops: &O) -> Self {
+        Self {
+            norm: ops.working(),
+            q: ops.working(),
+            k: ops.working(),
+            inner: ops.working(),
+            dnorm: ops.working(),
+            dattn: ops.working(),
+            dq: ops.working(),
+            dk: ops.working(),
+            dv: ops.working(),
+            dinner: ops.working(),
+            thin: Thin::new(ops),
+        }
+    }
+
+    pub(crate) fn resize(&mut self, ops: &O, config: &ModelConfig, rows: usize, backward: bool) {
         let back = if backward { rows } else { 0 };
         let sizes = [
             (&mut self.norm, rows * config.hidden),
@@ -133,20 +162,26 @@ impl<T: Real> Scratch<T> {
             (&mut self.dinner, back * config.intermediate),
         ];
         for (buffer, len) in sizes {
-            buffer.resize(len, T::ZERO);
+            ops.resize(buffer, len);
         }
     }
 }
 
 // === impl Workspace ===
 
-impl<T> Workspace<T>
-where
-    Self: Default,
-{
+impl<O: Ops> Workspace<O> {
     /// Empty buffers; they grow with the first passes.
-    pub fn new() -> Self {
-        Self::default()
+    pub fn new(ops: &O) -> Self {
+        Self {
+            stream: Stream::new(ops),
+            hidden: ops.working(),
+            act: Activations::new(ops),
+            scratch: Scratch::new(ops),
+            angles: Angles::new(ops),
+            positions: Vec::new(),
+            tokens: Vec::new(),
+            kv_rows: Vec::new(),
+        }
     }
 }
 
@@ -165,25 +200,19 @@ pub(crate) fn packed<O: Ops>(
 // === impl Block ===
 
 impl<O: Ops> Block<O> {
-    /// `x` becomes the block's output. With `keep`, `act` gets all that the backward pass reads.
+    /// The stream gets what the block adds. With `keep`, `act` gets all that the backward pass reads.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_, O>,
-        places: &Places<'_, O::T>,
-        x: &mut [O::T],
-        (act, keep): (&mut Activations<O::T>, bool),
-        scratch: &mut Scratch<O::T>,
-        cache: Option<&mut LayerKv<O::T>>,
+        places: &Places<'_, O>,
+        stream: &mut Stream<O>,
+        (act, keep): (&mut Activations<O>, bool),
+        scratch: &mut Scratch<O>,
+        cache: Option<&mut LayerKv<O>>,
     ) -> Result<(), Stopped> {
-        if keep {
-            act.x.copy_from_slice(x);
-        }
         self.attention
-            .forward(pass, places, x, act, scratch, cache)?;
-        if keep {
-            act.mid.copy_from_slice(x);
-        }
-        self.mlp.forward(pass, x, act, scratch)
+            .forward(pass, places, stream, (act, keep), scratch, cache)?;
+        self.mlp.forward(pass, stream, (act, keep), scratch)
     }
 }
 
@@ -194,10 +223,9 @@ impl<O: Ops> Decoder<O> {
     ///
     /// # Errors
     /// [`ModelError`] when the weights are not those of the configuration.
-    pub fn new(config: ModelConfig, mut weights: ModelWeights) -> Result<Self, ModelError> {
+    pub fn new(ops: O, config: ModelConfig, mut weights: ModelWeights) -> Result<Self, ModelError> {
         config.validate("configuration")?;
         weights.check(&config, "weights")?;
-        let ops = O::default();
         let head = match config.tie_embeddings {
             true => None,
             false => Some(packed(&ops, &config, &mut weights, Slot::LmHead)),
@@ -209,8 +237,8 @@ impl<O: Ops> Decoder<O> {
                 mlp: Mlp::new(&ops, &config, layer, &mut weights),
             })
             .collect();
-        let norm = RmsNorm::new(&weights.norm, config.rms_eps);
-        let rope = Rope::new(&config);
+        let norm = RmsNorm::new(&ops, &weights.norm, config.rms_eps);
+        let rope = Rope::new(&ops, &config);
         Ok(Self {
             ops,
             embed,
@@ -248,47 +276,63 @@ impl<O: Ops> Decoder<O> {
         self.head.as_ref().unwrap_or(&self.embed)
     }
 
-    pub(crate) fn embed(&self, tokens: &[u32], x: &mut Vec<O::T>) {
-        x.resize(tokens.len() * self.config.hidden, O::T::ZERO);
-        self.ops.gather(&self.embed, tokens, x);
+    /// The stream begins with the tokens' embeddings.
+    pub(crate) fn embed(&self, ops: &O, tokens: &[u32], stream: &mut Stream<O>) {
+        let x = stream.begin(ops, tokens.len() * self.config.hidden);
+        ops.gather(&self.embed, ops.ids(tokens), x.all_mut());
     }
 
-    /// One step: the states after the final norm, `[rows, hidden]`. Writes the rows' keys and values to the cache.
+    /// One step: the states after the final norm, `[rows, hidden]`, and maybe rows of no meaning behind them. Writes the rows'
+    /// keys and values to the cache.
     ///
     /// # Panics
-    /// On a token, block or row out of range: the scheduler's mistake, not a caller's.
+    /// On a token, position, block or row out of range: the scheduler's mistake, not a caller's.
     pub fn forward<'w>(
         &self,
         batch: &Batch<'_, O>,
-        kv: &mut KvCache<O::T>,
-        workspace: &'w mut Workspace<O::T>,
-    ) -> &'w [O::T] {
-        let rows = batch.tokens.len();
-        let block_size = kv.block_size();
+        kv: &mut KvCache<O>,
+        workspace: &'w mut Workspace<O>,
+    ) -> &'w O::Buf {
+        let (ops, block_size) = (&self.ops, kv.block_size());
+        let recurs = recurs(batch);
+        let rows = match recurs {
+            true => ops.padded(batch.tokens.len()),
+            false => batch.tokens.len(),
+        };
         let Workspace {
-            x,
+            stream,
             hidden,
             act,
             scratch,
             angles,
+            positions,
+            tokens,
             kv_rows,
         } = workspace;
-        self.embed(batch.tokens, x);
-        act.resize(&self.config, rows, false);
-        scratch.resize(&self.config, rows, false);
+        ops.begin_pass();
+        let pass = Pass::new(ops, self.config.layers, batch.segments, &Unpaced)
+            .with_overlays(batch.overlays);
+        act.resize(ops, &self.config, rows);
+        scratch.resize(ops, &self.config, rows, false);
+        tokens.clear();
+        tokens.extend_from_slice(batch.tokens);
         kv_rows.clear();
+        positions.clear();
         for span in batch.spans {
             let place = KvRows::Paged {
                 table: span.block_table,
                 block_size,
             };
-            kv_rows.extend((0..span.rows.len()).map(|i| place.row(span.start_pos + i)));
+            let new = span.start_pos..span.start_pos + span.rows.len();
+            kv_rows.extend(new.clone().map(|position| place.row(position) as u32));
+            positions.extend(new.map(|position| position as u32));
         }
-        let positions = batch
-            .spans
-            .iter()
-            .flat_map(|span| span.start_pos..span.start_pos + span.rows.len());
-        self.rope.angles(positions, angles);
+        tokens.resize(rows, NO_ROW);
+        kv_rows.resize(rows, NO_ROW);
+        positions.resize(rows, 0);
+        self.embed(ops, tokens, stream);
+        self.rope.angles(ops, positions, angles);
+        ops.resize(hidden, stream.sum().len());
         let spans = batch.spans.iter().map(|span| AttentionSpan {
             rows: span.rows.clone(),
             start: span.start_pos,
@@ -297,33 +341,38 @@ impl<O: Ops> Decoder<O> {
                 block_size,
             },
         });
-        let groups = grouped(&Unpaced, shape(&self.config), spans);
         let places = Places {
             rope: &self.rope,
             angles,
-            groups: &groups,
-            kv_rows,
+            groups: grouped(ops, &Unpaced, shape(&self.config), spans),
+            kv_rows: ops.ids(kv_rows),
             block_size,
         };
-        let pass = Pass {
-            ops: &self.ops,
-            segments: batch.segments,
-            overlays: batch.overlays,
-            pace: &Unpaced,
-            dropout: None,
+        // Whose memory it is: a step over another cache or workspace is another step.
+        let over = [
+            kv.place(),
+            stream.sum().place(),
+            hidden.place(),
+            act.q.place(),
+        ];
+        let mut blocks = || {
+            for (layer, block) in self.blocks.iter().enumerate() {
+                let cache = Some(kv.layer_mut(layer));
+                let done = block.forward(&pass, &places, stream, (act, false), scratch, cache);
+                debug_assert!(done.is_ok(), "nothing stops an unpaced pass");
+            }
+            stream.norm(ops, &self.norm, hidden);
         };
-        for (layer, block) in self.blocks.iter().enumerate() {
-            let cache = Some(kv.layer_mut(layer));
-            let done = block.forward(&pass, &places, x, (act, false), scratch, cache);
-            debug_assert!(done.is_ok(), "nothing stops an unpaced pass");
+        if recurs {
+            ops.recurring(&over, &mut blocks);
+        } else {
+            blocks();
         }
-        hidden.resize(x.len(), O::T::ZERO);
-        self.norm.forward(&self.ops, x, hidden);
         hidden
     }
 
-    /// The logits `[n, vocab]` of states `[n, hidden]` after the final norm.
-    pub fn logits(&self, hidden: &[O::T], out: &mut [O::T]) {
+    /// The logits `[n, vocab]`, exact, of states `[n, hidden]` after the final norm.
+    pub fn logits(&self, hidden: View<'_, O>, out: ViewMut<'_, O>) {
         self.ops.matmul(hidden, self.head(), out);
     }
 
@@ -339,6 +388,14 @@ impl<O: Ops> Decoder<O> {
             Site::Down => &mlp.down,
         }
     }
+}
+
+/// Whether a step of this kind will come again: every sequence has one row, and no weight but the base's is named in a launch.
+fn recurs<O: Ops>(batch: &Batch<'_, O>) -> bool {
+    let gains = |segment: &Segment<O>| segment.adapters.parts().any(|(a, _)| a.has_gains());
+    batch.overlays.is_empty()
+        && batch.spans.iter().all(|span| span.rows.len() == 1)
+        && !batch.segments.iter().any(gains)
 }
 
 impl<O: Ops> BaseSites<O> for Decoder<O> {

@@ -12,7 +12,7 @@ use super::config::ModelConfig;
 use super::dtype::Dtype;
 use super::error::ModelError;
 use super::weights::{BaseDigest, ModelWeights, Slot, values_digest};
-use super::{load_gguf, load_hf, tiny};
+use super::{load_gguf, load_hf, synthetic, tiny};
 
 /// A base model in memory, before its weights are packed.
 #[derive(Debug)]
@@ -43,7 +43,7 @@ pub fn load(spec: &str) -> Result<LoadedModel, ModelError> {
     load_as(spec, Dtype::F32)
 }
 
-/// Loads the model that `spec` names: `tiny:SEED`, a GGUF file, or a Hugging Face directory. Each matrix is brought into `dtype` as soon
+/// Loads the model that `spec` names: `tiny:SEED`, `synthetic:NAME`, a GGUF file, or a Hugging Face directory. Each matrix is brought into `dtype` as soon
 /// as it is read, so that memory never holds more than one of them in f32 besides.
 ///
 /// # Errors
@@ -52,6 +52,9 @@ pub fn load(spec: &str) -> Result<LoadedModel, ModelError> {
 pub fn load_as(spec: &str, dtype: Dtype) -> Result<LoadedModel, ModelError> {
     if let Some(seed) = spec.strip_prefix("tiny:") {
         return tiny::load(spec, seed, dtype);
+    }
+    if let Some(name) = spec.strip_prefix("synthetic:") {
+        return synthetic::load(spec, name, dtype);
     }
     let path = Path::new(spec);
     let about = std::fs::metadata(path).map_err(|source| ModelError::io(path, source))?;

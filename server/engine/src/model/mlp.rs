@@ -3,18 +3,19 @@
 use espalier_adapters::batch::Pass;
 use espalier_adapters::config::Site;
 use espalier_adapters::linear::{self, AdapterGrads, LoraLinear};
-use espalier_adapters::ops::Ops;
+use espalier_adapters::ops::{Buffer, Ops};
 use espalier_adapters::pace::Stopped;
 
 use super::config::ModelConfig;
 use super::decoder::{Activations, Scratch, packed};
 use super::norm::RmsNorm;
+use super::stream::Stream;
 use super::weights::{ModelWeights, Part, Slot};
 
 /// The MLP of one block.
 #[derive(Debug)]
 pub(crate) struct Mlp<O: Ops> {
-    norm: RmsNorm<O::T>,
+    norm: RmsNorm<O>,
     pub(crate) gate: LoraLinear<O>,
     pub(crate) up: LoraLinear<O>,
     pub(crate) down: LoraLinear<O>,
@@ -35,19 +36,23 @@ impl<O: Ops> Mlp<O> {
             gate: linear(Site::Gate, Part::Gate),
             up: linear(Site::Up, Part::Up),
             down: linear(Site::Down, Part::Down),
-            norm: RmsNorm::new(&weights.layers[layer].mlp_norm, config.rms_eps),
+            norm: RmsNorm::new(ops, &weights.layers[layer].mlp_norm, config.rms_eps),
         }
     }
 
-    /// `x += mlp(norm(x))`. Leaves gate and up in `act`.
+    /// Adds `mlp(norm(x))` to the stream. Leaves gate and up in `act`; with `keep`, the stream's sum too.
     pub(crate) fn forward(
         &self,
         pass: &Pass<'_, O>,
-        x: &mut [O::T],
-        act: &mut Activations<O::T>,
-        scratch: &mut Scratch<O::T>,
+        stream: &mut Stream<O>,
+        (act, keep): (&mut Activations<O>, bool),
+        scratch: &mut Scratch<O>,
     ) -> Result<(), Stopped> {
-        self.norm.forward(pass.ops, x, &mut scratch.norm);
+        let ops = pass.ops;
+        stream.norm(ops, &self.norm, &mut scratch.norm);
+        if keep {
+            stream.keep(ops, &mut act.mid);
+        }
         linear::forward(
             pass,
             [&self.gate, &self.up],
@@ -55,18 +60,10 @@ impl<O: Ops> Mlp<O> {
             [&mut act.gate, &mut act.up],
             &mut scratch.thin,
         )?;
-        pass.ops.swiglu(&act.gate, &act.up, &mut scratch.inner);
+        ops.swiglu(act.gate.all(), act.up.all(), scratch.inner.all_mut());
         pass.pace.breathe()?;
         let thin = &mut scratch.thin;
-        linear::forward(
-            pass,
-            [&self.down],
-            &scratch.inner,
-            [&mut scratch.norm],
-            thin,
-        )?;
-        pass.ops.add(&scratch.norm, x);
-        Ok(())
+        linear::forward(pass, [&self.down], &scratch.inner, [stream.added()], thin)
     }
 
     /// Turns `dx`, the gradient of this half's output, into that of its input, and adds the adapters' gradients. Gate and up
@@ -74,12 +71,12 @@ impl<O: Ops> Mlp<O> {
     pub(crate) fn backward(
         &self,
         pass: &Pass<'_, O>,
-        act: &mut Activations<O::T>,
-        dx: &mut [O::T],
-        grads: &mut [Option<AdapterGrads<O::T>>],
-        scratch: &mut Scratch<O::T>,
+        act: &mut Activations<O>,
+        dx: &mut O::Buf,
+        grads: &mut [Option<AdapterGrads<O>>],
+        scratch: &mut Scratch<O>,
     ) -> Result<(), Stopped> {
-        let zero = <O::T as Default>::default();
+        let ops = pass.ops;
         let Scratch {
             inner,
             dinner,
@@ -88,20 +85,20 @@ impl<O: Ops> Mlp<O> {
             thin,
             ..
         } = scratch;
-        pass.ops.swiglu(&act.gate, &act.up, inner);
+        ops.swiglu(act.gate.all(), act.up.all(), inner.all_mut());
         pass.pace.breathe()?;
-        dinner.fill(zero);
+        ops.clear(dinner.all_mut());
         self.down
             .backward(pass, (inner, dx), Some(dinner), grads, thin)?;
-        pass.ops.swiglu_backward(&mut act.gate, &mut act.up, dinner);
+        ops.swiglu_backward(act.gate.all_mut(), act.up.all_mut(), dinner.all());
         pass.pace.breathe()?;
-        self.norm.forward(pass.ops, &act.mid, norm);
-        dnorm.fill(zero);
+        self.norm.forward(ops, &act.mid, norm);
+        ops.clear(dnorm.all_mut());
         self.gate
             .backward(pass, (norm, &act.gate), Some(dnorm), grads, thin)?;
         self.up
             .backward(pass, (norm, &act.up), Some(dnorm), grads, thin)?;
-        self.norm.backward(pass.ops, &act.mid, dnorm, dx);
+        self.norm.backward(ops, &act.mid, dnorm, dx);
         Ok(())
     }
 }

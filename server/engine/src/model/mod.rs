@@ -15,6 +15,7 @@ mod load_hf;
 #[cfg(test)]
 mod load_tests;
 mod safetensors_file;
+mod synthetic;
 mod tiny;
 
 mod attention;
@@ -22,6 +23,7 @@ mod decoder;
 mod mlp;
 mod norm;
 mod rope;
+mod stream;
 mod train;
 
 use std::ops::Range;
@@ -43,6 +45,9 @@ pub use espalier_adapters::linear::{BaseSites, ResidentAdapter};
 /// The decoder that the server runs.
 pub type Model = Decoder<Backend>;
 
+/// Numbers where that decoder works.
+pub type Buf = <Backend as Ops>::Buf;
+
 /// Adjacent rows of one sequence in a step.
 #[derive(Clone, Debug)]
 pub struct SeqSpan<'a> {
@@ -62,7 +67,7 @@ pub struct Batch<'a, O: Ops = Backend> {
     /// Whose rows they are.
     pub spans: &'a [SeqSpan<'a>],
     /// Which adapter they run with.
-    pub segments: &'a [Segment<O::T>],
+    pub segments: &'a [Segment<O>],
     /// Which rows merged weights answer.
     pub overlays: &'a [Covered<'a, O::Matrix>],
 }

@@ -54,7 +54,7 @@ fn append(weight: &mut Weight, bytes: &[u8]) {
         Weight::F16(values) => values.extend(halves().map(f16::from_le_bytes)),
         Weight::Bf16(values) => values.extend(halves().map(bf16::from_le_bytes)),
         // No safetensors type is made of blocks.
-        Weight::Blocks(_) => {}
+        Weight::Blocks(_) | Weight::Uniform(_) => {}
     }
 }
 

@@ -7,12 +7,13 @@ use std::ops::Range;
 
 use espalier_adapters::batch::Pass;
 use espalier_adapters::linear::AdapterGrads;
-use espalier_adapters::ops::{Ops, Real};
+use espalier_adapters::ops::{Backend, Buffer, Ops};
 use espalier_adapters::pace::Stopped;
 
 use super::attention::{Places, flat_span, grouped, shape};
 use super::config::ModelConfig;
 use super::decoder::{Activations, Decoder, Workspace};
+use super::rope::Angles;
 
 /// A micro-batch: examples packed one after the other, without padding. Attention never crosses examples.
 #[derive(Clone, Copy, Debug)]
@@ -24,27 +25,38 @@ pub struct TrainRows<'a> {
 }
 
 /// What a forward pass keeps. Buffers are reused by the next one.
-#[derive(Debug, Default)]
-pub struct Saved<T = f32> {
+#[derive(Debug)]
+pub struct Saved<O: Ops = Backend> {
     /// The lowest layer that a gradient is wanted of; `None` keeps nothing.
     pub lowest: Option<usize>,
     /// Keep only the blocks' inputs, and run each block again on the way back: for a sequence that alone exceeds the budget.
     pub inputs_only: bool,
-    layers: Vec<Activations<T>>,
-    inputs: Vec<Vec<T>>,
+    layers: Vec<Activations<O>>,
+    inputs: Vec<O::Buf>,
     /// The last block's output.
-    last: Vec<T>,
+    last: O::Buf,
 }
 
-impl<T: Real> Saved<T> {
+impl<O: Ops> Saved<O> {
+    /// Empty buffers; they grow with the first passes.
+    pub fn new(ops: &O) -> Self {
+        Self {
+            lowest: None,
+            inputs_only: false,
+            layers: Vec::new(),
+            inputs: Vec::new(),
+            last: ops.working(),
+        }
+    }
+
     /// Bytes that one row costs with `layers` layers kept.
-    pub fn row_bytes(config: &ModelConfig, layers: usize) -> usize {
-        layers * Activations::<T>::row_bytes(config)
+    pub fn row_bytes(ops: &O, config: &ModelConfig, layers: usize) -> usize {
+        layers * Activations::row_bytes(ops, config)
     }
 }
 
 impl<O: Ops> Decoder<O> {
-    /// The states after the final norm, `[rows, hidden]`.
+    /// The states after the final norm, `[rows, hidden]`. Runs on the pass's operations, which may be those beside the model's.
     ///
     /// # Errors
     /// [`Stopped`] when the pace says so.
@@ -52,66 +64,73 @@ impl<O: Ops> Decoder<O> {
         &self,
         pass: &Pass<'_, O>,
         rows: TrainRows<'_>,
-        saved: &mut Saved<O::T>,
-        workspace: &'w mut Workspace<O::T>,
-    ) -> Result<&'w [O::T], Stopped> {
-        let config = self.config();
+        saved: &mut Saved<O>,
+        workspace: &'w mut Workspace<O>,
+    ) -> Result<&'w O::Buf, Stopped> {
+        let (ops, config) = (pass.ops, self.config());
         let count = rows.tokens.len();
         let Workspace {
-            x,
+            stream,
             hidden,
             act,
             scratch,
             angles,
+            positions,
             ..
         } = workspace;
-        self.embed(rows.tokens, x);
-        act.resize(config, count, saved.inputs_only);
-        scratch.resize(config, count, false);
-        self.rope
-            .angles(rows.sequences.iter().flat_map(|rows| 0..rows.len()), angles);
-        let groups = grouped(
-            pass.pace,
-            shape(config),
-            rows.sequences.iter().map(flat_span),
-        );
-        let places = Places {
-            rope: &self.rope,
-            angles,
-            groups: &groups,
-            kv_rows: &[],
-            block_size: 1,
-        };
+        self.embed(ops, rows.tokens, stream);
+        act.resize(ops, config, count);
+        scratch.resize(ops, config, count, false);
+        positions.clear();
+        positions.extend(rows.sequences.iter().flat_map(|rows| 0..rows.len() as u32));
+        self.rope.angles(ops, positions, angles);
+        let places = self.flat_places(pass, rows, angles);
         let lowest = saved.lowest.unwrap_or(config.layers);
         let kept = config.layers - lowest;
-        saved.layers.resize_with(
-            if saved.inputs_only { 0 } else { kept },
-            Activations::default,
-        );
+        saved
+            .layers
+            .resize_with(if saved.inputs_only { 0 } else { kept }, || {
+                Activations::new(ops)
+            });
         saved
             .inputs
-            .resize_with(if saved.inputs_only { kept } else { 0 }, Vec::new);
+            .resize_with(if saved.inputs_only { kept } else { 0 }, || ops.working());
         for (layer, block) in self.blocks.iter().enumerate() {
-            let target = if layer < lowest {
-                (&mut *act, saved.inputs_only)
-            } else if saved.inputs_only {
-                let input = &mut saved.inputs[layer - lowest];
-                input.clear();
-                input.extend_from_slice(x);
-                (&mut *act, true)
-            } else {
+            let keeps = layer >= lowest;
+            let target = if keeps && !saved.inputs_only {
                 let own = &mut saved.layers[layer - lowest];
-                own.resize(config, count, true);
-                (own, true)
+                own.resize(ops, config, count);
+                own
+            } else {
+                &mut *act
             };
-            block.forward(pass, &places, x, target, scratch, None)?;
+            block.forward(pass, &places, stream, (target, keeps), scratch, None)?;
+            if keeps && saved.inputs_only {
+                std::mem::swap(&mut saved.inputs[layer - lowest], &mut act.x);
+            }
             pass.pace.breathe()?;
         }
-        saved.last.clear();
-        saved.last.extend_from_slice(x);
-        hidden.resize(x.len(), O::T::ZERO);
-        self.norm.forward(&self.ops, x, hidden);
+        ops.resize(hidden, stream.sum().len());
+        stream.norm(ops, &self.norm, hidden);
+        stream.keep(ops, &mut saved.last);
         Ok(hidden)
+    }
+
+    /// Each example's rows, whose keys and values attention reads where they lie.
+    fn flat_places<'a>(
+        &'a self,
+        pass: &Pass<'_, O>,
+        rows: TrainRows<'_>,
+        angles: &'a Angles<O>,
+    ) -> Places<'a, O> {
+        let spans = rows.sequences.iter().map(flat_span);
+        Places {
+            rope: &self.rope,
+            angles,
+            groups: grouped(pass.ops, pass.pace, shape(self.config()), spans),
+            kv_rows: pass.ops.ids(&[]),
+            block_size: 1,
+        }
     }
 
     /// From the gradient of [`Decoder::forward_train`]'s output, which is used up, adds each segment's gradients to `grads` at
@@ -123,43 +142,31 @@ impl<O: Ops> Decoder<O> {
         &self,
         pass: &Pass<'_, O>,
         rows: TrainRows<'_>,
-        saved: &mut Saved<O::T>,
-        dhidden: &[O::T],
-        grads: &mut [Option<AdapterGrads<O::T>>],
-        workspace: &mut Workspace<O::T>,
+        saved: &mut Saved<O>,
+        dhidden: &O::Buf,
+        grads: &mut [Option<AdapterGrads<O>>],
+        workspace: &mut Workspace<O>,
     ) -> Result<(), Stopped> {
-        let config = self.config();
+        let (ops, config) = (pass.ops, self.config());
         let Some(lowest) = saved.lowest else {
             return Ok(());
         };
         let Workspace {
-            x,
-            hidden: again,
+            stream: again,
+            hidden: dx,
             act,
             scratch,
             angles,
             ..
         } = workspace;
-        scratch.resize(config, rows.tokens.len(), true);
-        let groups = grouped(
-            pass.pace,
-            shape(config),
-            rows.sequences.iter().map(flat_span),
-        );
-        let places = Places {
-            rope: &self.rope,
-            angles,
-            groups: &groups,
-            kv_rows: &[],
-            block_size: 1,
-        };
-        let dx = x;
-        dx.fill(O::T::ZERO);
-        self.norm.backward(&self.ops, &saved.last, dhidden, dx);
+        scratch.resize(ops, config, rows.tokens.len(), true);
+        let places = self.flat_places(pass, rows, angles);
+        ops.clear(dx.all_mut());
+        self.norm.backward(ops, &saved.last, dhidden, dx);
         for (layer, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
             let act = if saved.inputs_only {
-                again.clear();
-                again.extend_from_slice(&saved.inputs[layer - lowest]);
+                let input = &saved.inputs[layer - lowest];
+                ops.copy(input.all(), again.begin(ops, input.len()).all_mut());
                 block.forward(pass, &places, again, (act, true), scratch, None)?;
                 &mut *act
             } else {

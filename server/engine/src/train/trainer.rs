@@ -12,17 +12,18 @@ mod tests;
 use std::sync::Arc;
 
 use espalier_adapters::config::LoraConfig;
-use espalier_adapters::linear::ResidentAdapter;
+use espalier_adapters::linear::{BuildError, ResidentAdapter};
+use espalier_adapters::ops::{Backend, Buffer, Ops};
 use espalier_adapters::peft;
 use espalier_adapters::train::checkpoint::{BestEval, Bits, Checkpoint, RunState};
 use espalier_adapters::train::examples::Example;
 use espalier_adapters::train::loss::LossSum;
-use espalier_adapters::train::optimizer::{AdamW, Group, clip, norm};
+use espalier_adapters::train::optimizer::{AdamW, Group, clip};
 use espalier_adapters::train::schedule::Schedule;
 use espalier_adapters::weights::AdapterWeights;
 use rand::seq::SliceRandom;
 
-use crate::model::Model;
+use crate::model::{Buf, Model};
 use learner::{Learner, Numbered};
 
 pub use espalier_adapters::pace::{Pace, Stopped};
@@ -42,7 +43,7 @@ const CHECKPOINT_STEPS: u64 = 50;
 pub struct Trainer {
     plan: Arc<TrainPlan>,
     learner: Learner,
-    optimizer: AdamW,
+    optimizer: AdamW<Backend>,
     state: RunState,
     best: Option<Vec<f32>>,
     schedule: Schedule,
@@ -69,19 +70,22 @@ impl Trainer {
     pub fn new(model: Arc<Model>, plan: TrainPlan) -> Result<Self, TrainError> {
         plan.validate(model.config().vocab, model.config().context_length)?;
         let weights = start::initial(&plan, &model)?;
-        let adapter = ResidentAdapter::build(&weights, model.as_ref())
-            .map_err(|misfit| TrainError::plan("init", misfit.to_string()))?;
+        let adapter =
+            ResidentAdapter::build(&weights, model.as_ref()).map_err(|error| match error {
+                BuildError::Misfit(misfit) => TrainError::plan("init", misfit.to_string()),
+                BuildError::OutOfMemory(error) => TrainError::OutOfMemory(error),
+            })?;
         let state = RunState {
             plan: plan.digest(model.config()),
             ..RunState::default()
         };
-        let optimizer = AdamW::new(adapter.parameters().len());
         let dropout = plan
             .lora
             .as_ref()
             .map_or(0.0, |lora| lora.lora_dropout as f32);
         let limits = (plan.hp.activation_bytes, dropout);
         let learner = Learner::new(model, adapter, limits, plan.seed);
+        let optimizer = AdamW::new(&learner.ops, learner.adapter.parameter_count());
         let schedule = schedule(&plan);
         Ok(Self {
             plan: Arc::new(plan),
@@ -109,20 +113,18 @@ impl Trainer {
         if checkpoint.state.plan != trainer.state.plan {
             return Err(broken(&"it was made with another plan, data set or base"));
         }
-        let (params, _) = trainer.learner.parameters_and_gradients();
-        if params.len() != checkpoint.params.len() {
+        let count = trainer.learner.adapter.parameter_count();
+        if count != checkpoint.params.len() {
             return Err(broken(&format!(
-                "{} parameters, not {}",
+                "{} parameters, not {count}",
                 checkpoint.params.len(),
-                params.len()
             )));
         }
-        params.copy_from_slice(&checkpoint.params);
-        trainer.optimizer = AdamW {
-            step: checkpoint.state.step,
-            mean: checkpoint.mean,
-            square: checkpoint.square,
-        };
+        trainer.learner.set_parameters(&checkpoint.params);
+        let (ops, optimizer) = (&trainer.learner.ops, &mut trainer.optimizer);
+        ops.write(&checkpoint.mean, optimizer.mean.all_mut());
+        ops.write(&checkpoint.square, optimizer.square.all_mut());
+        optimizer.step = checkpoint.state.step;
         trainer.state = checkpoint.state;
         trainer.best = checkpoint.best;
         Ok(trainer)
@@ -140,7 +142,8 @@ impl Trainer {
 
     /// The adapter as it is now.
     pub fn weights(&self) -> AdapterWeights {
-        self.learner.adapter.weights().unwrap_or_default()
+        let weights = self.learner.adapter.weights(&self.learner.ops);
+        weights.unwrap_or_default()
     }
 
     /// All remaining steps. After [`Stopped`] it may be called again: the interrupted step starts anew.
@@ -178,11 +181,16 @@ impl Trainer {
     /// # Errors
     /// [`TrainError::Checkpoint`] when the numbers cannot be written.
     pub fn checkpoint(&self) -> Result<Vec<u8>, TrainError> {
+        let read = |moments: &Buf| {
+            let mut numbers = vec![0.0; moments.len()];
+            self.learner.ops.read(moments.all(), &mut numbers);
+            numbers
+        };
         let checkpoint = Checkpoint {
             state: self.state.clone(),
-            params: self.learner.adapter.parameters().to_vec(),
-            mean: self.optimizer.mean.clone(),
-            square: self.optimizer.square.clone(),
+            params: self.learner.parameters(),
+            mean: read(&self.optimizer.mean),
+            square: read(&self.optimizer.square),
             best: self.best.clone(),
         };
         checkpoint
@@ -288,7 +296,7 @@ impl Trainer {
             None => self.learner.learn(batch, (step, scale), pace)?,
         };
         pace.breathe()?;
-        let grad_norm = norm(self.learner.gradients());
+        let grad_norm = self.learner.gradient_norm();
         for (what, value) in [("the loss", sum.mean()), ("the gradient norm", grad_norm)] {
             if !value.is_finite() {
                 return Err(TrainError::NotFinite { what, value, step });
@@ -304,7 +312,7 @@ impl Trainer {
         let hp = &self.plan.hp;
         let share = self.schedule.share(step.min(self.schedule.total));
         let (rate, head_rate) = hp.rates();
-        let len = self.learner.adapter.parameters().len();
+        let len = self.learner.adapter.parameter_count();
         let head = self.learner.adapter.head_range().unwrap_or(len..len);
         let groups = [
             (0..head.start, rate * share),
@@ -313,20 +321,18 @@ impl Trainer {
         let scale = clip(grad_norm, hp.max_grad_norm);
         let config = hp.optimizer();
         self.optimizer.step += 1;
-        let (params, grads) = self.learner.parameters_and_gradients();
+        let ops = self.learner.ops.clone();
         for (range, learning_rate) in groups {
             for start in range.clone().step_by(UPDATE_CHUNK) {
-                let range = start..(start + UPDATE_CHUNK).min(range.end);
-                self.optimizer.update(
-                    &config,
-                    &Group {
-                        range,
-                        learning_rate,
-                    },
-                    scale,
-                    params,
-                    grads,
-                );
+                let group = Group {
+                    range: start..(start + UPDATE_CHUNK).min(range.end),
+                    learning_rate,
+                };
+                let found = self.learner.parameters_and_gradients(group.range.clone());
+                if let Some((params, grads)) = found {
+                    self.optimizer
+                        .update(&ops, &config, &group, scale, params, grads);
+                }
                 let _asked_again_at_the_next_step = pace.breathe();
             }
         }
@@ -406,7 +412,7 @@ impl Trainer {
                 loss: Bits(loss),
                 accuracy: Bits(accuracy),
             });
-            self.best = Some(self.learner.adapter.parameters().to_vec());
+            self.best = Some(self.learner.parameters());
             self.state.evals_without_better = 0;
         } else {
             self.state.evals_without_better += 1;
@@ -423,11 +429,12 @@ impl Trainer {
     }
 
     fn finish(&mut self) -> Result<Finished, TrainError> {
-        let mut kept = self.learner.adapter.as_ref().clone();
-        if let Some(best) = &self.best {
-            kept.parameters_mut().copy_from_slice(best);
-        }
-        let weights = kept.weights().unwrap_or_default();
+        let (ops, adapter) = (&self.learner.ops, &self.learner.adapter);
+        let weights = match &self.best {
+            Some(best) => adapter.weights_with(ops, best),
+            None => adapter.weights(ops),
+        };
+        let weights = weights.unwrap_or_default();
         let config = match (&self.plan.lora, &self.plan.method) {
             (Some(lora), Method::Lm) => lora.clone(),
             (Some(lora), Method::Class { .. }) => lora.clone().with_score_head(),

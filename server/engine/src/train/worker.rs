@@ -6,12 +6,15 @@
 //! place only when the credit covers it, so the mean time per output token grows by no more than that share. Tenants
 //! take turns, and a tenant's jobs take turns within its own. The worker knows nothing of what a trainer computes.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use espalier_adapters::linear::BaseSites;
+use espalier_adapters::ops::{Backend, Ops, OutOfMemory};
 use espalier_adapters::pace::{Pace, Stopped};
 use tokio::sync::mpsc;
 
@@ -81,6 +84,8 @@ struct JobTurns {
     flags: Arc<JobFlags>,
     gauges: Arc<Gauges>,
     commands: CommandSender,
+    /// What works for it, which may still be busy when the trainer's thread is not.
+    ops: Backend,
     /// Of this job: time held, time waited, turns.
     impact: Mutex<TrainingImpact>,
     /// When the current turn began.
@@ -116,6 +121,7 @@ impl TrainingWorker {
             flags: Arc::clone(&start.flags),
             gauges: Arc::clone(&self.gauges),
             commands: self.commands.clone(),
+            ops: model.ops().clone(),
             impact: Mutex::default(),
             turn_began: Mutex::new(None),
         };
@@ -353,6 +359,8 @@ impl Pace for JobTurns {
         if self.stopping() {
             return Err(Stopped);
         }
+        // A turn ends when its work does, not when it has been handed to a device.
+        self.ops.wait();
         let mut state = lock(&self.baton.state);
         let has_turn = state.holder == Some(self.job)
             && state.until.is_some_and(|until| Instant::now() < until);
@@ -366,6 +374,10 @@ impl Pace for JobTurns {
         }
         // Ready in the same breath: the engine must not think that nobody wants a turn.
         self.wait_for_turn(state)
+    }
+
+    fn quantum_flops(&self) -> usize {
+        self.ops.quantum_flops()
     }
 }
 
@@ -456,14 +468,25 @@ fn train(
     result
 }
 
+/// A device that has no room says so by a panic, because it may happen in any operation; everything else is a mistake of ours.
+fn panicked(panic: &dyn Any) -> EngineError {
+    if let Some(full) = panic.downcast_ref::<OutOfMemory>() {
+        return EngineError::TrainingFailed {
+            detail: format!(
+                "{full}; lower training_activation_bytes, or the job's batch size or rank"
+            ),
+        };
+    }
+    metrics::panic_caught("trainer");
+    EngineError::Internal {
+        detail: "the trainer panicked".to_owned(),
+    }
+}
+
 /// A trainer that panics costs its own job only.
 fn caught<T>(work: impl FnOnce() -> Result<T, TrainError>) -> Result<T, Ended> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result.map_err(Ended::from),
-        Err(_) => {
-            metrics::panic_caught("trainer");
-            let detail = "the trainer panicked".to_owned();
-            Err(Ended::Failed(EngineError::Internal { detail }))
-        }
+        Err(panic) => Err(Ended::Failed(panicked(panic.as_ref()))),
     }
 }

@@ -1,5 +1,6 @@
 //! An engine on `tiny:1` with a few random adapters, and replies collected whole.
 
+use espalier_adapters::ops::Backend;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,6 +27,7 @@ pub(super) struct Fixture {
     pub(super) engine: EngineHandle,
     digests: Vec<VersionDigest>,
     broken: VersionDigest,
+    overflowing: VersionDigest,
 }
 
 struct Store(BTreeMap<VersionDigest, AdapterArtifact>);
@@ -63,6 +65,11 @@ pub(super) fn prompt(seed: u64, len: usize) -> Vec<u32> {
 }
 
 fn adapter(seed: u64, base: &BaseShape) -> AdapterArtifact {
+    scaled(seed, base, 1.0)
+}
+
+/// As [`adapter`], with A and B so many times larger.
+fn scaled(seed: u64, base: &BaseShape, factor: f32) -> AdapterArtifact {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     // Ranks, sites and heads differ, alpha is not r.
     let rank = [3, 4, 8][seed as usize % 3];
@@ -74,7 +81,9 @@ fn adapter(seed: u64, base: &BaseShape) -> AdapterArtifact {
     for layer in 0..base.layers {
         for &site in &sites {
             let (inputs, outputs) = base.dims(site);
-            let (a, b) = (numbers(rank * inputs), numbers(outputs * rank));
+            let mut factors =
+                |count: usize| -> Vec<f32> { numbers(count).iter().map(|n| n * factor).collect() };
+            let (a, b) = (factors(rank * inputs), factors(outputs * rank));
             weights.sites.insert(
                 (layer, site),
                 SiteAdapter {
@@ -99,6 +108,10 @@ fn adapter(seed: u64, base: &BaseShape) -> AdapterArtifact {
 }
 
 pub(super) fn fixture(config: EngineConfig) -> Fixture {
+    fixture_on(config, Backend::default())
+}
+
+pub(super) fn fixture_on(config: EngineConfig, ops: Backend) -> Fixture {
     let loaded = model::load("tiny:1").unwrap();
     let sizes = &loaded.config;
     let base = BaseShape {
@@ -119,11 +132,15 @@ pub(super) fn fixture(config: EngineConfig) -> Fixture {
     let broken_digest = broken.digest();
     store.insert(broken_digest, broken);
     store.insert(lying(), store[&digests[1]].clone());
-    let engine = EngineHandle::start(config, loaded, Arc::new(Store(store))).unwrap();
+    let overflowing = scaled(2, &base, 1e30);
+    let overflowing_digest = overflowing.digest();
+    store.insert(overflowing_digest, overflowing);
+    let engine = EngineHandle::start(config, ops, loaded, Arc::new(Store(store))).unwrap();
     Fixture {
         engine,
         digests,
         broken: broken_digest,
+        overflowing: overflowing_digest,
     }
 }
 
@@ -183,6 +200,11 @@ impl Fixture {
 
     pub(super) fn broken(&self) -> VersionDigest {
         self.broken
+    }
+
+    /// Has a head; its updates are beyond f32.
+    pub(super) fn overflowing(&self) -> VersionDigest {
+        self.overflowing
     }
 
     pub(super) fn request(&self, adapter: Option<usize>, kind: RequestKind) -> Request {

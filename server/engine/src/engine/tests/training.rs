@@ -41,7 +41,12 @@ fn plan(steps: u64) -> TrainPlan {
     }
 }
 
-fn start(fixture: &Fixture, tenant: &str, steps: u64, checkpoint: Option<Vec<u8>>) -> TrainingJob {
+pub(super) fn start(
+    fixture: &Fixture,
+    tenant: &str,
+    steps: u64,
+    checkpoint: Option<Vec<u8>>,
+) -> TrainingJob {
     let submission = TrainingSubmission {
         job: "job".to_owned(),
         tenant: Arc::from(tenant),
@@ -51,8 +56,22 @@ fn start(fixture: &Fixture, tenant: &str, steps: u64, checkpoint: Option<Vec<u8>
     fixture.engine.train(submission).unwrap()
 }
 
+/// The losses of a job's steps.
+pub(super) fn losses(fixture: &Fixture, steps: u64) -> Vec<f64> {
+    let mut job = start(fixture, "acme", steps, None);
+    let mut losses = Vec::new();
+    while let Some(event) = job.events.blocking_recv() {
+        match event {
+            JobEvent::Progress(TrainEvent::Step(report)) => losses.push(report.loss),
+            JobEvent::Failed(error) => panic!("{error}"),
+            _ => {}
+        }
+    }
+    losses
+}
+
 /// Steps seen, the last checkpoint, and the last event.
-fn to_end(job: &mut TrainingJob) -> (u64, Option<Vec<u8>>, Option<JobEvent>) {
+pub(super) fn to_end(job: &mut TrainingJob) -> (u64, Option<Vec<u8>>, Option<JobEvent>) {
     let (mut steps, mut checkpoint, mut last) = (0, None, None);
     while let Some(event) = job.events.blocking_recv() {
         match &event {

@@ -1,18 +1,18 @@
 //! Batch-mates are invisible, bit for bit; merged weights do what adapters do.
 
 use espalier_adapters::linear::merged;
-use espalier_adapters::ops::Backend;
+use espalier_adapters::ops::Cpu;
 use espalier_adapters::weights::Numbers;
 use half::{bf16, f16};
 
 use super::*;
 
-fn part(
+fn part<O: Ops>(
     config: &ModelConfig,
     len: usize,
     seed: u64,
-    adapter: &Option<Arc<ResidentAdapter>>,
-) -> Asked<f32> {
+    adapter: &Option<Arc<ResidentAdapter<O>>>,
+) -> Asked<O> {
     Asked {
         ids: random_ids(config, len, seed),
         adapters: adapter.clone().into(),
@@ -21,23 +21,30 @@ fn part(
 
 #[test]
 fn rows_do_not_depend_on_how_many_there_are() {
-    for family in FAMILIES {
-        let config = small(family);
-        let model: Model = random_model(&config, 1);
+    rows_do_not_know_how_many_there_are(&host(), &FAMILIES);
+}
+
+pub(crate) fn rows_do_not_know_how_many_there_are<O: Ops>(on: &Under<O>, families: &[Family]) {
+    for &family in families {
+        let config = (on.sizes)(family);
+        let model = on.model(&config, 1);
         let adapter = Some(resident(
             &model,
             &random_adapter(&model, |_, _| true, false, 2),
         ));
-        let whole = states(&model, &[part(&config, 33, 3, &adapter)], 33).remove(0);
+        let whole = on
+            .states(&model, &[part(&config, 33, 3, &adapter)], 33)
+            .remove(0);
         for chunk in [1, 2, 7] {
-            let cut = states(&model, &[part(&config, 33, 3, &adapter)], chunk).remove(0);
+            let cut = on
+                .states(&model, &[part(&config, 33, 3, &adapter)], chunk)
+                .remove(0);
             assert_eq!(cut, whole, "{family:?} in chunks of {chunk}");
         }
-        let mut logits = vec![0.0; 33 * config.vocab];
-        model.logits(&whole, &mut logits);
+        let logits = logits_of(&model, &whole);
         for rows in [1, 2, 7] {
-            let mut some = vec![0.0; rows * config.vocab];
-            model.logits(&whole[..rows * config.hidden], &mut some);
+            let some = logits_of(&model, &whole[..rows * config.hidden]);
+            assert_eq!(some.len(), rows * config.vocab);
             assert_eq!(some, logits[..some.len()], "logits of {rows} rows");
         }
     }
@@ -45,8 +52,12 @@ fn rows_do_not_depend_on_how_many_there_are() {
 
 #[test]
 fn a_mixed_batch_is_each_alone() {
-    let config = small(Family::Qwen2);
-    let model: Model = random_model(&config, 1);
+    mixed_is_alone(&host());
+}
+
+pub(crate) fn mixed_is_alone<O: Ops>(on: &Under<O>) {
+    let config = (on.sizes)(Family::Qwen2);
+    let model = on.model(&config, 1);
     let all = Some(resident(
         &model,
         &random_adapter(&model, |_, _| true, false, 2),
@@ -67,20 +78,20 @@ fn a_mixed_batch_is_each_alone() {
         (9, &dora),
         (3, &None),
     ];
-    let mixed: Vec<Asked<f32>> = lens
+    let mixed: Vec<Asked<O>> = lens
         .iter()
         .enumerate()
         .map(|(i, (len, adapter))| part(&config, *len, i as u64, adapter))
         .collect();
     for chunk in [4, 32] {
-        let together = states(&model, &mixed, chunk);
+        let together = on.states(&model, &mixed, chunk);
         for (index, part) in mixed.iter().enumerate() {
             let one = Asked {
                 ids: part.ids.clone(),
                 adapters: part.adapters.clone(),
             };
             assert_eq!(
-                states(&model, &[one], 32)[0],
+                on.states(&model, &[one], 32)[0],
                 together[index],
                 "sequence {index}"
             );
@@ -92,8 +103,8 @@ fn a_mixed_batch_is_each_alone() {
     };
     assert!(
         distance(
-            &states(&model, &[bare], 32)[0],
-            &states(&model, &mixed, 32)[1]
+            &on.states(&model, &[bare], 32)[0],
+            &on.states(&model, &mixed, 32)[1]
         ) > 1e-2,
         "adapters change states"
     );
@@ -101,8 +112,12 @@ fn a_mixed_batch_is_each_alone() {
 
 #[test]
 fn sixteen_bits_serve_as_their_widened_copy() {
-    let config = small(Family::Llama);
-    let model: Model = random_model(&config, 1);
+    sixteen_bits_are_their_widened_copy(&host());
+}
+
+pub(crate) fn sixteen_bits_are_their_widened_copy<O: Ops>(on: &Under<O>) {
+    let config = (on.sizes)(Family::Llama);
+    let model = on.model(&config, 1);
     for dora in [false, true] {
         let mut stored =
             random_adapter(&model, |layer, site| layer != 1 || site != Site::O, dora, 2);
@@ -125,15 +140,19 @@ fn sixteen_bits_serve_as_their_widened_copy() {
             } else {
                 stored.clone().widened()
             };
-            let bytes = ResidentAdapter::<f32>::bytes_for(&weights, config.layers);
+            let bytes = ResidentAdapter::bytes_for(&on.ops, &weights, config.layers);
             assert_eq!(bytes, adapter.bytes(), "known before it is built");
         }
         assert!(narrow.bytes() < wide.bytes());
         if !dora {
-            assert_eq!(narrow.weights(), Some(stored), "given back as stored");
+            assert_eq!(
+                narrow.weights(&on.ops),
+                Some(stored),
+                "given back as stored"
+            );
         }
-        let run = |adapter: &Arc<ResidentAdapter>| {
-            states(&model, &[part(&config, 19, 3, &Some(adapter.clone()))], 7)
+        let run = |adapter: &Arc<ResidentAdapter<O>>| {
+            on.states(&model, &[part(&config, 19, 3, &Some(adapter.clone()))], 7)
         };
         assert_eq!(run(&narrow), run(&wide), "widening is exact");
     }
@@ -153,8 +172,12 @@ fn matrix(layer: &mut LayerWeights, site: Site) -> &mut Vec<f32> {
 
 #[test]
 fn merged_is_unmerged() {
-    let config = small(Family::Qwen2);
-    let model: Model = random_model(&config, 1);
+    merged_does_what_the_adapter_does(&host());
+}
+
+pub(crate) fn merged_does_what_the_adapter_does<O: Ops>(on: &Under<O>) {
+    let config = (on.sizes)(Family::Qwen2);
+    let model = on.model(&config, 1);
     for dora in [false, true] {
         let adapter = random_adapter(
             &model,
@@ -168,12 +191,12 @@ fn merged_is_unmerged() {
             *weight = merged(weight, delta);
         }
         let ids = random_ids(&config, 21, 5);
-        let unmerged = logits(&model, &ids, Some(resident(&model, &adapter)));
-        let merged: Decoder<Backend> = Decoder::new(config.clone(), weights).unwrap();
-        let off = distance(&unmerged, &logits(&merged, &ids, None));
-        assert!(off < 1e-4, "merged is off by {off} (DoRA: {dora})");
+        let unmerged = on.logits(&model, &ids, Some(resident(&model, &adapter)));
+        let merged = on.packed(&config, weights);
+        let off = distance(&unmerged, &on.logits(&merged, &ids, None));
+        assert!(off < on.tolerance, "merged is off by {off} (DoRA: {dora})");
         assert!(
-            distance(&unmerged, &logits(&model, &ids, None)) > 1e-2,
+            distance(&unmerged, &on.logits(&model, &ids, None)) > 1e-2,
             "the adapter changes logits"
         );
     }
@@ -197,8 +220,12 @@ fn with_sum(config: &ModelConfig, parts: &[(&AdapterWeights, f32)]) -> ModelWeig
 
 #[test]
 fn a_mixture_is_the_sum_of_its_parts() {
-    let config = small(Family::Qwen2);
-    let model: Model = random_model(&config, 1);
+    mixtures_are_sums(&host());
+}
+
+pub(crate) fn mixtures_are_sums<O: Ops>(on: &Under<O>) {
+    let config = (on.sizes)(Family::Qwen2);
+    let model = on.model(&config, 1);
     // Ranks differ by site, sites by adapter, and no weight or scale is 1.
     let (left, right, third) = (
         random_adapter(&model, |layer, _| layer != 1, false, 2),
@@ -211,12 +238,10 @@ fn a_mixture_is_the_sum_of_its_parts() {
         ),
     );
     let ids = random_ids(&config, 21, 5);
-    let logits_of = |adapters: Mixture| {
+    let logits_of = |adapters: Mixture<O>| {
         let ids = ids.clone();
-        let hidden = states(&model, &[Asked { ids, adapters }], 7).remove(0);
-        let mut out = vec![0.0; 21 * config.vocab];
-        model.logits(&hidden, &mut out);
-        out
+        let hidden = on.states(&model, &[Asked { ids, adapters }], 7).remove(0);
+        logits_of(&model, &hidden)
     };
     let residents = [&left, &right, &third].map(|adapter| resident(&model, adapter));
     let mixture = |weights: [f32; 3]| {
@@ -225,12 +250,12 @@ fn a_mixture_is_the_sum_of_its_parts() {
     let weights = [0.7, -0.4, 1.5];
     let mixed = logits_of(mixture(weights));
     let alone = |parts: &[(&AdapterWeights, f32)]| {
-        let merged: Model = Decoder::new(config.clone(), with_sum(&config, parts)).unwrap();
-        logits(&merged, &ids, None)
+        let merged = on.packed(&config, with_sum(&config, parts));
+        on.logits(&merged, &ids, None)
     };
     let sum = alone(&[(&left, 0.7), (&right, -0.4), (&third, 1.5)]);
     let off = distance(&mixed, &sum);
-    assert!(off < 1e-4, "the mixture is off by {off}");
+    assert!(off < on.tolerance, "the mixture is off by {off}");
     // What a mistake would compute is far away: a part left out, or weights exchanged.
     for wrong in [
         alone(&[(&left, 0.7), (&third, 1.5)]),
@@ -241,24 +266,28 @@ fn a_mixture_is_the_sum_of_its_parts() {
     }
     // One adapter with a weight is that adapter with another scale; weight 0 is the base, bit for bit.
     let half = logits_of(Mixture::new(vec![(residents[0].clone(), 0.5)]));
-    assert!(distance(&half, &alone(&[(&left, 0.5)])) < 1e-4);
+    assert!(distance(&half, &alone(&[(&left, 0.5)])) < on.tolerance);
     assert_eq!(
         logits_of(mixture([0.0, 0.0, -0.0])),
-        logits(&model, &ids, None)
+        on.logits(&model, &ids, None)
     );
 }
 
 #[test]
 fn a_mixture_is_the_same_alone_and_in_any_batch() {
-    let config = small(Family::Llama);
-    let model: Model = random_model(&config, 1);
+    mixtures_do_not_know_their_batch(&host());
+}
+
+pub(crate) fn mixtures_do_not_know_their_batch<O: Ops>(on: &Under<O>) {
+    let config = (on.sizes)(Family::Llama);
+    let model = on.model(&config, 1);
     let one = resident(&model, &random_adapter(&model, |_, _| true, false, 2));
     let two = resident(
         &model,
         &random_adapter(&model, |layer, _| layer > 0, false, 3),
     );
     let both = |l, r| Mixture::new(vec![(one.clone(), l), (two.clone(), r)]);
-    let asked: Vec<Asked<f32>> = [
+    let asked: Vec<Asked<O>> = [
         (9, both(0.7, 0.3)),
         (1, both(0.7, 0.3)),
         (17, Some(two.clone()).into()),
@@ -277,20 +306,20 @@ fn a_mixture_is_the_same_alone_and_in_any_batch() {
     })
     .collect();
     for chunk in [1, 5, 32] {
-        let together = states(&model, &asked, chunk);
+        let together = on.states(&model, &asked, chunk);
         for (part, together) in asked.iter().zip(&together) {
             let alone = Asked {
                 ids: part.ids.clone(),
                 adapters: part.adapters.clone(),
             };
-            assert_eq!(&states(&model, &[alone], 32)[0], together);
+            assert_eq!(&on.states(&model, &[alone], 32)[0], together);
         }
     }
 }
 
 #[test]
 fn memory_of_another_adapter_leaves_no_trace() {
-    let model: Model = random_model(&small(Family::Llama), 1);
+    let model: Decoder<Cpu> = random_model(&small(Family::Llama), 1);
     for dora in [false, true] {
         let adapter = random_adapter(&model, |layer, _| layer != 2, dora, 2);
         let fresh = resident(&model, &adapter);
@@ -298,7 +327,7 @@ fn memory_of_another_adapter_leaves_no_trace() {
         let spare = random_adapter(&model, |layer, _| layer != 2, dora, 3);
         let mut spare = ResidentAdapter::build(&spare, &model).unwrap();
         let memory = spare.parameters().as_ptr();
-        spare.parameters_mut().fill(f32::NAN);
+        spare.part_mut(0..spare.parameter_count()).fill(f32::NAN);
         let again = ResidentAdapter::build_in(Some(spare), &adapter, &model).unwrap();
         assert_eq!(
             again.parameters().as_ptr(),
@@ -312,9 +341,14 @@ fn memory_of_another_adapter_leaves_no_trace() {
 
 #[test]
 fn an_adapter_comes_back_as_it_went_in() {
-    let model: Model = random_model(&small(Family::Llama), 1);
+    adapters_come_back(&host());
+}
+
+pub(crate) fn adapters_come_back<O: Ops>(on: &Under<O>) {
+    let model = on.model(&(on.sizes)(Family::Llama), 1);
     let adapter = random_adapter(&model, |layer, _| layer != 2, false, 2);
-    assert_eq!(resident(&model, &adapter).weights(), Some(adapter.clone()));
+    let found = resident(&model, &adapter).weights(&on.ops);
+    assert_eq!(found, Some(adapter.clone()));
     let mut wrong = adapter;
     if let Some(site) = wrong.sites.get_mut(&(1, Site::Up)) {
         site.a = site.a.to_f32().iter().copied().skip(1).collect();

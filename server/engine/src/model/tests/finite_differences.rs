@@ -35,41 +35,36 @@ struct Run<'a> {
 
 impl Run<'_> {
     /// `sum(states * upstream)`, and its gradient in the adapter's parameters.
-    fn loss(&self, adapter: &ResidentAdapter<f64>, gradient: bool) -> (f64, Vec<f64>) {
-        let adapter = Arc::new(adapter.clone());
+    fn loss(&self, adapter: &Arc<ResidentAdapter<Plain>>, gradient: bool) -> (f64, Vec<f64>) {
         let segments = [Segment {
             rows: 0..self.tokens.len(),
-            adapters: Some(Arc::clone(&adapter)).into(),
+            adapters: Some(Arc::clone(adapter)).into(),
         }];
-        let dropout = self.dropout.as_ref();
-        let pass = Pass {
-            ops: self.model.ops(),
-            segments: &segments,
-            overlays: &[],
-            pace: &Breathless,
-            dropout,
-        };
+        let (ops, layers) = (self.model.ops(), self.model.layers());
+        let pass =
+            Pass::new(ops, layers, &segments, &Breathless).with_dropout(self.dropout.as_ref());
         let rows = TrainRows {
             tokens: &self.tokens,
             sequences: &self.sequences,
         };
-        let mut saved = Saved::default();
+        let mut saved = Saved::new(ops);
         saved.lowest = adapter.lowest_layer();
         saved.inputs_only = self.inputs_only;
-        let mut workspace = Workspace::new();
+        let mut workspace = Workspace::new(ops);
         let states = self
             .model
             .forward_train(&pass, rows, &mut saved, &mut workspace)
             .unwrap();
+        let states = read(ops, states);
         let loss = states.iter().zip(&self.upstream).map(|(y, w)| y * w).sum();
-        let mut grads = vec![Some(AdapterGrads::of(&adapter))];
+        let mut grads = vec![Some(AdapterGrads::of(ops, adapter))];
         if gradient {
             self.model
                 .backward(
                     &pass,
                     rows,
                     &mut saved,
-                    &self.upstream,
+                    &written(ops, &self.upstream),
                     &mut grads,
                     &mut workspace,
                 )
@@ -97,7 +92,7 @@ fn run(model: &Decoder<Plain>) -> Run<'_> {
 }
 
 fn check(name: &str, run: &Run<'_>, adapter: &AdapterWeights) {
-    let mut adapter = ResidentAdapter::<f64>::build(adapter, run.model).unwrap();
+    let mut adapter = resident(run.model, adapter);
     let (_, gradient) = run.loss(&adapter, true);
     let largest = gradient.iter().fold(0.0f64, |a, g| a.max(g.abs()));
     assert!(largest > 1e-2, "{name}: a gradient of zeros proves nothing");
@@ -112,7 +107,8 @@ fn check(name: &str, run: &Run<'_>, adapter: &AdapterWeights) {
         }
         let at = adapter.parameters()[index];
         let mut value = |offset: f64| {
-            adapter.parameters_mut()[index] = at + offset;
+            let parameter = Arc::get_mut(&mut adapter).unwrap();
+            parameter.part_mut(index..index + 1)[0] = at + offset;
             run.loss(&adapter, false).0
         };
         let near = value(h) - value(-h);
@@ -174,7 +170,7 @@ fn upper_layers_single_sites_dropout_and_recomputation() {
         ..run(&model)
     };
     check("dropout", &dropped, &upper);
-    let resident = ResidentAdapter::build(&upper, &model).unwrap();
+    let resident = resident(&model, &upper);
     assert_ne!(
         dropped.loss(&resident, false).0,
         run(&model).loss(&resident, false).0

@@ -1,6 +1,7 @@
 //! The decoder against candle's models, against finite differences, and against itself in other company.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+pub(crate) mod device;
 mod equality;
 mod finite_differences;
 mod oracle;
@@ -10,13 +11,121 @@ use std::sync::Arc;
 
 use espalier_adapters::batch::{Mixture, Segment};
 use espalier_adapters::config::Site;
-use espalier_adapters::ops::{Ops, Real};
+use espalier_adapters::ops::{Backend, Buffer, Ops, Real};
 use espalier_adapters::weights::{AdapterWeights, SiteAdapter};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::weights::{Part, Slot};
 use super::*;
+
+/// What a test runs on: operations, what their cache asks of a block, and how far rounding takes them from exact ones.
+#[derive(Clone, Debug)]
+pub(crate) struct Under<O> {
+    pub(crate) ops: O,
+    /// Sizes that the operations can have.
+    pub(crate) sizes: fn(Family) -> ModelConfig,
+    pub(crate) block_size: usize,
+    /// Of logits near one.
+    pub(crate) tolerance: f64,
+}
+
+impl<O: Ops + Default> Default for Under<O> {
+    fn default() -> Self {
+        Self {
+            ops: O::default(),
+            sizes: small,
+            block_size: 4,
+            tolerance: 1e-4,
+        }
+    }
+}
+
+impl<O: Ops> Under<O> {
+    pub(crate) fn model(&self, config: &ModelConfig, seed: u64) -> Decoder<O> {
+        self.packed(config, random_weights(config, seed))
+    }
+
+    pub(crate) fn packed(&self, config: &ModelConfig, weights: ModelWeights) -> Decoder<O> {
+        Decoder::new(self.ops.clone(), config.clone(), weights).unwrap()
+    }
+
+    /// The states of sequences, each `[ids, hidden]`, after passes over chunks of at most `chunk` rows of each.
+    pub(crate) fn states(
+        &self,
+        model: &Decoder<O>,
+        parts: &[Asked<O>],
+        chunk: usize,
+    ) -> Vec<Vec<O::T>> {
+        let (config, block_size) = (model.config(), self.block_size);
+        let longest = parts.iter().map(|p| p.ids.len()).max().unwrap();
+        let per = longest.div_ceil(block_size);
+        let mut kv = KvCache::new(model.ops(), config, per * parts.len(), block_size);
+        // Blocks of the sequences are interleaved and in falling order.
+        let tables: Vec<Vec<u32>> = (0..parts.len())
+            .map(|p| {
+                (0..per)
+                    .rev()
+                    .map(|b| (b * parts.len() + p) as u32)
+                    .collect()
+            })
+            .collect();
+        let mut workspace = Workspace::new(model.ops());
+        let mut out = vec![Vec::new(); parts.len()];
+        for start in (0..longest).step_by(chunk) {
+            let (mut tokens, mut spans, mut runs, mut who) =
+                (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+            for (index, part) in parts.iter().enumerate() {
+                let end = (start + chunk).min(part.ids.len());
+                if start >= end {
+                    continue;
+                }
+                let rows = tokens.len()..tokens.len() + end - start;
+                tokens.extend_from_slice(&part.ids[start..end]);
+                runs.push((rows.len(), part.adapters.clone()));
+                who.push((index, rows.clone()));
+                spans.push(SeqSpan {
+                    rows,
+                    start_pos: start,
+                    block_table: &tables[index],
+                });
+            }
+            let segments = Segment::join(runs);
+            let batch = Batch {
+                tokens: &tokens,
+                spans: &spans,
+                segments: &segments,
+                overlays: &[],
+            };
+            let hidden = read(model.ops(), model.forward(&batch, &mut kv, &mut workspace));
+            for (index, rows) in who {
+                out[index].extend_from_slice(
+                    &hidden[rows.start * config.hidden..rows.end * config.hidden],
+                );
+            }
+        }
+        out
+    }
+
+    /// The logits of every row of one sequence.
+    pub(crate) fn logits(
+        &self,
+        model: &Decoder<O>,
+        ids: &[u32],
+        adapter: Option<Arc<ResidentAdapter<O>>>,
+    ) -> Vec<O::T> {
+        let asked = Asked {
+            ids: ids.to_vec(),
+            adapters: adapter.into(),
+        };
+        logits_of(model, &self.states(model, &[asked], 7).remove(0))
+    }
+}
+
+/// The operations that the server runs on without a device.
+pub(crate) fn host() -> Under<Backend> {
+    Under::default()
+}
 
 /// A small model whose sizes all differ.
 pub(crate) fn small(family: Family) -> ModelConfig {
@@ -75,8 +184,8 @@ pub(crate) fn random_weights(config: &ModelConfig, seed: u64) -> ModelWeights {
     weights
 }
 
-pub(crate) fn random_model<O: Ops>(config: &ModelConfig, seed: u64) -> Decoder<O> {
-    Decoder::new(config.clone(), random_weights(config, seed)).unwrap()
+pub(crate) fn random_model<O: Ops + Default>(config: &ModelConfig, seed: u64) -> Decoder<O> {
+    Under::default().model(config, seed)
 }
 
 /// An adapter of rank 3 with a scale that no mistake leaves at one.
@@ -118,7 +227,7 @@ pub(crate) fn random_adapter<O: Ops>(
 pub(crate) fn resident<O: Ops>(
     model: &Decoder<O>,
     weights: &AdapterWeights,
-) -> Arc<ResidentAdapter<O::T>> {
+) -> Arc<ResidentAdapter<O>> {
     Arc::new(ResidentAdapter::build(weights, model).unwrap())
 }
 
@@ -129,86 +238,34 @@ pub(crate) fn random_ids(config: &ModelConfig, len: usize, seed: u64) -> Vec<u32
         .collect()
 }
 
+/// Numbers of the operations, on the host.
+pub(crate) fn read<O: Ops>(ops: &O, buffer: &O::Buf) -> Vec<O::T> {
+    let mut numbers = vec![O::T::ZERO; buffer.len()];
+    ops.read(buffer.all(), &mut numbers);
+    numbers
+}
+
+/// Numbers of the host, in a working buffer.
+pub(crate) fn written<O: Ops>(ops: &O, numbers: &[O::T]) -> O::Buf {
+    let mut buffer = ops.working();
+    ops.resize(&mut buffer, numbers.len());
+    ops.write(numbers, buffer.all_mut());
+    buffer
+}
+
 /// One sequence of a mixed batch.
-pub(crate) struct Asked<T> {
+pub(crate) struct Asked<O: Ops = Backend> {
     pub(crate) ids: Vec<u32>,
-    pub(crate) adapters: Mixture<T>,
+    pub(crate) adapters: Mixture<O>,
 }
 
-/// The states of sequences, each `[ids, hidden]`, after passes over chunks of at most `chunk` rows of each.
-pub(crate) fn states<O: Ops>(
-    model: &Decoder<O>,
-    parts: &[Asked<O::T>],
-    chunk: usize,
-) -> Vec<Vec<O::T>> {
-    let config = model.config();
-    let block_size = 4;
-    let longest = parts.iter().map(|p| p.ids.len()).max().unwrap();
-    let per = longest.div_ceil(block_size);
-    let mut kv = KvCache::new(config, per * parts.len(), block_size);
-    // Blocks of the sequences are interleaved and in falling order.
-    let tables: Vec<Vec<u32>> = (0..parts.len())
-        .map(|p| {
-            (0..per)
-                .rev()
-                .map(|b| (b * parts.len() + p) as u32)
-                .collect()
-        })
-        .collect();
-    let mut workspace = Workspace::new();
-    let mut out = vec![Vec::new(); parts.len()];
-    for start in (0..longest).step_by(chunk) {
-        let (mut tokens, mut spans, mut runs, mut who) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for (index, part) in parts.iter().enumerate() {
-            let end = (start + chunk).min(part.ids.len());
-            if start >= end {
-                continue;
-            }
-            let rows = tokens.len()..tokens.len() + end - start;
-            tokens.extend_from_slice(&part.ids[start..end]);
-            runs.push((rows.len(), part.adapters.clone()));
-            who.push((index, rows.clone()));
-            spans.push(SeqSpan {
-                rows,
-                start_pos: start,
-                block_table: &tables[index],
-            });
-        }
-        let segments = Segment::join(runs);
-        let batch = Batch {
-            tokens: &tokens,
-            spans: &spans,
-            segments: &segments,
-            overlays: &[],
-        };
-        let hidden = model.forward(&batch, &mut kv, &mut workspace);
-        for (index, rows) in who {
-            out[index]
-                .extend_from_slice(&hidden[rows.start * config.hidden..rows.end * config.hidden]);
-        }
-    }
-    out
-}
-
-/// The logits of every row of one sequence.
-pub(crate) fn logits<O: Ops>(
-    model: &Decoder<O>,
-    ids: &[u32],
-    adapter: Option<Arc<ResidentAdapter<O::T>>>,
-) -> Vec<O::T> {
-    let hidden = states(
-        model,
-        &[Asked {
-            ids: ids.to_vec(),
-            adapters: adapter.into(),
-        }],
-        7,
-    )
-    .remove(0);
-    let mut out = vec![O::T::default(); ids.len() * model.config().vocab];
-    model.logits(&hidden, &mut out);
-    out
+/// The logits of states.
+pub(crate) fn logits_of<O: Ops>(model: &Decoder<O>, states: &[O::T]) -> Vec<O::T> {
+    let (ops, config) = (model.ops(), model.config());
+    let mut out = ops.exact();
+    ops.resize(&mut out, states.len() / config.hidden * config.vocab);
+    model.logits(written(ops, states).all(), out.all_mut());
+    read(ops, &out)
 }
 
 /// The largest difference of two slices.

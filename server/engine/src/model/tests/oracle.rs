@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Activation, VarBuilder};
 use candle_transformers::models::{llama, mistral, qwen2, qwen3};
-use espalier_adapters::ops::{Backend, Reference};
+use espalier_adapters::ops::Reference;
 
 use super::*;
 
@@ -142,14 +142,14 @@ fn llama_logits(
     llama::Llama::load(vb, &theirs)?.forward(input, 0, &mut cache)
 }
 
-fn check(config: &ModelConfig) {
+fn check<O: Ops<T = f32>>(on: &Under<O>, config: &ModelConfig) {
     let weights = random_weights(config, 5);
     let ids = random_ids(config, 40, 6);
-    let fast: Decoder<Backend> = random_model(config, 5);
-    let plain: Decoder<Reference<f32>> = random_model(config, 5);
-    let (ours, reference) = (logits(&fast, &ids, None), logits(&plain, &ids, None));
+    let (fast, plain) = (on.model(config, 5), random_model(config, 5));
+    let ours = on.logits(&fast, &ids, None);
+    let reference = Under::<Reference<f32>>::default().logits(&plain, &ids, None);
     assert!(
-        distance(&ours, &reference) < 1e-4,
+        distance(&ours, &reference) < on.tolerance,
         "{:?}: fast and plain operations",
         config.family
     );
@@ -158,7 +158,7 @@ fn check(config: &ModelConfig) {
         let ours = &ours[(len - 1) * config.vocab..len * config.vocab];
         let off = distance(ours, &theirs);
         assert!(
-            off < 1e-4,
+            off < on.tolerance,
             "{:?} after {len} tokens: off by {off}",
             config.family
         );
@@ -167,22 +167,33 @@ fn check(config: &ModelConfig) {
 
 #[test]
 fn every_family() {
+    every_family_is_candles(&host());
+}
+
+pub(crate) fn every_family_is_candles<O: Ops<T = f32>>(on: &Under<O>) {
     for family in FAMILIES {
-        check(&small(family));
+        check(on, &(on.sizes)(family));
     }
 }
 
 #[test]
 fn heads_tied_and_not_and_llama_3_rope() {
+    let on = host();
     let tied = small(Family::Llama);
-    check(&ModelConfig {
-        tie_embeddings: false,
-        ..tied.clone()
-    });
-    check(&ModelConfig {
-        tie_embeddings: true,
-        ..small(Family::Qwen2)
-    });
+    check(
+        &on,
+        &ModelConfig {
+            tie_embeddings: false,
+            ..tied.clone()
+        },
+    );
+    check(
+        &on,
+        &ModelConfig {
+            tie_embeddings: true,
+            ..small(Family::Qwen2)
+        },
+    );
     let scaling = RopeScaling::Llama3 {
         factor: 8.0,
         low_freq_factor: 1.0,
@@ -200,7 +211,7 @@ fn heads_tied_and_not_and_llama_3_rope() {
         rope,
         ..tied
     };
-    check(&head);
+    check(&on, &head);
     let plain = ModelConfig {
         rope: RopeConfig {
             theta: 500.0,
@@ -209,26 +220,29 @@ fn heads_tied_and_not_and_llama_3_rope() {
         ..head.clone()
     };
     let ids = random_ids(&head, 40, 6);
-    let (scaled, plain): (Decoder<Backend>, Decoder<Backend>) =
-        (random_model(&head, 5), random_model(&plain, 5));
-    assert!(
-        distance(&logits(&scaled, &ids, None), &logits(&plain, &ids, None)) > 1e-2,
-        "scaling changes nothing"
+    let (scaled, plain) = (on.model(&head, 5), on.model(&plain, 5));
+    let (scaled, plain) = (
+        on.logits(&scaled, &ids, None),
+        on.logits(&plain, &ids, None),
     );
+    assert!(distance(&scaled, &plain) > 1e-2, "scaling changes nothing");
 }
 
 #[test]
 fn a_window_hides_what_lies_before_it() {
-    let config = small(Family::Mistral);
+    windows_hide_what_lies_before_them(&host());
+}
+
+pub(crate) fn windows_hide_what_lies_before_them<O: Ops>(on: &Under<O>) {
+    let config = (on.sizes)(Family::Mistral);
     let open = ModelConfig {
         sliding_window: None,
         ..config.clone()
     };
     let ids = random_ids(&config, 20, 1);
-    let (narrow, wide): (Decoder<Backend>, Decoder<Backend>) =
-        (random_model(&config, 2), random_model(&open, 2));
-    let (narrow, wide) = (logits(&narrow, &ids, None), logits(&wide, &ids, None));
-    let split = 5 * config.vocab;
+    let (narrow, wide) = (on.model(&config, 2), on.model(&open, 2));
+    let (narrow, wide) = (on.logits(&narrow, &ids, None), on.logits(&wide, &ids, None));
+    let split = config.sliding_window.unwrap() * config.vocab;
     assert_eq!(
         narrow[..split],
         wide[..split],

@@ -5,8 +5,13 @@ use espalier_adapters::ops::Weight;
 use super::*;
 use crate::model::Dtype;
 
-/// The random model of `seed` with its matrices kept in `dtype`, or, `wide`, as f32 of the same numbers.
-pub(crate) fn kept_model(config: &ModelConfig, seed: u64, dtype: Dtype, wide: bool) -> Model {
+/// The random weights of `seed` with matrices kept in `dtype`, or, `wide`, as f32 of the same numbers.
+pub(crate) fn kept_weights(
+    config: &ModelConfig,
+    seed: u64,
+    dtype: Dtype,
+    wide: bool,
+) -> ModelWeights {
     let mut weights = random_weights(config, seed);
     for slot in Slot::all(config) {
         if let [_, inputs] = *slot.shape(config).as_slice() {
@@ -22,25 +27,31 @@ pub(crate) fn kept_model(config: &ModelConfig, seed: u64, dtype: Dtype, wide: bo
             );
         }
     }
-    Decoder::new(config.clone(), weights).unwrap()
+    weights
 }
 
 #[test]
 fn rows_do_not_know_each_other_in_any_format() {
-    let config = small(Family::Qwen2);
-    for dtype in Dtype::ALL {
-        let model = kept_model(&config, 1, dtype, false);
+    no_format_knows_neighbours(&host(), &Dtype::ALL);
+}
+
+pub(crate) fn no_format_knows_neighbours<O: Ops>(on: &Under<O>, formats: &[Dtype]) {
+    let config = (on.sizes)(Family::Qwen2);
+    for &dtype in formats {
+        let model = on.packed(&config, kept_weights(&config, 1, dtype, false));
         let adapter = Some(resident(
             &model,
             &random_adapter(&model, |_, _| true, false, 2),
         ));
-        let asked = |len: usize, seed: u64, adapter: &Option<Arc<ResidentAdapter>>| Asked {
+        let asked = |len: usize, seed: u64, adapter: &Option<Arc<ResidentAdapter<O>>>| Asked {
             ids: random_ids(&config, len, seed),
             adapters: adapter.clone().into(),
         };
-        let whole = states(&model, &[asked(33, 3, &adapter)], 33).remove(0);
+        let whole = on.states(&model, &[asked(33, 3, &adapter)], 33).remove(0);
         for chunk in [1, 2, 7] {
-            let cut = states(&model, &[asked(33, 3, &adapter)], chunk).remove(0);
+            let cut = on
+                .states(&model, &[asked(33, 3, &adapter)], chunk)
+                .remove(0);
             assert_eq!(cut, whole, "{dtype} in chunks of {chunk}");
         }
         let mixed = [
@@ -48,7 +59,11 @@ fn rows_do_not_know_each_other_in_any_format() {
             asked(20, 4, &None),
             asked(9, 5, &adapter),
         ];
-        assert_eq!(states(&model, &mixed, 8)[0], whole, "{dtype} beside others");
+        assert_eq!(
+            on.states(&model, &mixed, 8)[0],
+            whole,
+            "{dtype} beside others"
+        );
     }
 }
 
@@ -56,13 +71,14 @@ fn rows_do_not_know_each_other_in_any_format() {
 fn formats_compute_what_they_stand_for() {
     let config = small(Family::Llama);
     let ids = random_ids(&config, 21, 6);
-    let exact = logits(&kept_model(&config, 2, Dtype::F32, false), &ids, None);
+    let on = host();
+    let kept = |dtype, wide| on.packed(&config, kept_weights(&config, 2, dtype, wide));
+    let exact = on.logits(&kept(Dtype::F32, false), &ids, None);
     let typical = exact.iter().map(|x| f64::from(x.abs())).sum::<f64>() / exact.len() as f64;
     for dtype in [Dtype::Bf16, Dtype::F16, Dtype::Q8] {
-        let model = kept_model(&config, 2, dtype, false);
-        let wide = kept_model(&config, 2, dtype, true);
+        let (model, wide) = (kept(dtype, false), kept(dtype, true));
         assert!(model.bytes() < wide.bytes(), "{dtype} is smaller");
-        let (narrow, wide) = (logits(&model, &ids, None), logits(&wide, &ids, None));
+        let (narrow, wide) = (on.logits(&model, &ids, None), on.logits(&wide, &ids, None));
         if dtype == Dtype::Q8 {
             let off = distance(&narrow, &wide);
             assert!(off > 0.0 && off < 0.2 * typical, "{off} of {typical}");

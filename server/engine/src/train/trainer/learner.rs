@@ -8,14 +8,15 @@ use std::sync::Arc;
 
 use espalier_adapters::batch::{Dropout, Pass, Segment};
 use espalier_adapters::linear::{AdapterGrads, BaseSites, ResidentAdapter};
-use espalier_adapters::ops::Ops;
+use espalier_adapters::ops::{Backend, Buffer, Ops, View, ViewMut};
 use espalier_adapters::pace::{Pace, Stopped};
 use espalier_adapters::train::examples::Example;
 use espalier_adapters::train::loss::{
     LossBuffers, LossSum, Target, linear_cross_entropy, softmax_cross_entropy,
 };
+use espalier_adapters::train::optimizer::norm;
 
-use crate::model::{Model, Saved, TrainRows, Workspace};
+use crate::model::{Buf, Model, Saved, TrainRows, Workspace};
 
 /// An example and its number in the data set, which its dropout depends on.
 pub(super) type Numbered<'a> = (u64, &'a Example);
@@ -23,9 +24,14 @@ pub(super) type Numbered<'a> = (u64, &'a Example);
 /// Rows of a micro-batch that keeps nothing: enough for the matrix products, little memory.
 const FORWARD_ROWS: usize = 512;
 
+/// Whoever changes the adapter is the only one who holds it: passes give it back when they end.
+const ALONE: &str = "no pass holds the adapter";
+
 /// The adapter in training and the buffers that its passes reuse.
 pub(super) struct Learner {
     model: Arc<Model>,
+    /// Beside the steps'.
+    pub(super) ops: Backend,
     pub(super) adapter: Arc<ResidentAdapter>,
     /// One entry: the gradients of the only segment.
     grads: Vec<Option<AdapterGrads>>,
@@ -34,8 +40,21 @@ pub(super) struct Learner {
     seed: u64,
     workspace: Workspace,
     saved: Saved,
-    loss: LossBuffers<f32>,
-    dstates: Vec<f32>,
+    loss: LossBuffers<Backend>,
+    dstates: Buf,
+    head: HeadBuffers,
+}
+
+/// What the head reads and makes, and their gradients.
+struct HeadBuffers {
+    /// `[targets, hidden]`.
+    states: Buf,
+    dstates: Buf,
+    /// `[targets, labels]`, exact.
+    logits: Buf,
+    dlogits: Buf,
+    /// Exact.
+    judged: Buf,
 }
 
 /// A micro-batch as the decoder reads it.
@@ -66,6 +85,46 @@ impl Packed {
     }
 }
 
+// === impl HeadBuffers ===
+
+impl HeadBuffers {
+    fn new(ops: &Backend) -> Self {
+        Self {
+            states: ops.working(),
+            dstates: ops.working(),
+            logits: ops.exact(),
+            dlogits: ops.exact(),
+            judged: ops.exact(),
+        }
+    }
+
+    /// The cross-entropy of the head on `states`; with `dhead`, its gradient is added.
+    fn judge(
+        &mut self,
+        ops: &Backend,
+        adapter: &ResidentAdapter,
+        labels: &[u32],
+        scale: f32,
+        dhead: Option<ViewMut<'_, Backend>>,
+    ) -> LossSum {
+        let classes = adapter.labels().len();
+        let Self {
+            states,
+            logits,
+            dlogits,
+            judged,
+            ..
+        } = self;
+        ops.resize(logits, labels.len() * classes);
+        adapter.score(ops, states.all(), logits.all_mut());
+        let sum = softmax_cross_entropy(ops, logits, labels, scale, dlogits, judged);
+        if let Some(dhead) = dhead {
+            ops.outer(dlogits.all(), states.all(), classes, 1.0, dhead);
+        }
+        sum
+    }
+}
+
 // === impl Learner ===
 
 impl Learner {
@@ -75,37 +134,60 @@ impl Learner {
         limits: (usize, f32),
         seed: u64,
     ) -> Self {
-        let grads = vec![Some(AdapterGrads::of(&adapter))];
+        let ops = model.ops().apart();
+        let grads = vec![Some(AdapterGrads::of(&ops, &adapter))];
         Self {
+            workspace: Workspace::new(&ops),
+            saved: Saved::new(&ops),
+            loss: LossBuffers::new(&ops),
+            dstates: ops.working(),
+            head: HeadBuffers::new(&ops),
             model,
+            ops,
             adapter: Arc::new(adapter),
             grads,
             activation_bytes: limits.0,
             dropout_rate: limits.1,
             seed,
-            workspace: Workspace::new(),
-            saved: Saved::default(),
-            loss: LossBuffers::default(),
-            dstates: Vec::new(),
         }
     }
 
-    /// Every gradient; in the order of the adapter's parameters.
-    pub(super) fn gradients(&self) -> &[f32] {
-        self.grads[0].as_ref().map_or(&[], AdapterGrads::all)
+    /// Every parameter, on the host.
+    pub(super) fn parameters(&self) -> Vec<f32> {
+        let mut parameters = vec![0.0; self.adapter.parameter_count()];
+        self.ops.read(self.adapter.parameters(), &mut parameters);
+        parameters
     }
 
-    /// Parameters to change and gradients to read.
-    pub(super) fn parameters_and_gradients(&mut self) -> (&mut [f32], &[f32]) {
-        let grads = self.grads[0].as_ref().map_or(&[][..], AdapterGrads::all);
-        (Arc::make_mut(&mut self.adapter).parameters_mut(), grads)
+    /// Replaces every parameter.
+    pub(super) fn set_parameters(&mut self, parameters: &[f32]) {
+        let all = 0..self.adapter.parameter_count();
+        let adapter = Arc::get_mut(&mut self.adapter).expect(ALONE);
+        self.ops.write(parameters, adapter.part_mut(all));
+    }
+
+    /// The norm of all gradients.
+    pub(super) fn gradient_norm(&self) -> f64 {
+        let grads = self.grads[0].as_ref();
+        grads.map_or(0.0, |grads| norm(&self.ops, grads.all()))
+    }
+
+    /// The parameters of a range, to be changed, and their gradients.
+    pub(super) fn parameters_and_gradients(
+        &mut self,
+        range: Range<usize>,
+    ) -> Option<(ViewMut<'_, Backend>, View<'_, Backend>)> {
+        let grads = self.grads[0].as_ref()?.part(range.clone());
+        let adapter = Arc::get_mut(&mut self.adapter).expect(ALONE);
+        Some((adapter.part_mut(range), grads))
     }
 
     pub(super) fn clear_gradients(&mut self) {
+        let ops = &self.ops;
         self.grads
             .iter_mut()
             .flatten()
-            .for_each(|grads| grads.all_mut().fill(0.0));
+            .for_each(|grads| grads.clear(ops));
     }
 
     /// Sums the examples' losses and adds `scale` times their gradients.
@@ -118,7 +200,7 @@ impl Learner {
         let lowest = self.adapter.lowest_layer();
         let config = self.model.config();
         let row_bytes = lowest.map_or(0, |lowest| {
-            Saved::<f32>::row_bytes(config, config.layers - lowest)
+            Saved::row_bytes(&self.ops, config, config.layers - lowest)
         });
         let budget = self
             .activation_bytes
@@ -162,20 +244,20 @@ impl Learner {
             self.saved.lowest = None;
             self.saved.inputs_only = false;
             let packed = Packed::of(part);
-            let pass = Pass {
-                ops: self.model.ops(),
-                segments: &[],
-                overlays: &[],
-                pace,
-                dropout: None,
-            };
+            let (ops, layers) = (&self.ops, self.model.config().layers);
+            ops.begin_pass();
+            let pass = Pass::new(ops, layers, &[], pace);
             let rows = packed.rows();
             let hidden =
                 self.model
                     .forward_train(&pass, rows, &mut self.saved, &mut self.workspace)?;
-            for sequence in &packed.sequences {
-                states.extend_from_slice(&hidden[(sequence.end - 1) * width..sequence.end * width]);
-            }
+            let sequences = packed.sequences.iter();
+            let last: Vec<u32> = sequences.map(|rows| rows.end as u32 - 1).collect();
+            let (chosen, first) = (&mut self.head.states, states.len());
+            ops.resize(chosen, last.len() * width);
+            ops.take_rows(hidden.all(), ops.ids(&last), chosen.all_mut());
+            states.resize(first + last.len() * width, 0.0);
+            ops.read(chosen.all(), &mut states[first..]);
             done(states.len() / width);
         }
         Ok(states)
@@ -188,18 +270,14 @@ impl Learner {
         labels: &[u32],
         scale: Option<f32>,
     ) -> LossSum {
-        let classes = self.adapter.labels().len();
-        let mut logits = vec![0.0; labels.len() * classes];
-        let mut losses = vec![0.0; labels.len()];
-        let ops = self.model.ops();
-        self.adapter.score(ops, states, &mut logits);
-        let sum =
-            softmax_cross_entropy(ops, &mut logits, labels, scale.unwrap_or(0.0), &mut losses);
-        let head = self.grads[0].as_mut().and_then(AdapterGrads::head_mut);
-        if let (Some(head), Some(_)) = (head, scale) {
-            ops.outer(&logits, states, classes, 1.0, head);
-        }
-        sum
+        let ops = &self.ops;
+        ops.begin_pass();
+        ops.resize(&mut self.head.states, states.len());
+        ops.write(states, self.head.states.all_mut());
+        let grads = self.grads[0].as_mut().filter(|_| scale.is_some());
+        let dhead = grads.and_then(AdapterGrads::head_mut);
+        let scale = scale.unwrap_or(0.0);
+        self.head.judge(ops, &self.adapter, labels, scale, dhead)
     }
 
     fn dropout(&self, examples: &[Numbered<'_>], step: u64) -> Dropout {
@@ -222,30 +300,25 @@ impl Learner {
         pace: &dyn Pace,
     ) -> Result<LossSum, Stopped> {
         let packed = Packed::of(examples);
-        let model = Arc::clone(&self.model);
         let segments = [Segment {
             rows: 0..packed.tokens.len(),
             adapters: Some(Arc::clone(&self.adapter)).into(),
         }];
-        let pass = Pass {
-            ops: model.ops(),
-            segments: &segments,
-            overlays: &[],
-            pace,
-            dropout,
-        };
+        let (ops, model) = (&self.ops, &self.model);
+        ops.begin_pass();
+        let pass = Pass::new(ops, model.config().layers, &segments, pace).with_dropout(dropout);
         let hidden =
             model.forward_train(&pass, packed.rows(), &mut self.saved, &mut self.workspace)?;
-        self.dstates.clear();
-        self.dstates
-            .resize(if scale.is_some() { hidden.len() } else { 0 }, 0.0);
-        let dstates = scale.is_some().then_some(self.dstates.as_mut_slice());
+        if scale.is_some() {
+            ops.resize(&mut self.dstates, hidden.len());
+            ops.clear(self.dstates.all_mut());
+        }
+        let dstates = scale.is_some().then_some(&mut self.dstates);
         let factor = scale.unwrap_or(0.0);
         let targets = targets(examples, &packed);
         let sum = if self.adapter.labels().is_empty() {
-            let context = (model.ops(), pace);
             linear_cross_entropy(
-                context,
+                (ops, pace),
                 model.head(),
                 hidden,
                 &targets,
@@ -255,14 +328,13 @@ impl Learner {
             )?
         } else {
             let head = self.grads[0].as_mut().and_then(AdapterGrads::head_mut);
-            let gradients = dstates.zip(head);
             class_loss(
-                model.ops(),
-                &self.adapter,
+                (ops, &self.adapter),
                 hidden,
                 &targets,
                 factor,
-                gradients,
+                dstates.zip(head),
+                &mut self.head,
             )
         };
         if scale.is_some() {
@@ -320,34 +392,31 @@ fn targets(examples: &[Numbered<'_>], packed: &Packed) -> Vec<Target> {
 }
 
 /// The head's cross-entropy on the targets' rows; with `(dstates, dhead)`, their gradients are added.
-fn class_loss<O: Ops<T = f32>>(
-    ops: &O,
-    adapter: &ResidentAdapter,
-    hidden: &[f32],
+fn class_loss(
+    (ops, adapter): (&Backend, &ResidentAdapter),
+    hidden: &Buf,
     targets: &[Target],
     scale: f32,
-    gradients: Option<(&mut [f32], &mut [f32])>,
+    gradients: Option<(&mut Buf, ViewMut<'_, Backend>)>,
+    buffers: &mut HeadBuffers,
 ) -> LossSum {
-    let Some(head) = adapter.head() else {
+    let (Some(head), Some(range)) = (adapter.head(), adapter.head_range()) else {
         return LossSum::default();
     };
     let classes = adapter.labels().len();
-    let width = head.len() / classes;
-    let rows = |target: &Target| target.row * width..(target.row + 1) * width;
-    let states: Vec<f32> = targets
-        .iter()
-        .flat_map(|target| &hidden[rows(target)])
-        .copied()
-        .collect();
+    let rows: Vec<u32> = targets.iter().map(|target| target.row as u32).collect();
     let labels: Vec<u32> = targets.iter().map(|target| target.label).collect();
-    let (mut logits, mut losses) = (vec![0.0; targets.len() * classes], vec![0.0; targets.len()]);
-    adapter.score(ops, &states, &mut logits);
-    let sum = softmax_cross_entropy(ops, &mut logits, &labels, scale, &mut losses);
-    if let Some((dstates, dhead)) = gradients {
-        ops.outer(&logits, &states, classes, 1.0, dhead);
-        for (target, dlogits) in targets.iter().zip(logits.chunks_exact(classes)) {
-            ops.expand(dlogits, head, classes, 1.0, &mut dstates[rows(target)]);
-        }
+    let (rows, len) = (ops.ids(&rows), rows.len() * (range.len() / classes));
+    ops.resize(&mut buffers.states, len);
+    ops.take_rows(hidden.all(), rows, buffers.states.all_mut());
+    let (dstates, dhead) = gradients.unzip();
+    let sum = buffers.judge(ops, adapter, &labels, scale, dhead);
+    if let Some(dstates) = dstates {
+        let from = &mut buffers.dstates;
+        ops.resize(from, len);
+        ops.clear(from.all_mut());
+        ops.expand(buffers.dlogits.all(), head, classes, 1.0, from.all_mut());
+        ops.add_rows(from.all(), rows, dstates.all_mut());
     }
     sum
 }

@@ -1,6 +1,7 @@
 //! What a training run is told, what it reports, and why it may fail. Plain types.
 
 use espalier_adapters::config::LoraConfig;
+use espalier_adapters::ops::OutOfMemory;
 use espalier_adapters::train::examples::{Example, Examples};
 use espalier_adapters::version::AdapterArtifact;
 use espalier_adapters::weights::AdapterWeights;
@@ -212,6 +213,9 @@ pub enum TrainError {
     /// The checkpoint is broken or belongs to another plan.
     #[error("checkpoint: {0}")]
     Checkpoint(String),
+    /// The adapter does not fit beside what the device holds.
+    #[error(transparent)]
+    OutOfMemory(#[from] OutOfMemory),
     /// A loss or gradient is not a number any more.
     #[error("{what} is {value} at step {step}; a lower learning rate may help")]
     NotFinite {

@@ -1,6 +1,8 @@
 //! Runs on a tiny random model: cutting, pausing and resuming change no bit; heads and adapters learn.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod device;
+
 use std::cell::Cell;
 
 use espalier_adapters::config::Site;
@@ -10,12 +12,12 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::*;
-use crate::model::tests::precision::kept_model;
-use crate::model::tests::{random_adapter, random_model, small};
+use crate::model::tests::precision::kept_weights;
+use crate::model::tests::{Under, host, random_adapter, small};
 use crate::model::{Dtype, Family, Saved};
 
-fn model() -> Arc<Model> {
-    Arc::new(random_model(&small(Family::Qwen3), 1))
+fn model(on: &Under<Backend>) -> Arc<Model> {
+    Arc::new(on.model(&(on.sizes)(Family::Qwen3), 1))
 }
 
 fn examples(items: Vec<Example>, labels: Option<Vec<String>>) -> Examples {
@@ -133,8 +135,12 @@ impl Pace for Fine {
 
 #[test]
 fn cutting_changes_no_bit() {
-    let (whole, events) = finish(&mut Trainer::new(model(), lm_plan()).unwrap(), &Unpaced);
-    let row = Saved::<f32>::row_bytes(model().config(), 3);
+    cuts_change_no_bit(&host());
+}
+
+pub(crate) fn cuts_change_no_bit(on: &Under<Backend>) {
+    let (whole, events) = finish(&mut Trainer::new(model(on), lm_plan()).unwrap(), &Unpaced);
+    let row = Saved::row_bytes(&on.ops, model(on).config(), 3);
     for (activation_bytes, pace) in [
         (512 << 20, &Fine as &dyn Pace),
         (30 * row, &Unpaced),
@@ -143,7 +149,7 @@ fn cutting_changes_no_bit() {
     ] {
         let mut plan = lm_plan();
         plan.hp.activation_bytes = activation_bytes;
-        let (cut, cut_events) = finish(&mut Trainer::new(model(), plan).unwrap(), pace);
+        let (cut, cut_events) = finish(&mut Trainer::new(model(on), plan).unwrap(), pace);
         assert_eq!(
             steps(&cut_events),
             steps(&events),
@@ -160,7 +166,7 @@ fn cutting_changes_no_bit() {
                 .map(|i| lm_plan().train.items[*i].targets())
                 .sum()
         };
-        let trainer = Trainer::new(model(), lm_plan()).unwrap();
+        let trainer = Trainer::new(model(on), lm_plan()).unwrap();
         (targets(trainer.batch(4)) + targets(trainer.batch(5))) as u64
     });
     assert!(whole.summary.last_loss < whole.summary.first_loss);
@@ -168,8 +174,12 @@ fn cutting_changes_no_bit() {
 
 #[test]
 fn packed_losses_are_those_of_each_alone() {
+    packed_is_alone(&host());
+}
+
+pub(crate) fn packed_is_alone(on: &Under<Backend>) {
     let plan = lm_plan();
-    let model = model();
+    let model = model(on);
     let weights = random_adapter(&model, |_, _| true, false, 3);
     let adapter = ResidentAdapter::build(&weights, model.as_ref()).unwrap();
     let mut learner = Learner::new(model, adapter, (1 << 20, 0.0), 1);
@@ -191,17 +201,24 @@ fn packed_losses_are_those_of_each_alone() {
 
 #[test]
 fn resumed_is_uninterrupted() {
+    breaks_change_no_bit(&host());
+}
+
+pub(crate) fn breaks_change_no_bit(on: &Under<Backend>) {
     for plan in [lm_plan(), class_plan(false), class_plan(true)] {
         let mut plan = plan;
         plan.hp.epochs = Some(2);
-        let (whole, events) = finish(&mut Trainer::new(model(), plan.clone()).unwrap(), &Unpaced);
+        let (whole, events) = finish(
+            &mut Trainer::new(model(on), plan.clone()).unwrap(),
+            &Unpaced,
+        );
         let checkpoints = events.iter().filter_map(|event| match event {
             TrainEvent::Checkpoint { step, bytes } => Some((*step, bytes.clone())),
             _ => None,
         });
         let mut tried = 0;
         for (step, bytes) in checkpoints {
-            let mut resumed = Trainer::resume(model(), plan.clone(), &bytes).unwrap();
+            let mut resumed = Trainer::resume(model(on), plan.clone(), &bytes).unwrap();
             assert_eq!(resumed.steps_done(), step);
             let (end, rest) = finish(&mut resumed, &Unpaced);
             assert_eq!(end.artifact, whole.artifact, "resumed after {step}");
@@ -214,8 +231,11 @@ fn resumed_is_uninterrupted() {
             seed: plan.seed + 1,
             ..plan.clone()
         };
-        let bytes = Trainer::new(model(), other).unwrap().checkpoint().unwrap();
-        let refused = Trainer::resume(model(), plan, &bytes).unwrap_err();
+        let bytes = Trainer::new(model(on), other)
+            .unwrap()
+            .checkpoint()
+            .unwrap();
+        let refused = Trainer::resume(model(on), plan, &bytes).unwrap_err();
         assert!(matches!(refused, TrainError::Checkpoint(_)), "{refused}");
     }
 }
@@ -233,8 +253,12 @@ impl Pace for StopsAt {
 
 #[test]
 fn a_stopped_run_goes_on() {
-    let (whole, _) = finish(&mut Trainer::new(model(), lm_plan()).unwrap(), &Unpaced);
-    let mut trainer = Trainer::new(model(), lm_plan()).unwrap();
+    stopped_runs_go_on(&host());
+}
+
+pub(crate) fn stopped_runs_go_on(on: &Under<Backend>) {
+    let (whole, _) = finish(&mut Trainer::new(model(on), lm_plan()).unwrap(), &Unpaced);
+    let mut trainer = Trainer::new(model(on), lm_plan()).unwrap();
     let mut stops = 0;
     loop {
         match trainer.run(&StopsAt(Cell::new(200)), &mut |_| ()) {
@@ -250,6 +274,10 @@ fn a_stopped_run_goes_on() {
 
 #[test]
 fn heads_and_adapters_learn_and_the_best_is_kept() {
+    runs_learn_and_keep_the_best(&host());
+}
+
+pub(crate) fn runs_learn_and_keep_the_best(on: &Under<Backend>) {
     for head_only in [true, false] {
         let mut plan = class_plan(head_only);
         plan.hp = HyperParameters {
@@ -258,7 +286,7 @@ fn heads_and_adapters_learn_and_the_best_is_kept() {
             weight_decay: 0.0,
             ..hp()
         };
-        let mut trainer = Trainer::new(model(), plan).unwrap();
+        let mut trainer = Trainer::new(model(on), plan).unwrap();
         let (finished, events) = finish(&mut trainer, &Unpaced);
         let best = finished.summary.best.unwrap();
         assert!(
@@ -284,7 +312,7 @@ fn heads_and_adapters_learn_and_the_best_is_kept() {
             (best.step, best.loss, finished.summary.kept_step),
             (least.step, least.loss, least.step)
         );
-        let shape = model().config().base_shape();
+        let shape = model(on).config().base_shape();
         let (config, weights, _) =
             peft::read(&finished.artifact, &shape, &peft::Limits::default()).unwrap();
         assert_eq!(
@@ -292,9 +320,9 @@ fn heads_and_adapters_learn_and_the_best_is_kept() {
             ["even", "odd", "third"]
         );
         assert_eq!(weights.sites.is_empty(), head_only, "{config:?}");
-        let kept = ResidentAdapter::build(&weights, model().as_ref()).unwrap();
+        let kept = ResidentAdapter::build(&weights, model(on).as_ref()).unwrap();
         let (valid, _) = classes(20, 2);
-        let mut learner = Learner::new(model(), kept, (1 << 20, 0.0), 1);
+        let mut learner = Learner::new(model(on), kept, (1 << 20, 0.0), 1);
         let again = learner.judge(&numbered(&valid.items), &Unpaced).unwrap();
         assert!(
             (again.mean() - best.loss).abs() < 1e-6,
@@ -315,7 +343,7 @@ fn patience_ends_a_run() {
         early_stopping_patience: Some(3),
         ..hp()
     };
-    let (finished, _) = finish(&mut Trainer::new(model(), plan).unwrap(), &Unpaced);
+    let (finished, _) = finish(&mut Trainer::new(model(&host()), plan).unwrap(), &Unpaced);
     assert!(
         finished.summary.stopped_early && finished.summary.steps < 900,
         "{:?}",
@@ -362,7 +390,7 @@ fn plans_that_cannot_be_carried_out_say_why() {
     for (expected, change) in cases {
         let mut plan = lm_plan();
         change(&mut plan);
-        let error = Trainer::new(model(), plan).unwrap_err().to_string();
+        let error = Trainer::new(model(&host()), plan).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}, not {expected}");
     }
     let mut diverging = lm_plan();
@@ -370,13 +398,13 @@ fn plans_that_cannot_be_carried_out_say_why() {
     diverging.hp.epochs = Some(100);
     diverging.hp.max_grad_norm = None;
     diverging.init = Some({
-        let mut weights = random_adapter(&model(), |_, _| true, false, 3);
+        let mut weights = random_adapter(&model(&host()), |_, _| true, false, 3);
         for site in weights.sites.values_mut() {
             site.a = site.a.to_f32().iter().map(|a| a * 1e30).collect();
         }
         weights
     });
-    let error = Trainer::new(model(), diverging)
+    let error = Trainer::new(model(&host()), diverging)
         .unwrap()
         .run(&Unpaced, &mut |_| ())
         .unwrap_err();
@@ -389,7 +417,8 @@ fn training_works_on_every_format() {
     let config = small(Family::Qwen3);
     for dtype in Dtype::ALL {
         let run = |wide: bool| {
-            let model = Arc::new(kept_model(&config, 1, dtype, wide));
+            let weights = kept_weights(&config, 1, dtype, wide);
+            let model = Arc::new(host().packed(&config, weights));
             let mut plan = lm_plan();
             plan.hp.epochs = Some(6);
             finish(&mut Trainer::new(model, plan).unwrap(), &Unpaced)
