@@ -266,7 +266,8 @@ fn request(tenant: &str, adapter: &str, seed: u64) -> JobRequest {
 }
 
 async fn until(bench: &Bench, name: &JobName, what: impl Fn(&Job) -> bool) -> Job {
-    for _ in 0..2000 {
+    // Long, because every state is written to a disk that others may keep busy.
+    for _ in 0..8000 {
         let job = bench.jobs.get(name.clone()).await.unwrap();
         if what(&job) {
             return job;
