@@ -6,6 +6,8 @@ use espalier_proto::v1;
 use espalier_proto::v1::generate_request::Input;
 use espalier_proto::v1::inference_service_client::InferenceServiceClient;
 use espalier_tests::TestServer;
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
 use tokio_stream::StreamExt;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
@@ -584,7 +586,12 @@ async fn missing_unknown_and_out_of_range_fields_are_named() {
 #[tokio::test]
 async fn a_deadline_ends_unary_calls_and_streams_with_deadline_exceeded() {
     let server = TestServer::start(&[]).await;
-    let mut client = inference(&server).await;
+    // tonic's channel has a timer of its own for `grpc-timeout`, which may ring before the server's answer is here.
+    let connection = Client::builder(TokioExecutor::new())
+        .http2_only(true)
+        .build_http();
+    let origin = format!("http://{}", server.addr).parse().unwrap();
+    let mut client = InferenceServiceClient::with_origin(connection, origin);
     let timed = |message: v1::GenerateRequest| {
         let mut request = Request::new(message);
         request
