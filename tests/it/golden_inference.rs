@@ -5,6 +5,7 @@
 //! beside the repository) with the model `ESPALIER_MODEL`, when both are there.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -405,12 +406,108 @@ fn check(goldens: &Goldens, ops: Backend) {
     }
 }
 
-/// A device's operations in f32, in the kernels' emulator.
-fn emulated() -> Backend {
+/// A device's operations in the kernels' emulator.
+fn emulated(element: Element) -> Backend {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let library = cuda::build(&root.join("adapters/kernels"), &root.join("target/kernels"));
     let driver = Emulated::open(&library.unwrap(), 4 << 30).unwrap();
-    Backend::Cuda(Cuda::new(Arc::new(driver), Element::F32, true).unwrap())
+    Backend::Cuda(Cuda::new(Arc::new(driver), element, true).unwrap())
+}
+
+/// The cases whose prompt has at most 64 tokens: what `bf16_kl.py` judged, and what the emulator can do in minutes.
+fn short(cases: Vec<Case>) -> Vec<Case> {
+    let few = |case: &Case| case.input_ids.len() <= 64;
+    cases.into_iter().filter(few).collect()
+}
+
+/// Divergence of one set of weights in bf16 from f32.
+#[derive(Deserialize)]
+struct Divergence {
+    /// Mean Kullback-Leibler divergence, in nats.
+    mean: f64,
+    positions: usize,
+}
+
+/// How far `rough` strays from `exact`; the greedy token must be the same wherever its margin is above 0.5.
+fn divergence(exact: &Side<'_>, rough: &Side<'_>, name: &str, cases: &[Case]) -> Divergence {
+    let (mut total, mut positions) = (0.0, 0);
+    for case in cases {
+        let Expected::Tokens(golden) = &case.expected else {
+            continue;
+        };
+        let mut ids = [&case.input_ids[..], &golden.greedy_ids].concat();
+        ids.pop();
+        let vocab = exact.model.config().vocab;
+        let (exact, rough) = (exact.logits(&ids), rough.logits(&ids));
+        let rows = exact.chunks_exact(vocab).zip(rough.chunks_exact(vocab));
+        for (position, (exact, rough)) in rows.enumerate() {
+            let each = (0..vocab as u32).map(|id| {
+                let expected = log_softmax_at(exact, id);
+                expected.exp() * (expected - log_softmax_at(rough, id))
+            });
+            total += each.sum::<f64>();
+            positions += 1;
+            let Some(greedy) = (position + 1).checked_sub(case.input_ids.len()) else {
+                continue;
+            };
+            if golden.greedy_margins[greedy] > 0.5 {
+                let best = (0..vocab).max_by(|a, b| rough[*a].total_cmp(&rough[*b]));
+                let (found, expected) = (best.unwrap() as u32, golden.greedy_ids[greedy]);
+                assert_eq!(found, expected, "{name} greedy token {greedy}");
+            }
+        }
+    }
+    Divergence {
+        mean: total / positions as f64,
+        positions,
+    }
+}
+
+/// A model with or without an adapter.
+struct Side<'a> {
+    model: &'a Model,
+    adapter: Option<Arc<ResidentAdapter>>,
+}
+
+impl<'a> Side<'a> {
+    fn new(model: &'a Model, weights: Option<&AdapterWeights>) -> Self {
+        let build = |weights| Arc::new(ResidentAdapter::build(weights, model).unwrap());
+        Self {
+            model,
+            adapter: weights.map(build),
+        }
+    }
+
+    /// `[ids, vocab]`.
+    fn logits(&self, ids: &[u32]) -> Vec<f32> {
+        logits(self.model, &states(self.model, ids, self.adapter.as_ref()))
+    }
+}
+
+/// A device in bf16 strays from f32 at most 1.2 times as far as torch in bf16 did, over base and adapters.
+fn check_bf16(goldens: &Goldens, torch: &str) {
+    let loaded = load(&goldens.model).unwrap();
+    let make = |ops| Model::new(ops, loaded.config.clone(), loaded.weights.clone()).unwrap();
+    let (exact, rough) = (make(Backend::default()), make(emulated(Element::Bf16)));
+    let torch: BTreeMap<String, Divergence> = json(&small().dir.join(torch));
+    let (mut ours, mut theirs) = (0.0, 0.0);
+    for (name, torch) in &torch {
+        let dir = goldens.dir.join("adapters").join(name);
+        let (weights, cases) = match name.as_str() {
+            "base" => (None, json(&goldens.dir.join("base.json"))),
+            _ => (
+                Some(adapter(&dir, &loaded.config).1),
+                json(&dir.join("expected.json")),
+            ),
+        };
+        let sides = [&exact, &rough].map(|model| Side::new(model, weights.as_ref()));
+        let found = divergence(&sides[0], &sides[1], name, &short(cases));
+        eprintln!("{name}: {:.3e} nats, torch {:.3e}", found.mean, torch.mean);
+        assert_eq!(found.positions, torch.positions, "{name}");
+        ours += found.mean;
+        theirs += torch.mean;
+    }
+    assert!(ours <= 1.2 * theirs, "{ours:.3e} nats, torch {theirs:.3e}");
 }
 
 #[test]
@@ -420,7 +517,12 @@ fn small_goldens() {
 
 #[test]
 fn small_goldens_on_a_device() {
-    check(&small(), emulated());
+    check(&small(), emulated(Element::F32));
+}
+
+#[test]
+fn small_goldens_on_a_device_in_bf16() {
+    check_bf16(&small(), "bf16.json");
 }
 
 #[test]
@@ -430,20 +532,27 @@ fn given_goldens() {
     }
 }
 
-/// The shortest given prompt and the first token after it: the emulator takes seconds for each layer of a real model.
 #[test]
-#[ignore = "takes a quarter of an hour; ask for it by name"]
+#[ignore = "emulates a GPU on a real model for many minutes; ask for it by name"]
 fn given_goldens_on_a_device() {
     let Some(goldens) = given() else { return };
     let loaded = load(&goldens.model).unwrap();
-    let model = Model::new(emulated(), loaded.config, loaded.weights).unwrap();
-    let mut base: Vec<Case> = json(&goldens.dir.join("base.json"));
-    base.sort_by_key(|case| case.input_ids.len());
-    base.truncate(1);
-    for case in &mut base {
-        if let Expected::Tokens(tokens) = &mut case.expected {
-            tokens.greedy_ids.truncate(1);
-        }
+    let model = Model::new(emulated(Element::F32), loaded.config, loaded.weights).unwrap();
+    let cases = short(json(&goldens.dir.join("base.json")));
+    check_cases(&model, "base", &cases, None);
+    for dir in adapters(&goldens.dir) {
+        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
+        let (_, weights) = adapter(&dir, model.config());
+        let resident = Arc::new(ResidentAdapter::build(&weights, &model).unwrap());
+        let cases = short(json(&dir.join("expected.json")));
+        check_cases(&model, &name, &cases, Some(&resident));
     }
-    check_cases(&model, "base", &base, None);
+}
+
+#[test]
+#[ignore = "emulates a GPU on a real model for many minutes; ask for it by name"]
+fn given_goldens_on_a_device_in_bf16() {
+    if let Some(goldens) = given() {
+        check_bf16(&goldens, "bf16_given.json");
+    }
 }
