@@ -26,13 +26,14 @@ KERNEL(softmax_statistics, LOSS_THREADS, const float* logits, float* statistics,
     }
 }
 
-// One block a row: the row becomes `scale * (softmax(row) - onehot(label))`, and `judged [rows, 2]` gets
+// One block a row: the row becomes `weights[row] * (softmax(row) - onehot(label))`, and `judged [rows, 2]` gets
 // `-log softmax(row)[label]` and 1 where no logit is above the label's, else 0. The gradient may go elsewhere, in another
 // type, where a product reads it next.
 template <class T>
-__device__ void cross_entropy(const float* logits, const unsigned* labels, float scale, T* gradient, float* judged, int vocab) {
+__device__ void cross_entropy(const float* logits, const unsigned* labels, const float* weights, T* gradient, float* judged, int vocab) {
     const i64 at = static_cast<i64>(blockIdx.x) * vocab;
     const int label = static_cast<int>(labels[blockIdx.x]);
+    const float weight = weights[blockIdx.x];
     float highest, sum;
     softmax_of(logits + at, vocab, highest, sum);
     if (threadIdx.x == 0) {
@@ -43,13 +44,13 @@ __device__ void cross_entropy(const float* logits, const unsigned* labels, float
     __syncthreads();
     for (int i = threadIdx.x; i < vocab; i += LOSS_THREADS) {
         const float probability = expf(logits[at + i] - highest) / sum;
-        gradient[at + i] = narrow<T>(i == label ? scale * probability - scale : scale * probability);
+        gradient[at + i] = narrow<T>(i == label ? weight * probability - weight : weight * probability);
     }
 }
 
 #define CROSS_ENTROPY(name, T)                                                                                              \
-    KERNEL(cross_entropy_##name, LOSS_THREADS, const float* logits, const unsigned* labels, float scale, T* gradient, float* judged, \
-           int vocab) {                                                                                                     \
-        cross_entropy(logits, labels, scale, gradient, judged, vocab);                                                      \
+    KERNEL(cross_entropy_##name, LOSS_THREADS, const float* logits, const unsigned* labels, const float* weights, T* gradient, \
+           float* judged, int vocab) {                                                                                      \
+        cross_entropy(logits, labels, weights, gradient, judged, vocab);                                                    \
     }
 FOR_NUMBERS(CROSS_ENTROPY)

@@ -1141,12 +1141,13 @@ void check_loss() {
             if (r == 2) logits[r * vocab + labels[r]] = std::nextafter(row[best], -INFINITY);
         }
         const auto label = Buffer<unsigned>::of(labels);
+        const auto weights = Buffer<float>::random(rows);
         Buffer<float> judged(rows * 2), judged_again(rows * 2), statistics(rows * 2);
         launch("softmax_statistics", {rows}, 512, 0, logits.data(), statistics.data(), vocab);
         for_numbers([&](auto t) {
             using T = decltype(t);
             Buffer<T> gradient(rows * vocab);
-            launch(text("cross_entropy_%s", NAME<T>), {rows}, 512, 0, logits.data(), label.data(), 0.25f, gradient.data(), judged.data(), vocab);
+            launch(text("cross_entropy_%s", NAME<T>), {rows}, 512, 0, logits.data(), label.data(), weights.data(), gradient.data(), judged.data(), vocab);
             for (int r = 0; r < rows; r++) {
                 double highest = -1e300, total = 0;
                 for (int i = 0; i < vocab; i++) highest = std::max(highest, logits.value(r * vocab + i));
@@ -1156,15 +1157,15 @@ void check_loss() {
                 near("loss", judged[2 * r], highest + std::log(total) - logits.value(r * vocab + labels[r]), 1e-5);
                 near("right", judged[2 * r + 1], logits.value(r * vocab + labels[r]) == highest, 0);
                 for (int i = 0; i < vocab; i++) {
-                    const double want = 0.25 * (std::exp(logits.value(r * vocab + i) - highest) / total - (i == static_cast<int>(labels[r])));
+                    const double want = weights.value(r) * (std::exp(logits.value(r * vocab + i) - highest) / total - (i == static_cast<int>(labels[r])));
                     near(text("gradient %s", NAME<T>), gradient.value(r * vocab + i), want, (EPSILON<T> + 2e-6) * std::fabs(want) + 1e-7);
                 }
             }
         });
         auto in_place = logits.copy();
         Buffer<float> gradient(rows * vocab);
-        launch("cross_entropy_f32", {rows}, 512, 0, logits.data(), label.data(), 0.25f, gradient.data(), judged.data(), vocab);
-        launch("cross_entropy_f32", {rows}, 512, 0, in_place.data(), label.data(), 0.25f, in_place.data(), judged_again.data(), vocab);
+        launch("cross_entropy_f32", {rows}, 512, 0, logits.data(), label.data(), weights.data(), gradient.data(), judged.data(), vocab);
+        launch("cross_entropy_f32", {rows}, 512, 0, in_place.data(), label.data(), weights.data(), in_place.data(), judged_again.data(), vocab);
         same_bits("gradient in place", in_place.data(), gradient.data(), gradient.size());
         same_bits("judged in place", judged_again.data(), judged.data(), judged.size());
     }

@@ -677,7 +677,7 @@ impl Ops for Backend {
         &self,
         logits: Read<'_>,
         labels: BackendIds<'_>,
-        scale: f32,
+        weights: Read<'_>,
         gradient: Write<'_>,
         judged: Write<'_>,
     ) {
@@ -685,14 +685,14 @@ impl Ops for Backend {
             Backend::Cpu(cpu) => cpu.cross_entropy(
                 logits.host(),
                 labels.host(),
-                scale,
+                weights.host(),
                 gradient.host(),
                 judged.host(),
             ),
             Backend::Cuda(cuda) => cuda.cross_entropy(
                 logits.device(),
                 labels.device(),
-                scale,
+                weights.device(),
                 gradient.device(),
                 judged.device(),
             ),

@@ -181,10 +181,10 @@ impl Ops for Cpu {
         &self,
         logits: &[f32],
         labels: &[u32],
-        scale: f32,
+        weights: &[f32],
         gradient: &mut [f32],
         judged: &mut [f32],
     ) {
-        cpu_softmax::cross_entropy(self.isa, logits, labels, scale, gradient, judged);
+        cpu_softmax::cross_entropy(self.isa, logits, labels, weights, gradient, judged);
     }
 }

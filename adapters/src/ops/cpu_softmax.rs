@@ -30,17 +30,18 @@ impl<V: Lanes> Terms<V> for Exponentials<V> {
     }
 }
 
-/// `scale * (softmax - onehot(label))` of each row of logits to `gradient`; its loss, and whether its label comes first, to
+/// `weight * (softmax - onehot(label))` of each row of logits to `gradient`; its loss, and whether its label comes first, to
 /// `judged`.
 pub(super) fn cross_entropy(
     isa: Isa,
     logits: &[f32],
     labels: &[u32],
-    scale: f32,
+    weights: &[f32],
     gradient: &mut [f32],
     judged: &mut [f32],
 ) {
     assert_eq!(2 * labels.len(), judged.len(), "two numbers for each label");
+    assert_eq!(weights.len(), labels.len(), "a weight for each label");
     assert_eq!(logits.len(), gradient.len(), "a gradient for each logit");
     if labels.is_empty() {
         return;
@@ -50,11 +51,12 @@ pub(super) fn cross_entropy(
     let judged = Out(judged.as_mut_ptr());
     spread_parts(gradient, vocab, 2 * logits.len(), |i, row| {
         let (from, label) = (&logits[i * vocab..][..vocab], labels[i] as usize);
+        let weight = weights[i];
         let target = from[label];
         row.copy_from_slice(from);
         // SAFETY: `row` is `vocab` numbers.
-        let (highest, log_total) = unsafe { softmax_row(isa, row.as_mut_ptr(), vocab, scale) };
-        row[label] -= scale;
+        let (highest, log_total) = unsafe { softmax_row(isa, row.as_mut_ptr(), vocab, weight) };
+        row[label] -= weight;
         let first = f32::from(u8::from(target >= highest));
         // SAFETY: there are two numbers for each label, and they belong to its row's task.
         unsafe {

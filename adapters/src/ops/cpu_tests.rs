@@ -358,8 +358,9 @@ fn cross_entropy_equals_the_reference() {
             .collect();
         let (mut a, mut b) = (vec![0.0; rows * vocab], vec![0.0; rows * vocab]);
         let (mut ja, mut jb) = (vec![0.0; 2 * rows], vec![0.0; 2 * rows]);
-        cpu.cross_entropy(&logits, &labels, 0.125, &mut a, &mut ja);
-        exact.cross_entropy(&wide(&logits), &labels, 0.125, &mut b, &mut jb);
+        let weights = random(&mut rng, rows);
+        cpu.cross_entropy(&logits, &labels, &weights, &mut a, &mut ja);
+        exact.cross_entropy(&wide(&logits), &labels, &wide(&weights), &mut b, &mut jb);
         assert_close("gradient", &a, &b);
         assert_close("judged", &ja, &jb);
     }
@@ -395,7 +396,7 @@ fn row_operations_are_the_same_everywhere() {
         let mut out = x.clone();
         cpu.rope(&mut out, 50, &angles, &angles, false);
         let (mut gradient, mut judged) = (vec![0.0; x.len()], vec![0.0; 2 * rows]);
-        cpu.cross_entropy(&x, &labels, 0.5, &mut gradient, &mut judged);
+        cpu.cross_entropy(&x, &labels, &dy[..rows], &mut gradient, &mut judged);
         out.extend(gradient);
         out.extend(judged);
         out

@@ -669,13 +669,14 @@ pub trait Ops: Clone + Debug + Send + Sync + 'static {
 
     // --- loss and optimizer ---
 
-    /// For each row of `logits [rows, vocab]`, exact, `scale * (softmax(row) - onehot(label))` to `gradient`, and to
-    /// `judged [rows, 2]`, exact, `-log softmax(row)[label]` (not scaled) and 1 where no logit is above the label's, else 0.
+    /// For each row of `logits [rows, vocab]`, exact, `weights[row] * (softmax(row) - onehot(label))` to `gradient`, and to
+    /// `judged [rows, 2]`, exact, `-log softmax(row)[label]` (not weighted) and 1 where no logit is above the label's, else
+    /// 0. `weights [rows]` are exact.
     fn cross_entropy(
         &self,
         logits: View<'_, Self>,
         labels: Self::Ids<'_>,
-        scale: Self::T,
+        weights: View<'_, Self>,
         gradient: ViewMut<'_, Self>,
         judged: ViewMut<'_, Self>,
     );

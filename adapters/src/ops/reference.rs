@@ -332,7 +332,7 @@ impl<T: Real> Ops for Reference<T> {
         &self,
         logits: &[T],
         labels: &[u32],
-        scale: T,
+        weights: &[T],
         gradient: &mut [T],
         judged: &mut [T],
     ) {
@@ -342,8 +342,11 @@ impl<T: Real> Ops for Reference<T> {
         let rows = logits
             .chunks_exact(vocab)
             .zip(gradient.chunks_exact_mut(vocab));
-        for (((row, gradient), label), judged) in rows.zip(labels).zip(judged.chunks_exact_mut(2)) {
-            let label = *label as usize;
+        let targets = labels.iter().zip(weights);
+        for (((row, gradient), (label, weight)), judged) in
+            rows.zip(targets).zip(judged.chunks_exact_mut(2))
+        {
+            let (label, weight) = (*label as usize, *weight);
             let highest = row
                 .iter()
                 .fold(T::LOWEST, |a, b| if *b > a { *b } else { a });
@@ -355,9 +358,9 @@ impl<T: Real> Ops for Reference<T> {
                 T::ZERO
             };
             for (gradient, x) in gradient.iter_mut().zip(row) {
-                *gradient = scale * ((*x - highest).exp() / total);
+                *gradient = weight * ((*x - highest).exp() / total);
             }
-            gradient[label] -= scale;
+            gradient[label] -= weight;
         }
     }
 }

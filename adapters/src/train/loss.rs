@@ -7,15 +7,26 @@ use crate::ops::{Buffer, Ops, Real};
 use crate::pace::{Pace, Stopped, pieces};
 
 /// A row that predicts a label.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Target {
     /// Row of the states.
     pub row: usize,
     /// The token or class that it should predict.
     pub label: u32,
+    /// What its gradient is multiplied by: one over the targets of its job's batch, where that is to learn the mean.
+    pub weight: f32,
 }
 
-/// What a loss adds up.
+/// A prediction beside its label.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Judged {
+    /// `-log p(label)`, not weighted.
+    pub loss: f64,
+    /// No label is likelier.
+    pub correct: bool,
+}
+
+/// What the losses of targets add up to.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LossSum {
     /// Sum of `-log p(label)`.
@@ -45,7 +56,19 @@ impl LossSum {
     }
 }
 
-/// Buffers of [`linear_cross_entropy`].
+impl<'a> FromIterator<&'a Judged> for LossSum {
+    fn from_iter<I: IntoIterator<Item = &'a Judged>>(judged: I) -> Self {
+        let mut sum = Self::default();
+        for judged in judged {
+            sum.loss += judged.loss;
+            sum.correct += u64::from(judged.correct);
+            sum.targets += 1;
+        }
+        sum
+    }
+}
+
+/// Buffers of [`linear_cross_entropy`] and [`softmax_cross_entropy`].
 #[derive(Debug)]
 pub struct LossBuffers<O: Ops> {
     states: O::Buf,
@@ -53,6 +76,7 @@ pub struct LossBuffers<O: Ops> {
     dlogits: O::Buf,
     gradient: O::Buf,
     part: O::Buf,
+    weights: O::Buf,
     judged: O::Buf,
 }
 
@@ -65,6 +89,7 @@ impl<O: Ops> LossBuffers<O> {
             dlogits: ops.working(),
             gradient: ops.working(),
             part: ops.working(),
+            weights: ops.exact(),
             judged: ops.exact(),
         }
     }
@@ -73,8 +98,8 @@ impl<O: Ops> LossBuffers<O> {
 /// What a logit costs beside a multiply-add: two visits and an exponential.
 const SOFTMAX_FLOPS: usize = 256;
 
-/// Cross-entropy of `softmax(head * state)` for the targets' rows of `states [rows, hidden]`. With `dstates`, adds
-/// `scale * gradient` to the same rows there.
+/// Cross-entropy of `softmax(head * state)` for the targets' rows of `states [rows, hidden]`, one by one. With `dstates`, adds
+/// each one's weighted gradient to the same row there.
 ///
 /// Most of a vocabulary is nearly impossible; added one by one to the large terms in f32 its many small ones would vanish,
 /// which shortened gradients by 2e-4 of their norm at 49152 tokens. So the gradients of [`Ops::loss_outputs`] tokens are
@@ -87,15 +112,15 @@ pub fn linear_cross_entropy<O: Ops>(
     head: &O::Matrix,
     states: &O::Buf,
     targets: &[Target],
-    scale: O::T,
     mut dstates: Option<&mut O::Buf>,
     buffers: &mut LossBuffers<O>,
-) -> Result<LossSum, Stopped> {
+) -> Result<Vec<Judged>, Stopped> {
     let (vocab, width) = ops.dims(head);
     ops.resize(&mut buffers.judged, 2 * targets.len());
     for (chunk, targets) in targets.chunks(ops.loss_rows()).enumerate() {
         let rows: Vec<u32> = targets.iter().map(|target| target.row as u32).collect();
         let labels: Vec<u32> = targets.iter().map(|target| target.label).collect();
+        weigh(ops, targets, &mut buffers.weights);
         let (count, first) = (rows.len(), chunk * ops.loss_rows());
         let rows = ops.ids(&rows);
         ops.resize(&mut buffers.states, count * width);
@@ -116,7 +141,7 @@ pub fn linear_cross_entropy<O: Ops>(
             ops.cross_entropy(
                 buffers.logits.part(at.clone()),
                 ops.ids(&labels[start..end]),
-                scale,
+                buffers.weights.part(start..end),
                 buffers.dlogits.part_mut(at),
                 buffers.judged.part_mut(judged),
             );
@@ -127,7 +152,7 @@ pub fn linear_cross_entropy<O: Ops>(
             ops.add_rows(buffers.gradient.all(), rows, dstates.all_mut());
         }
     }
-    Ok(judged(ops, &buffers.judged))
+    Ok(read(ops, &buffers.judged))
 }
 
 /// Rows of logits between two breaths: eight of any width end where a device's operands may begin.
@@ -159,42 +184,54 @@ fn back<O: Ops>(
     Ok(())
 }
 
-/// Cross-entropy of rows of logits, exact; `gradient` gets `scale *` its gradient.
+/// The targets' weights, where operations read them.
+fn weigh<O: Ops>(ops: &O, targets: &[Target], weights: &mut O::Buf) {
+    let numbers: Vec<O::T> = targets
+        .iter()
+        .map(|target| O::T::from_f32(target.weight))
+        .collect();
+    ops.resize(weights, numbers.len());
+    ops.write(&numbers, weights.all_mut());
+}
+
+/// Cross-entropy of rows of logits `[targets, labels]`, exact, one for each target; `gradient`, exact, gets the weighted
+/// gradients. The targets' own rows are not looked at.
 pub fn softmax_cross_entropy<O: Ops>(
     ops: &O,
     logits: &O::Buf,
-    labels: &[u32],
-    scale: O::T,
+    targets: &[Target],
     gradient: &mut O::Buf,
-    losses: &mut O::Buf,
-) -> LossSum {
-    if labels.is_empty() {
-        return LossSum::default();
+    buffers: &mut LossBuffers<O>,
+) -> Vec<Judged> {
+    if targets.is_empty() {
+        return Vec::new();
     }
+    let labels: Vec<u32> = targets.iter().map(|target| target.label).collect();
+    let LossBuffers {
+        weights, judged, ..
+    } = buffers;
+    weigh(ops, targets, weights);
     ops.resize(gradient, logits.len());
-    ops.resize(losses, 2 * labels.len());
-    let labels = ops.ids(labels);
+    ops.resize(judged, 2 * targets.len());
     ops.cross_entropy(
         logits.all(),
-        labels,
-        scale,
+        ops.ids(&labels),
+        weights.all(),
         gradient.all_mut(),
-        losses.all_mut(),
+        judged.all_mut(),
     );
-    judged(ops, losses)
+    read(ops, judged)
 }
 
-/// What judged rows `[rows, 2]` add up to.
-fn judged<O: Ops>(ops: &O, rows: &O::Buf) -> LossSum {
+/// Judged rows `[rows, 2]`, on the host.
+fn read<O: Ops>(ops: &O, rows: &O::Buf) -> Vec<Judged> {
     let mut host = vec![O::T::ZERO; rows.len()];
     ops.read(rows.all(), &mut host);
-    let mut sum = LossSum::default();
-    for row in host.chunks_exact(2) {
-        sum.loss += row[0].to_f64();
-        sum.correct += u64::from(row[1] == O::T::ONE);
-        sum.targets += 1;
-    }
-    sum
+    let judged = host.chunks_exact(2).map(|row| Judged {
+        loss: row[0].to_f64(),
+        correct: row[1] == O::T::ONE,
+    });
+    judged.collect()
 }
 
 #[cfg(test)]
@@ -222,47 +259,47 @@ mod tests {
             .map(|row| Target {
                 row,
                 label: rng.random_range(0..vocab as u32),
+                weight: [0.5, 1.0, -0.25][row % 3],
             })
             .collect();
-        let scale = 1.0 / targets.len() as f64;
         let mut buffers = LossBuffers::new(&ops);
         let mut gradient = vec![0.0; states.len()];
-        let sum = linear_cross_entropy(
+        let judged = linear_cross_entropy(
             (&ops, &Unpaced),
             &head,
             &states,
             &targets,
-            scale,
             Some(&mut gradient),
             &mut buffers,
         );
-        assert_eq!(sum.map(|sum| sum.targets), Ok(targets.len() as u64));
+        assert_eq!(judged.map(|judged| judged.len()), Ok(targets.len()));
         assert!(
             gradient[3 * width..4 * width].iter().all(|g| *g == 0.0),
             "a row without a target"
         );
-        let mut mean = |states: &Vec<f64>| {
-            let sum = linear_cross_entropy(
+        let mut total = |states: &Vec<f64>| -> f64 {
+            let judged = linear_cross_entropy(
                 (&ops, &Unpaced),
                 &head,
                 states,
                 &targets,
-                0.0,
                 None,
                 &mut buffers,
             );
-            sum.map_or(f64::NAN, |sum| sum.mean())
+            let judged = judged.unwrap_or_default();
+            let weighted = judged.iter().zip(&targets);
+            weighted.map(|(j, t)| j.loss * f64::from(t.weight)).sum()
         };
         for index in (0..states.len()).step_by(11) {
             let (at, h) = (states[index], 1e-5);
             states[index] = at + h;
-            let above = mean(&states);
+            let above = total(&states);
             states[index] = at - h;
-            let below = mean(&states);
+            let below = total(&states);
             states[index] = at;
             let slope = (above - below) / (2.0 * h);
             assert!(
-                (slope - gradient[index]).abs() < 1e-9,
+                (slope - gradient[index]).abs() < 1e-8,
                 "{slope} is not {}",
                 gradient[index]
             );
@@ -282,7 +319,11 @@ mod tests {
                 }
             })
             .collect();
-        let target = [Target { row: 0, label: 0 }];
+        let target = [Target {
+            row: 0,
+            label: 0,
+            weight: 1.0,
+        }];
         fn gradient<O: Ops<Buf = Vec<<O as Ops>::T>>>(
             ops: O,
             weight: &[f32],
@@ -293,17 +334,16 @@ mod tests {
             let states = vec![O::T::from_f64(-0.5); dims.1];
             let mut gradient = vec![O::T::ZERO; dims.1];
             let context: (&O, &dyn Pace) = (&ops, &Unpaced);
-            let (scale, mut buffers) = (O::T::ONE, LossBuffers::new(&ops));
-            let sum = linear_cross_entropy(
+            let mut buffers = LossBuffers::new(&ops);
+            let judged = linear_cross_entropy(
                 context,
                 &head,
                 &states,
                 target,
-                scale,
                 Some(&mut gradient),
                 &mut buffers,
             );
-            assert!(sum.is_ok());
+            assert!(judged.is_ok());
             gradient.iter().map(|g| g.to_f64()).collect()
         }
         let exact = gradient(

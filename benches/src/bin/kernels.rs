@@ -231,7 +231,9 @@ fn rows(cpu: &Cpu, ceilings: &Ceilings, rows: usize) {
     let labels: Vec<u32> = (0..rows.min(64) as u32).collect();
     let logits = random(&mut rng, labels.len() * vocab);
     let (mut gradient, mut judged) = (logits.clone(), vec![0.0; 2 * labels.len()]);
-    let loss = fastest(|| cpu.cross_entropy(&logits, &labels, 1.0, &mut gradient, &mut judged));
+    let weights = vec![1.0; labels.len()];
+    let loss =
+        fastest(|| cpu.cross_entropy(&logits, &labels, &weights, &mut gradient, &mut judged));
     let name = format!("cross_entropy {vocab} x {}", labels.len());
     line(ceilings, &name, 0.0, bytes(2 * logits.len()), loss, None);
 }

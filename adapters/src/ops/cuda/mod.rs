@@ -857,14 +857,14 @@ impl Ops for Cuda {
         &self,
         logits: CudaView<'_>,
         labels: CudaIds,
-        scale: f32,
+        weights: CudaView<'_>,
         gradient: CudaViewMut<'_>,
         judged: CudaViewMut<'_>,
     ) {
         let args = [
             logits.into(),
             Arg::At(labels.at),
-            Arg::Float(scale),
+            weights.into(),
             (&gradient).into(),
             (&judged).into(),
             at(logits.len / labels.count.max(1)),

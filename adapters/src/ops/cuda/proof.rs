@@ -636,13 +636,20 @@ fn loss_and_optimizer_equal_the_reference(open: Open<'_>) {
         let logits: Vec<f32> = draw.numbers(rows * vocab).iter().map(|x| 8.0 * x).collect();
         let labels = [0, 69, 3, 33, 7];
         let (mut gradient, mut judged) = (vec![0.0; logits.len()], vec![0.0; 2 * rows]);
-        EXACT().cross_entropy(&wide(&logits), &labels, 0.25, &mut gradient, &mut judged);
+        let weights = [0.25, 1.0, -2.0, 0.0, 0.125];
+        EXACT().cross_entropy(
+            &wide(&logits),
+            &labels,
+            &wide(&weights),
+            &mut gradient,
+            &mut judged,
+        );
         let mut fast = working(&ops, &logits);
         let mut fast_judged = exact(&ops, &vec![9.0; 2 * rows]);
         ops.cross_entropy(
             exact(&ops, &logits).all(),
             ops.ids(&labels),
-            0.25,
+            exact(&ops, &weights).all(),
             fast.all_mut(),
             fast_judged.all_mut(),
         );

@@ -130,14 +130,10 @@ fn cross_entropy() {
     let (logits, labels) = (random(1, 3 * 7), [2u32, 0, 6]);
     let upstream = upstream(3);
     let mut gradient = vec![0.0; logits.len()];
-    // Each row's loss has its own upstream weight; scale is shared, so rows are done one by one.
-    let rows = logits.chunks(7).zip(gradient.chunks_mut(7));
-    for ((row, gradient), (label, scale)) in rows.zip(labels.iter().zip(&upstream)) {
-        OPS.cross_entropy(row, &[*label], *scale, gradient, &mut [0.0; 2]);
-    }
+    OPS.cross_entropy(&logits, &labels, &upstream, &mut gradient, &mut [0.0; 6]);
     check("cross_entropy", &logits, &gradient, |logits| {
         let (mut gradient, mut judged) = (vec![0.0; logits.len()], vec![0.0; 6]);
-        OPS.cross_entropy(logits, &labels, 1.0, &mut gradient, &mut judged);
+        OPS.cross_entropy(logits, &labels, &[1.0; 3], &mut gradient, &mut judged);
         judged.into_iter().step_by(2).collect()
     });
 }

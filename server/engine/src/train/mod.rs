@@ -12,6 +12,8 @@ use tokio::sync::mpsc;
 use crate::error::EngineError;
 use crate::handle::{EngineHandle, Gauges};
 
+mod baton;
+mod meeting;
 pub mod trainer;
 pub(crate) mod worker;
 
@@ -75,6 +77,8 @@ pub struct TrainingImpact {
     pub waited: Duration,
     /// Turns.
     pub quanta: u64,
+    /// Passes in which other jobs' examples were too.
+    pub shared_passes: u64,
     /// Longest turn.
     pub longest_quantum: Duration,
     /// Time that training (all jobs) took between steps of running requests during this job, as a share of the time of

@@ -3,8 +3,12 @@
 //! What a micro-batch holds, and in what order, is a pure function of the plan; pauses move only the moments at which
 //! it goes on. The trainer must not know serving, jobs or storage: it breathes, and it reports.
 
+mod company;
+mod head;
 mod learner;
+mod passes;
 mod plan;
+mod share;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -24,14 +28,17 @@ use espalier_adapters::weights::AdapterWeights;
 use rand::seq::SliceRandom;
 
 use crate::model::{Buf, Model};
-use learner::{Learner, Numbered};
+use learner::Learner;
+use share::Numbered;
 
+pub use company::{Company, Interrupted, RunPass};
 pub use espalier_adapters::pace::{Pace, Stopped};
 pub use espalier_adapters::train::schedule::Decay;
 pub use plan::{
     EvalReport, Finished, HyperParameters, Method, StepReport, Summary, TrainError, TrainEvent,
     TrainPlan,
 };
+pub use share::Share;
 
 /// Parameters that the optimizer updates between two breaths.
 const UPDATE_CHUNK: usize = 1 << 19;
@@ -152,15 +159,19 @@ impl Trainer {
     /// [`TrainError::Stopped`] when the pace says so, [`TrainError::NotFinite`] when the run diverged.
     pub fn run(
         &mut self,
-        pace: &dyn Pace,
+        pace: &dyn Company,
         events: &mut dyn FnMut(TrainEvent),
     ) -> Result<Finished, TrainError> {
+        if self.plan.head_only() {
+            pace.alone();
+        }
         self.embed(pace, events)?;
         while self.state.step < self.schedule.total && !self.state.stopped_early {
             let report = self.next_step(pace)?;
             let step = report.step;
             events(TrainEvent::Step(report));
             if self.eval_due(step) {
+                pace.alone();
                 let report = self.evaluate(pace)?;
                 events(TrainEvent::Eval(report));
             }
@@ -205,7 +216,7 @@ impl Trainer {
     pub fn step_on(
         &mut self,
         batch: &[Example],
-        pace: &dyn Pace,
+        pace: &dyn Company,
     ) -> Result<StepReport, TrainError> {
         let numbered: Vec<Numbered<'_>> = batch
             .iter()
@@ -262,7 +273,7 @@ impl Trainer {
         order[first..(first + self.plan.hp.batch_size).min(count)].to_vec()
     }
 
-    fn next_step(&mut self, pace: &dyn Pace) -> Result<StepReport, TrainError> {
+    fn next_step(&mut self, pace: &dyn Company) -> Result<StepReport, TrainError> {
         let plan = Arc::clone(&self.plan);
         let chosen = self.batch(self.state.step);
         let batch: Vec<Numbered<'_>> = chosen
@@ -285,15 +296,22 @@ impl Trainer {
         &mut self,
         batch: &[Numbered<'_>],
         states: Option<&[f32]>,
-        pace: &dyn Pace,
+        pace: &dyn Company,
     ) -> Result<StepReport, TrainError> {
         let step = self.state.step + 1;
         let targets: usize = batch.iter().map(|(_, example)| example.targets()).sum();
         let scale = 1.0 / targets.max(1) as f32;
-        self.learner.clear_gradients();
-        let sum = match states {
-            Some(states) => self.learner.head_pass(states, &labels(batch), Some(scale)),
-            None => self.learner.learn(batch, (step, scale), pace)?,
+        let sum = loop {
+            self.learner.clear_gradients();
+            let Some(states) = states else {
+                match self.learner.learn(batch, (step, scale), pace) {
+                    // Another job's failure, which ended that job: this one's step begins anew.
+                    Err(Interrupted::Lost) => continue,
+                    Err(Interrupted::Stopped(stopped)) => return Err(stopped.into()),
+                    Ok(sum) => break sum,
+                }
+            };
+            break self.learner.head_pass(states, &labels(batch), Some(scale));
         };
         pace.breathe()?;
         let grad_norm = self.learner.gradient_norm();

@@ -1,5 +1,4 @@
-//! When training may run: trainers have threads of their own, but work only while they hold the baton that the engine
-//! thread lends. Exactly one of engine step and training quantum runs at any time.
+//! When training may run: whom the engine thread lends the baton between its steps, and for how long.
 //!
 //! While no request runs, quanta follow one another, each ending early when a command arrives. Beside running requests
 //! training lives on credit: every step earns it `training_max_tpot_impact` of the step's time, and a quantum takes
@@ -10,15 +9,15 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use espalier_adapters::linear::BaseSites;
-use espalier_adapters::ops::{Backend, Ops, OutOfMemory};
-use espalier_adapters::pace::{Pace, Stopped};
+use espalier_adapters::ops::OutOfMemory;
 use tokio::sync::mpsc;
 
-use crate::command::{CommandSender, EngineCommand};
+use super::baton::{Baton, JobTurns, lock};
+use crate::command::CommandSender;
 use crate::config::EngineConfig;
 use crate::error::EngineError;
 use crate::handle::Gauges;
@@ -60,38 +59,6 @@ struct JobBook {
     last_turn: u64,
 }
 
-/// Who may work: the engine, or the job named.
-#[derive(Default)]
-struct Baton {
-    state: Mutex<BatonState>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct BatonState {
-    holder: Option<u64>,
-    /// When the holder gives it back.
-    until: Option<Instant>,
-    /// Jobs that wait for their turn.
-    ready: Vec<u64>,
-    ended: Vec<u64>,
-}
-
-/// A job's side: everything its thread needs to take turns.
-struct JobTurns {
-    job: u64,
-    baton: Arc<Baton>,
-    flags: Arc<JobFlags>,
-    gauges: Arc<Gauges>,
-    commands: CommandSender,
-    /// What works for it, which may still be busy when the trainer's thread is not.
-    ops: Backend,
-    /// Of this job: time held, time waited, turns.
-    impact: Mutex<TrainingImpact>,
-    /// When the current turn began.
-    turn_began: Mutex<Option<Instant>>,
-}
-
 // === impl TrainingWorker ===
 
 impl TrainingWorker {
@@ -115,16 +82,9 @@ impl TrainingWorker {
     pub(crate) fn start(&mut self, start: TrainingStart, model: Arc<Model>) {
         let job = self.next_job;
         self.next_job += 1;
-        let turns = JobTurns {
-            job,
-            baton: Arc::clone(&self.baton),
-            flags: Arc::clone(&start.flags),
-            gauges: Arc::clone(&self.gauges),
-            commands: self.commands.clone(),
-            ops: model.ops().clone(),
-            impact: Mutex::default(),
-            turn_began: Mutex::new(None),
-        };
+        let (baton, flags, gauges) = (&self.baton, &start.flags, &self.gauges);
+        let (commands, ops) = (self.commands.clone(), model.ops().clone());
+        let turns = JobTurns::new(job, baton, flags, gauges, commands, ops);
         let book = JobBook {
             tenant: Arc::clone(&start.submission.tenant),
             flags: Arc::clone(&start.flags),
@@ -147,7 +107,7 @@ impl TrainingWorker {
 
     /// Whether a job waits for its turn.
     pub(crate) fn ready(&self) -> bool {
-        !lock(&self.baton.state).ready.is_empty()
+        self.baton.wanted()
     }
 
     /// Jobs whose threads have not ended.
@@ -157,14 +117,13 @@ impl TrainingWorker {
 
     /// Makes waiting jobs look at their flags, and forgets those that have ended.
     pub(crate) fn look(&mut self) {
-        let ended = std::mem::take(&mut lock(&self.baton.state).ended);
-        for job in ended {
+        for job in self.baton.take_ended() {
             self.jobs.remove(&job);
         }
         let jobs = &self.jobs;
         self.tenants
             .retain(|tenant, _| jobs.values().any(|job| job.tenant == *tenant));
-        self.baton.changed.notify_all();
+        self.baton.wake();
     }
 
     /// Ends all jobs at a checkpoint.
@@ -211,9 +170,8 @@ impl TrainingWorker {
 
     /// The tenant whose last turn is longest ago, and of its jobs the one likewise.
     fn next(&self) -> Option<u64> {
-        let ready = lock(&self.baton.state).ready.clone();
+        let ready = self.baton.candidates().into_iter();
         ready
-            .into_iter()
             .filter_map(|id| {
                 let book = self.jobs.get(&id)?;
                 let tenant_turn = self.tenants.get(&book.tenant).copied().unwrap_or(0);
@@ -233,6 +191,7 @@ impl TrainingWorker {
 impl Drop for TrainingWorker {
     fn drop(&mut self) {
         self.suspend_all();
+        self.baton.close();
     }
 }
 
@@ -242,142 +201,6 @@ fn share(now: BusyTime, before: BusyTime) -> f64 {
         (now.training - before.training).as_secs_f64() / steps
     } else {
         0.0
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // The states guarded here are whole after every statement, so a panic elsewhere does not spoil them.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-// === impl Baton ===
-
-impl Baton {
-    /// Engine side: lends and waits until it is back. Returns how long it was away.
-    fn lend(&self, job: u64, quantum: Duration) -> Duration {
-        let began = Instant::now();
-        let mut state = lock(&self.state);
-        state.ready.retain(|&ready| ready != job);
-        state.holder = Some(job);
-        state.until = Some(began + quantum);
-        self.changed.notify_all();
-        while state.holder.is_some() {
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        began.elapsed()
-    }
-}
-
-// === impl JobTurns ===
-
-impl JobTurns {
-    /// Waits for the baton.
-    ///
-    /// # Errors
-    /// The job was stopped while it waited; the baton is not held.
-    fn acquire(&self) -> Result<(), Stopped> {
-        self.wait_for_turn(lock(&self.baton.state))
-    }
-
-    fn wait_for_turn(&self, mut state: MutexGuard<'_, BatonState>) -> Result<(), Stopped> {
-        let began = Instant::now();
-        state.ready.push(self.job);
-        while state.holder != Some(self.job) {
-            if self.stopping() {
-                state.ready.retain(|&ready| ready != self.job);
-                return Err(Stopped);
-            }
-            state = self
-                .baton
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        drop(state);
-        lock(&self.impact).waited += began.elapsed();
-        *lock(&self.turn_began) = Some(Instant::now());
-        Ok(())
-    }
-
-    /// Gives the baton back, if it is held.
-    fn release(&self) {
-        self.book_turn();
-        let mut state = lock(&self.baton.state);
-        if state.holder == Some(self.job) {
-            state.holder = None;
-            self.baton.changed.notify_all();
-        }
-    }
-
-    fn book_turn(&self) {
-        if let Some(began) = lock(&self.turn_began).take() {
-            let mut impact = lock(&self.impact);
-            let held = began.elapsed();
-            impact.held += held;
-            impact.quanta += 1;
-            impact.longest_quantum = impact.longest_quantum.max(held);
-        }
-    }
-
-    fn stopping(&self) -> bool {
-        self.flags.cancelled.load(Ordering::SeqCst) || self.flags.suspended.load(Ordering::SeqCst)
-    }
-
-    /// Hands an event to the server. A reader that is behind is waited for without the baton.
-    fn report(&self, events: &mpsc::Sender<JobEvent>, event: JobEvent) {
-        let event = match events.try_send(event) {
-            Ok(()) => return,
-            Err(mpsc::error::TrySendError::Full(event)) => event,
-            Err(mpsc::error::TrySendError::Closed(_)) => {
-                self.flags.cancelled.store(true, Ordering::SeqCst);
-                return;
-            }
-        };
-        let held = lock(&self.baton.state).holder == Some(self.job);
-        self.release();
-        if events.blocking_send(event).is_err() {
-            self.flags.cancelled.store(true, Ordering::SeqCst);
-        }
-        if held {
-            self.wake_engine();
-            // A stop is seen at the next breath, which is before any more work.
-            let _ = self.acquire();
-        }
-    }
-
-    /// The engine may sleep, because it saw no job that is ready.
-    fn wake_engine(&self) {
-        let _ = self.commands.send(EngineCommand::Wake);
-    }
-}
-
-impl Pace for JobTurns {
-    fn breathe(&self) -> Result<(), Stopped> {
-        if self.stopping() {
-            return Err(Stopped);
-        }
-        // A turn ends when its work does, not when it has been handed to a device.
-        self.ops.wait();
-        let mut state = lock(&self.baton.state);
-        let has_turn = state.holder == Some(self.job)
-            && state.until.is_some_and(|until| Instant::now() < until);
-        if has_turn && self.gauges.pending.load(Ordering::SeqCst) == 0 {
-            return Ok(());
-        }
-        self.book_turn();
-        if state.holder == Some(self.job) {
-            state.holder = None;
-            self.baton.changed.notify_all();
-        }
-        // Ready in the same breath: the engine must not think that nobody wants a turn.
-        self.wait_for_turn(state)
-    }
-
-    fn quantum_flops(&self) -> usize {
-        self.ops.quantum_flops()
     }
 }
 
@@ -397,7 +220,7 @@ fn run_job(start: TrainingStart, turns: &JobTurns, model: Arc<Model>, busy: &Mut
             let tpot_impact = share(*lock(busy), before);
             let impact = TrainingImpact {
                 tpot_impact,
-                ..*lock(&turns.impact)
+                ..turns.impact()
             };
             JobEvent::Finished {
                 finished: Box::new(finished),
@@ -412,8 +235,7 @@ fn run_job(start: TrainingStart, turns: &JobTurns, model: Arc<Model>, busy: &Mut
     // The place is free before the last event tells so.
     drop(ticket);
     let _ = events.blocking_send(last);
-    lock(&turns.baton.state).ended.push(turns.job);
-    turns.wake_engine();
+    turns.end();
 }
 
 enum Ended {
@@ -441,7 +263,7 @@ fn train(
     let TrainingSubmission {
         plan, checkpoint, ..
     } = submission;
-    turns.acquire().map_err(|_| Ended::Stopped)?;
+    turns.begin().map_err(|_| Ended::Stopped)?;
     let mut trainer = caught(|| match checkpoint {
         Some(bytes) => Trainer::resume(model, plan, &bytes),
         None => Trainer::new(model, plan),
@@ -455,9 +277,7 @@ fn train(
             turns.report(events, JobEvent::Progress(event));
         })
     });
-    let suspended = turns.flags.suspended.load(Ordering::SeqCst)
-        && !turns.flags.cancelled.load(Ordering::SeqCst);
-    if matches!(result, Err(Ended::Stopped)) && suspended && trainer.steps_done() > 0 {
+    if matches!(result, Err(Ended::Stopped)) && turns.suspended() && trainer.steps_done() > 0 {
         let step = trainer.steps_done();
         let bytes = caught(|| trainer.checkpoint())?;
         turns.report(

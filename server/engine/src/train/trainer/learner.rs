@@ -1,25 +1,22 @@
-//! One adapter on one base: losses and gradients of a list of examples, in micro-batches that fit the memory budget.
+//! The adapter in training: its parameters and gradients, and how a batch is cut in micro-batches.
 //!
-//! It must not know steps, epochs or the optimizer: the same examples in the same order give the same bits, however
-//! they are cut and whenever it pauses.
+//! Sums run over micro-batches in order and over rows in order, so the same examples in the same order give the same
+//! bits, however they are cut, whenever it pauses and whoever shares a pass.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use espalier_adapters::batch::{Dropout, Pass, Segment};
-use espalier_adapters::linear::{AdapterGrads, BaseSites, ResidentAdapter};
+use espalier_adapters::batch::Dropout;
+use espalier_adapters::linear::{AdapterGrads, ResidentAdapter};
 use espalier_adapters::ops::{Backend, Buffer, Ops, View, ViewMut};
 use espalier_adapters::pace::{Pace, Stopped};
-use espalier_adapters::train::examples::Example;
-use espalier_adapters::train::loss::{
-    LossBuffers, LossSum, Target, linear_cross_entropy, softmax_cross_entropy,
-};
+use espalier_adapters::train::loss::{LossSum, Target};
 use espalier_adapters::train::optimizer::norm;
 
-use crate::model::{Buf, Model, Saved, TrainRows, Workspace};
-
-/// An example and its number in the data set, which its dropout depends on.
-pub(super) type Numbered<'a> = (u64, &'a Example);
+use super::company::{Company, Interrupted};
+use super::passes::Passes;
+use super::share::{Numbered, Share};
+use crate::model::{Model, Saved};
 
 /// Rows of a micro-batch that keeps nothing: enough for the matrix products, little memory.
 const FORWARD_ROWS: usize = 512;
@@ -27,102 +24,16 @@ const FORWARD_ROWS: usize = 512;
 /// Whoever changes the adapter is the only one who holds it: passes give it back when they end.
 const ALONE: &str = "no pass holds the adapter";
 
-/// The adapter in training and the buffers that its passes reuse.
+/// The adapter in training.
 pub(super) struct Learner {
-    model: Arc<Model>,
-    /// Beside the steps'.
     pub(super) ops: Backend,
     pub(super) adapter: Arc<ResidentAdapter>,
-    /// One entry: the gradients of the only segment.
-    grads: Vec<Option<AdapterGrads>>,
+    /// `None` where a pass that did not end had them.
+    grads: Option<AdapterGrads>,
+    passes: Passes,
     activation_bytes: usize,
     dropout_rate: f32,
     seed: u64,
-    workspace: Workspace,
-    saved: Saved,
-    loss: LossBuffers<Backend>,
-    dstates: Buf,
-    head: HeadBuffers,
-}
-
-/// What the head reads and makes, and their gradients.
-struct HeadBuffers {
-    /// `[targets, hidden]`.
-    states: Buf,
-    dstates: Buf,
-    /// `[targets, labels]`, exact.
-    logits: Buf,
-    dlogits: Buf,
-    /// Exact.
-    judged: Buf,
-}
-
-/// A micro-batch as the decoder reads it.
-struct Packed {
-    tokens: Vec<u32>,
-    sequences: Vec<Range<usize>>,
-}
-
-impl Packed {
-    fn of(examples: &[Numbered<'_>]) -> Self {
-        let mut packed = Self {
-            tokens: Vec::new(),
-            sequences: Vec::new(),
-        };
-        for (_, example) in examples {
-            let start = packed.tokens.len();
-            packed.tokens.extend_from_slice(example.ids());
-            packed.sequences.push(start..packed.tokens.len());
-        }
-        packed
-    }
-
-    fn rows(&self) -> TrainRows<'_> {
-        TrainRows {
-            tokens: &self.tokens,
-            sequences: &self.sequences,
-        }
-    }
-}
-
-// === impl HeadBuffers ===
-
-impl HeadBuffers {
-    fn new(ops: &Backend) -> Self {
-        Self {
-            states: ops.working(),
-            dstates: ops.working(),
-            logits: ops.exact(),
-            dlogits: ops.exact(),
-            judged: ops.exact(),
-        }
-    }
-
-    /// The cross-entropy of the head on `states`; with `dhead`, its gradient is added.
-    fn judge(
-        &mut self,
-        ops: &Backend,
-        adapter: &ResidentAdapter,
-        labels: &[u32],
-        scale: f32,
-        dhead: Option<ViewMut<'_, Backend>>,
-    ) -> LossSum {
-        let classes = adapter.labels().len();
-        let Self {
-            states,
-            logits,
-            dlogits,
-            judged,
-            ..
-        } = self;
-        ops.resize(logits, labels.len() * classes);
-        adapter.score(ops, states.all(), logits.all_mut());
-        let sum = softmax_cross_entropy(ops, logits, labels, scale, dlogits, judged);
-        if let Some(dhead) = dhead {
-            ops.outer(dlogits.all(), states.all(), classes, 1.0, dhead);
-        }
-        sum
-    }
 }
 
 // === impl Learner ===
@@ -134,18 +45,13 @@ impl Learner {
         limits: (usize, f32),
         seed: u64,
     ) -> Self {
-        let ops = model.ops().apart();
-        let grads = vec![Some(AdapterGrads::of(&ops, &adapter))];
+        let passes = Passes::new(model);
+        let ops = passes.ops.clone();
         Self {
-            workspace: Workspace::new(&ops),
-            saved: Saved::new(&ops),
-            loss: LossBuffers::new(&ops),
-            dstates: ops.working(),
-            head: HeadBuffers::new(&ops),
-            model,
+            grads: Some(AdapterGrads::of(&ops, &adapter)),
             ops,
+            passes,
             adapter: Arc::new(adapter),
-            grads,
             activation_bytes: limits.0,
             dropout_rate: limits.1,
             seed,
@@ -168,7 +74,7 @@ impl Learner {
 
     /// The norm of all gradients.
     pub(super) fn gradient_norm(&self) -> f64 {
-        let grads = self.grads[0].as_ref();
+        let grads = self.grads.as_ref();
         grads.map_or(0.0, |grads| norm(&self.ops, grads.all()))
     }
 
@@ -177,17 +83,16 @@ impl Learner {
         &mut self,
         range: Range<usize>,
     ) -> Option<(ViewMut<'_, Backend>, View<'_, Backend>)> {
-        let grads = self.grads[0].as_ref()?.part(range.clone());
+        let grads = self.grads.as_ref()?.part(range.clone());
         let adapter = Arc::get_mut(&mut self.adapter).expect(ALONE);
         Some((adapter.part_mut(range), grads))
     }
 
     pub(super) fn clear_gradients(&mut self) {
-        let ops = &self.ops;
+        let (ops, adapter) = (&self.ops, &self.adapter);
         self.grads
-            .iter_mut()
-            .flatten()
-            .for_each(|grads| grads.clear(ops));
+            .get_or_insert_with(|| AdapterGrads::of(ops, adapter))
+            .clear(ops);
     }
 
     /// Sums the examples' losses and adds `scale` times their gradients.
@@ -195,25 +100,34 @@ impl Learner {
         &mut self,
         examples: &[Numbered<'_>],
         (step, scale): (u64, f32),
-        pace: &dyn Pace,
-    ) -> Result<LossSum, Stopped> {
-        let lowest = self.adapter.lowest_layer();
-        let config = self.model.config();
-        let row_bytes = lowest.map_or(0, |lowest| {
-            Saved::row_bytes(&self.ops, config, config.layers - lowest)
-        });
-        let budget = self
-            .activation_bytes
-            .checked_div(row_bytes)
-            .unwrap_or(FORWARD_ROWS);
+        company: &dyn Company,
+    ) -> Result<LossSum, Interrupted> {
+        let budget = self.row_budget();
         let mut sum = LossSum::default();
         for part in parts(examples, budget) {
-            let dropout = (self.dropout_rate > 0.0).then(|| self.dropout(part, step));
-            self.saved.lowest = lowest;
-            self.saved.inputs_only = part.len() == 1 && part[0].1.ids().len() > budget;
-            sum.add(self.pass(part, Some(scale), dropout.as_ref(), pace)?);
+            let mut share = Share::of(part, &self.adapter, scale);
+            share.room = budget;
+            share.recompute = part.len() == 1 && share.rows() > budget;
+            share.dropout = (self.dropout_rate > 0.0).then(|| self.dropout(part, step));
+            share.grads = self.grads.take();
+            let passes = &mut self.passes;
+            let run = &mut |shares: &mut [Share]| passes.run(shares, company);
+            let share = company.pass(share, run)?;
+            self.grads = share.grads;
+            sum.add(share.sum);
         }
         Ok(sum)
+    }
+
+    /// Rows whose saved activations fit.
+    fn row_budget(&self) -> usize {
+        let config = self.passes.model.config();
+        let row_bytes = self.adapter.lowest_layer().map_or(0, |lowest| {
+            Saved::row_bytes(&self.ops, config, config.layers - lowest)
+        });
+        self.activation_bytes
+            .checked_div(row_bytes)
+            .unwrap_or(FORWARD_ROWS)
     }
 
     /// Sums the examples' losses.
@@ -224,9 +138,9 @@ impl Learner {
     ) -> Result<LossSum, Stopped> {
         let mut sum = LossSum::default();
         for part in parts(examples, FORWARD_ROWS) {
-            self.saved.lowest = None;
-            self.saved.inputs_only = false;
-            sum.add(self.pass(part, None, None, pace)?);
+            let mut shares = [Share::of(part, &self.adapter, 0.0)];
+            self.passes.run(&mut shares, pace)?;
+            sum.add(shares[0].sum);
         }
         Ok(sum)
     }
@@ -238,26 +152,11 @@ impl Learner {
         pace: &dyn Pace,
         done: &mut dyn FnMut(usize),
     ) -> Result<Vec<f32>, Stopped> {
-        let width = self.model.config().hidden;
+        let width = self.passes.model.config().hidden;
         let mut states = Vec::with_capacity(examples.len() * width);
         for part in parts(examples, FORWARD_ROWS) {
-            self.saved.lowest = None;
-            self.saved.inputs_only = false;
-            let packed = Packed::of(part);
-            let (ops, layers) = (&self.ops, self.model.config().layers);
-            ops.begin_pass();
-            let pass = Pass::new(ops, layers, &[], pace);
-            let rows = packed.rows();
-            let hidden =
-                self.model
-                    .forward_train(&pass, rows, &mut self.saved, &mut self.workspace)?;
-            let sequences = packed.sequences.iter();
-            let last: Vec<u32> = sequences.map(|rows| rows.end as u32 - 1).collect();
-            let (chosen, first) = (&mut self.head.states, states.len());
-            ops.resize(chosen, last.len() * width);
-            ops.take_rows(hidden.all(), ops.ids(&last), chosen.all_mut());
-            states.resize(first + last.len() * width, 0.0);
-            ops.read(chosen.all(), &mut states[first..]);
+            let share = Share::of(part, &self.adapter, 0.0);
+            self.passes.last_states(&share, pace, &mut states)?;
             done(states.len() / width);
         }
         Ok(states)
@@ -270,14 +169,20 @@ impl Learner {
         labels: &[u32],
         scale: Option<f32>,
     ) -> LossSum {
-        let ops = &self.ops;
+        let (ops, Passes { head, loss, .. }) = (&self.ops, &mut self.passes);
         ops.begin_pass();
-        ops.resize(&mut self.head.states, states.len());
-        ops.write(states, self.head.states.all_mut());
-        let grads = self.grads[0].as_mut().filter(|_| scale.is_some());
+        ops.resize(&mut head.states, states.len());
+        ops.write(states, head.states.all_mut());
+        let weight = scale.unwrap_or(0.0);
+        let target = |(row, label): (usize, &u32)| Target {
+            row,
+            label: *label,
+            weight,
+        };
+        let targets: Vec<Target> = labels.iter().enumerate().map(target).collect();
+        let grads = self.grads.as_mut().filter(|_| scale.is_some());
         let dhead = grads.and_then(AdapterGrads::head_mut);
-        let scale = scale.unwrap_or(0.0);
-        self.head.judge(ops, &self.adapter, labels, scale, dhead)
+        head.judge((ops, &self.adapter), &targets, dhead, loss)
     }
 
     fn dropout(&self, examples: &[Numbered<'_>], step: u64) -> Dropout {
@@ -289,66 +194,6 @@ impl Learner {
             rate: self.dropout_rate,
             row_keys: keys.collect(),
         }
-    }
-
-    /// Forward over one micro-batch, and back where there is a scale.
-    fn pass(
-        &mut self,
-        examples: &[Numbered<'_>],
-        scale: Option<f32>,
-        dropout: Option<&Dropout>,
-        pace: &dyn Pace,
-    ) -> Result<LossSum, Stopped> {
-        let packed = Packed::of(examples);
-        let segments = [Segment {
-            rows: 0..packed.tokens.len(),
-            adapters: Some(Arc::clone(&self.adapter)).into(),
-        }];
-        let (ops, model) = (&self.ops, &self.model);
-        ops.begin_pass();
-        let pass = Pass::new(ops, model.config().layers, &segments, pace).with_dropout(dropout);
-        let hidden =
-            model.forward_train(&pass, packed.rows(), &mut self.saved, &mut self.workspace)?;
-        if scale.is_some() {
-            ops.resize(&mut self.dstates, hidden.len());
-            ops.clear(self.dstates.all_mut());
-        }
-        let dstates = scale.is_some().then_some(&mut self.dstates);
-        let factor = scale.unwrap_or(0.0);
-        let targets = targets(examples, &packed);
-        let sum = if self.adapter.labels().is_empty() {
-            linear_cross_entropy(
-                (ops, pace),
-                model.head(),
-                hidden,
-                &targets,
-                factor,
-                dstates,
-                &mut self.loss,
-            )?
-        } else {
-            let head = self.grads[0].as_mut().and_then(AdapterGrads::head_mut);
-            class_loss(
-                (ops, &self.adapter),
-                hidden,
-                &targets,
-                factor,
-                dstates.zip(head),
-                &mut self.head,
-            )
-        };
-        if scale.is_some() {
-            let rows = packed.rows();
-            model.backward(
-                &pass,
-                rows,
-                &mut self.saved,
-                &self.dstates,
-                &mut self.grads,
-                &mut self.workspace,
-            )?;
-        }
-        Ok(sum)
     }
 }
 
@@ -368,55 +213,4 @@ fn parts<'a, 'b>(examples: &'a [Numbered<'b>], budget: usize) -> Vec<&'a [Number
         parts.push(&examples[start..]);
     }
     parts
-}
-
-/// What the rows of a micro-batch are to predict.
-fn targets(examples: &[Numbered<'_>], packed: &Packed) -> Vec<Target> {
-    let mut targets = Vec::new();
-    for ((_, example), rows) in examples.iter().zip(&packed.sequences) {
-        match example {
-            Example::Lm { ids, learn } => {
-                let learnt = (1..ids.len()).filter(|position| learn[*position]);
-                targets.extend(learnt.map(|p| Target {
-                    row: rows.start + p - 1,
-                    label: ids[p],
-                }));
-            }
-            Example::Class { label, .. } => targets.push(Target {
-                row: rows.end - 1,
-                label: *label as u32,
-            }),
-        }
-    }
-    targets
-}
-
-/// The head's cross-entropy on the targets' rows; with `(dstates, dhead)`, their gradients are added.
-fn class_loss(
-    (ops, adapter): (&Backend, &ResidentAdapter),
-    hidden: &Buf,
-    targets: &[Target],
-    scale: f32,
-    gradients: Option<(&mut Buf, ViewMut<'_, Backend>)>,
-    buffers: &mut HeadBuffers,
-) -> LossSum {
-    let (Some(head), Some(range)) = (adapter.head(), adapter.head_range()) else {
-        return LossSum::default();
-    };
-    let classes = adapter.labels().len();
-    let rows: Vec<u32> = targets.iter().map(|target| target.row as u32).collect();
-    let labels: Vec<u32> = targets.iter().map(|target| target.label).collect();
-    let (rows, len) = (ops.ids(&rows), rows.len() * (range.len() / classes));
-    ops.resize(&mut buffers.states, len);
-    ops.take_rows(hidden.all(), rows, buffers.states.all_mut());
-    let (dstates, dhead) = gradients.unzip();
-    let sum = buffers.judge(ops, adapter, &labels, scale, dhead);
-    if let Some(dstates) = dstates {
-        let from = &mut buffers.dstates;
-        ops.resize(from, len);
-        ops.clear(from.all_mut());
-        ops.expand(buffers.dlogits.all(), head, classes, 1.0, from.all_mut());
-        ops.add_rows(from.all(), rows, dstates.all_mut());
-    }
-    sum
 }

@@ -101,7 +101,7 @@ fn class_plan(head_only: bool) -> TrainPlan {
     }
 }
 
-fn finish(trainer: &mut Trainer, pace: &dyn Pace) -> (Finished, Vec<TrainEvent>) {
+fn finish(trainer: &mut Trainer, pace: &dyn Company) -> (Finished, Vec<TrainEvent>) {
     let mut events = Vec::new();
     let finished = trainer.run(pace, &mut |event| events.push(event)).unwrap();
     (finished, events)
@@ -123,6 +123,8 @@ fn steps(events: &[TrainEvent]) -> Vec<StepReport> {
 /// Cuts work in pieces as small as can be.
 struct Fine;
 
+impl Company for Fine {}
+
 impl Pace for Fine {
     fn breathe(&self) -> Result<(), Stopped> {
         Ok(())
@@ -142,7 +144,7 @@ pub(crate) fn cuts_change_no_bit(on: &Under<Backend>) {
     let (whole, events) = finish(&mut Trainer::new(model(on), lm_plan()).unwrap(), &Unpaced);
     let row = Saved::row_bytes(&on.ops, model(on).config(), 3);
     for (activation_bytes, pace) in [
-        (512 << 20, &Fine as &dyn Pace),
+        (512 << 20, &Fine as &dyn Company),
         (30 * row, &Unpaced),
         (20 * row, &Fine),
         (5 * row, &Unpaced),
@@ -242,6 +244,8 @@ pub(crate) fn breaks_change_no_bit(on: &Under<Backend>) {
 
 /// Stops at the n-th breath.
 struct StopsAt(Cell<usize>);
+
+impl Company for StopsAt {}
 
 impl Pace for StopsAt {
     fn breathe(&self) -> Result<(), Stopped> {
@@ -443,4 +447,43 @@ fn training_works_on_every_format() {
             assert_eq!(narrow.artifact, wide.artifact, "{dtype}");
         }
     }
+}
+
+/// Loses shares now and then, as when the job that runs the pass fails.
+#[derive(Default)]
+struct Loses(Cell<usize>);
+
+impl Pace for Loses {
+    fn breathe(&self) -> Result<(), Stopped> {
+        Ok(())
+    }
+}
+
+impl Company for Loses {
+    fn pass(&self, share: Share, run: RunPass<'_>) -> Result<Share, Interrupted> {
+        let number = self.0.get();
+        self.0.set(number + 1);
+        let mut shares = [share];
+        run(&mut shares)?;
+        let [share] = shares;
+        match [0, 2, 6, 7, 15].contains(&number) {
+            true => Err(Interrupted::Lost),
+            false => Ok(share),
+        }
+    }
+}
+
+#[test]
+fn a_step_whose_share_was_lost_begins_anew() {
+    let on = host();
+    let (whole, events) = finish(&mut Trainer::new(model(&on), lm_plan()).unwrap(), &Unpaced);
+    // Two micro-batches a step, so that gradients of the first are there when the second is lost.
+    let mut plan = lm_plan();
+    plan.hp.activation_bytes = 20 * Saved::row_bytes(&on.ops, model(&on).config(), 3);
+    let loses = Loses::default();
+    let mut trainer = Trainer::new(model(&on), plan).unwrap();
+    let (found, again) = finish(&mut trainer, &loses);
+    assert!(loses.0.get() > 2 * steps(&events).len());
+    assert_eq!(found.artifact, whole.artifact);
+    assert_eq!(steps(&again), steps(&events));
 }

@@ -76,6 +76,8 @@ fn a_run_there_is_nearly_the_processors() {
 /// Pieces that cut rows and attention, as on a device they cut the largest batches.
 struct Pieces;
 
+impl Company for Pieces {}
+
 impl Pace for Pieces {
     fn breathe(&self) -> Result<(), Stopped> {
         Ok(())
@@ -90,7 +92,7 @@ impl Pace for Pieces {
 fn cutting_changes_no_bit_there_either() {
     for element in ELEMENTS {
         let on = device(element);
-        let run = |rows: usize, pace: &dyn Pace| {
+        let run = |rows: usize, pace: &dyn Company| {
             let model = model(&on);
             let mut plan = short(lm_plan(), 3);
             plan.hp.activation_bytes = rows * Saved::row_bytes(&on.ops, model.config(), 2);
@@ -99,7 +101,7 @@ fn cutting_changes_no_bit_there_either() {
         };
         let whole = run(1000, &Unpaced);
         for (rows, pace) in [
-            (20, &Unpaced as &dyn Pace),
+            (20, &Unpaced as &dyn Company),
             (5, &Unpaced),
             (1000, &Pieces),
             (20, &Pieces),

@@ -1,0 +1,89 @@
+//! A classification head in training: its loss on states, and the gradients of both.
+
+use std::ops::Range;
+
+use espalier_adapters::linear::ResidentAdapter;
+use espalier_adapters::ops::{Backend, Buffer, Ops, ViewMut};
+use espalier_adapters::train::loss::{LossBuffers, LossSum, Target, softmax_cross_entropy};
+
+use crate::model::Buf;
+
+/// What a head reads and makes, and their gradients.
+pub(super) struct HeadBuffers {
+    /// `[targets, hidden]`.
+    pub(super) states: Buf,
+    dstates: Buf,
+    /// `[targets, labels]`, exact.
+    logits: Buf,
+    dlogits: Buf,
+}
+
+// === impl HeadBuffers ===
+
+impl HeadBuffers {
+    pub(super) fn new(ops: &Backend) -> Self {
+        Self {
+            states: ops.working(),
+            dstates: ops.working(),
+            logits: ops.exact(),
+            dlogits: ops.exact(),
+        }
+    }
+
+    /// The cross-entropy of the head on `states`; with `dhead`, its gradient is added.
+    pub(super) fn judge(
+        &mut self,
+        (ops, adapter): (&Backend, &ResidentAdapter),
+        targets: &[Target],
+        dhead: Option<ViewMut<'_, Backend>>,
+        loss: &mut LossBuffers<Backend>,
+    ) -> LossSum {
+        let classes = adapter.labels().len();
+        let Self {
+            states,
+            logits,
+            dlogits,
+            ..
+        } = self;
+        ops.resize(logits, targets.len() * classes);
+        adapter.score(ops, states.all(), logits.all_mut());
+        let judged = softmax_cross_entropy(ops, logits, targets, dlogits, loss);
+        if let Some(dhead) = dhead {
+            ops.outer(dlogits.all(), states.all(), classes, 1.0, dhead);
+        }
+        judged.iter().collect()
+    }
+
+    /// The same on the targets' rows of `hidden`, the share's rows being `rows` of it; with `(dstates, dhead)`, the gradients
+    /// of both are added.
+    pub(super) fn judge_rows(
+        &mut self,
+        (ops, adapter): (&Backend, &ResidentAdapter),
+        (hidden, rows): (&Buf, &Range<usize>),
+        targets: &[Target],
+        gradients: Option<(&mut Buf, ViewMut<'_, Backend>)>,
+        loss: &mut LossBuffers<Backend>,
+    ) -> LossSum {
+        let (Some(head), Some(range)) = (adapter.head(), adapter.head_range()) else {
+            return LossSum::default();
+        };
+        let classes = adapter.labels().len();
+        let chosen = targets
+            .iter()
+            .map(|target| (rows.start + target.row) as u32);
+        let chosen: Vec<u32> = chosen.collect();
+        let (chosen, len) = (ops.ids(&chosen), targets.len() * (range.len() / classes));
+        ops.resize(&mut self.states, len);
+        ops.take_rows(hidden.all(), chosen, self.states.all_mut());
+        let (dstates, dhead) = gradients.unzip();
+        let sum = self.judge((ops, adapter), targets, dhead, loss);
+        if let Some(dstates) = dstates {
+            let from = &mut self.dstates;
+            ops.resize(from, len);
+            ops.clear(from.all_mut());
+            ops.expand(self.dlogits.all(), head, classes, 1.0, from.all_mut());
+            ops.add_rows(from.all(), chosen, dstates.all_mut());
+        }
+        sum
+    }
+}
