@@ -6,7 +6,7 @@
 #   benches/run-peers.sh compare [--rounds N]                     engine and trainer beside PEFT, no server
 #
 # ESPALIER_PEERS names the directory of peft_peer.py, llama_server_peer.py and requirements.txt. What cannot be had is
-# said and left out of the table.
+# said and left out of the table. ESPALIER_TEXTS names a CSV with the columns text and category, for training on short texts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -65,6 +65,19 @@ prepare_llama() {
   convert_llama || { say "the files for llama.cpp could not be made, its rows are left out; see $llama/log"; return 1; }
 }
 
+# Short texts as prompts, their categories as completions; in an order of its own, because the file is sorted.
+prepare_texts() {
+  [ -f "$texts" ] || { say "no short texts at '$texts'; set ESPALIER_TEXTS"; return 1; }
+  python3 - "$texts" >"$cache/short-texts.jsonl" <<'PY'
+import csv, json, random, sys
+rows = list(csv.DictReader(open(sys.argv[1], encoding="utf-8")))
+random.Random(0).shuffle(rows)
+for row in rows[:800]:
+    print(json.dumps({"prompt": row["text"], "completion": " " + row["category"]}))
+PY
+}
+
+texts=${ESPALIER_TEXTS:-../shared/data/banking77/train.csv}
 verb=serve
 case ${1:-} in serve | compare) verb=$1; shift ;; esac
 model=$(scripts/fetch-model.sh)
@@ -72,6 +85,10 @@ prepare_peft
 sides=(--model "$model" --hf "$cache/peers-hf" --adapters "$cache/peers-adapters" --python "$python" --peer "$peers/peft_peer.py")
 if [ "$verb" = serve ] && prepare_llama; then
   sides+=(--llama-server "$llama/build/bin/llama-server" --llama-peer "$peers/llama_server_peer.py" --llama-files "$llama/files")
+fi
+
+if [ "$verb" = compare ] && prepare_texts; then
+  sides+=(--data "$cache/short-texts.jsonl")
 fi
 
 cargo build --workspace --bins

@@ -7,25 +7,39 @@ use espalier_benches::Fallible;
 use espalier_benches::turns::{figures, last_json_line, median, pairs};
 use serde_json::Value;
 
+use super::engine::STEPS;
 use super::{Compare, NEW, PROMPT};
 
 pub(crate) fn run(options: &Compare) -> Fallible<()> {
     let adapters: Vec<PathBuf> = (0..8)
         .map(|i| options.adapters.join(format!("a{i}")))
         .collect();
-    let mut rows: [Vec<Value>; 4] = Default::default();
+    let steps = [PathBuf::from("--repeats"), STEPS.to_string().into()];
+    let mut rows: [Vec<Value>; 6] = Default::default();
     for round in 1..=options.rounds {
         eprintln!("round {round} of {}", options.rounds);
         rows[0].push(peer(options, "generate", &adapters)?);
         rows[1].push(ours(options, "generate", &adapters)?);
         rows[2].push(peer(options, "train", &[])?);
         rows[3].push(ours(options, "train", &[])?);
+        if let Some(data) = &options.data {
+            let data = [PathBuf::from("--data"), data.clone()];
+            rows[4].push(peer(options, "train", &[&data[..], &steps].concat())?);
+            rows[5].push(ours(options, "train", &data)?);
+        }
     }
     println!(
         "| 8 rows x 8 adapters (r 16), {PROMPT} in / {NEW} out; training 8 x 128, r 16 | PEFT | Espalier | ratio | rounds |"
     );
     println!("|---|---|---|---|---|");
-    let [peer_generate, our_generate, peer_train, our_train] = rows;
+    let [
+        peer_generate,
+        our_generate,
+        peer_train,
+        our_train,
+        peer_short,
+        our_short,
+    ] = rows;
     for (name, key, peer, ours) in [
         (
             "prefill, tok/s",
@@ -52,7 +66,16 @@ pub(crate) fn run(options: &Compare) -> Fallible<()> {
             &peer_train,
             &our_train,
         ),
+        (
+            "training on short texts, tok/s",
+            "train_tok_s",
+            &peer_short,
+            &our_short,
+        ),
     ] {
+        if peer.is_empty() {
+            continue;
+        }
         let (peer, ours) = (figures(peer, key)?, figures(ours, key)?);
         println!(
             "| {name} | {:.2} | {:.2} | {:.2} | {} |",

@@ -1,7 +1,7 @@
 //! Our side without a server: mixed rows through the whole engine, and the trainer, each in a process of its own so that
 //! peak memory is its own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -13,8 +13,8 @@ use espalier_benches::Fallible;
 use espalier_benches::in_process::{batch, prompts, start};
 use espalier_benches::turns::median;
 use espalier_engine::config::EngineConfig;
-use espalier_engine::model::{Dtype, Model};
-use espalier_engine::train::trainer::{HyperParameters, Method, TrainEvent, TrainPlan, Trainer};
+use espalier_engine::model::{Dtype, LoadedModel, Model};
+use espalier_engine::train::trainer::{HyperParameters, Method, TrainPlan, Trainer};
 use rand::{Rng, SeedableRng};
 use serde_json::json;
 
@@ -64,59 +64,99 @@ fn peak_rss_gib() -> Fallible<f64> {
     Ok(kib.ok_or("no VmHWM in /proc/self/status")?.parse::<f64>()? / f64::from(1 << 20))
 }
 
-/// Steps that are timed, after one that is not.
-const STEPS: u64 = 4;
+/// Steps that are timed, after one that is not; the peer's `--repeats`.
+pub(crate) const STEPS: usize = 9;
 
-pub(crate) fn train(model: &str, rows: usize, tokens: usize) -> Fallible<()> {
+/// Rows of a step with real texts, as the peer has them.
+const ROWS: usize = 8;
+
+/// Trains on given batches: `[rows, tokens]` of random ids with every token in the loss, or the rows of a file of prompts and
+/// completions with the completions in the loss.
+pub(crate) fn train(
+    model: &str,
+    (rows, tokens): (usize, usize),
+    data: Option<&Path>,
+) -> Fallible<()> {
     let loaded = espalier_engine::model::load(model)?;
+    let batches = match data {
+        Some(file) => texts(&loaded, file)?,
+        None => vec![random(rows, tokens); STEPS + 1],
+    };
     let model = Arc::new(Model::new(
         Backend::default(),
         loaded.config,
         loaded.weights,
     )?);
-    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(0);
-    let items: Vec<Example> = (0..rows)
-        .map(|_| Example::Lm {
-            ids: (0..tokens)
-                .map(|_| random.random_range(100..40_000))
-                .collect(),
-            learn: (0..tokens).map(|i| i > 0).collect(),
-        })
-        .collect();
     let plan = TrainPlan {
         method: Method::Lm,
         lora: Some(LoraConfig::new(16, 32.0, &Site::ALL)),
         hp: HyperParameters {
-            batch_size: rows,
-            epochs: Some(STEPS + 1),
             checkpoint_steps: Some(0),
             ..HyperParameters::default()
         },
         seed: 0,
         train: Examples {
-            lines: (1..=rows as u64).collect(),
+            lines: (1..=batches[0].len() as u64).collect(),
             labels: None,
-            items,
+            items: batches[0].clone(),
         },
         valid: None,
         init: None,
     };
-    let (mut seconds, mut last) = (Vec::new(), Instant::now());
-    let mut loss = 0.0;
-    Trainer::new(model, plan)?.run(&Unpaced, &mut |event| {
-        if let TrainEvent::Step(step) = event {
-            seconds.push(last.elapsed().as_secs_f64());
-            last = Instant::now();
-            loss = step.loss;
-        }
-    })?;
+    let mut trainer = Trainer::new(model, plan)?;
+    let (mut rates, mut loss) = (Vec::new(), 0.0);
+    for batch in &batches {
+        let began = Instant::now();
+        let step = trainer.step_on(batch, &Unpaced)?;
+        rates.push(step.tokens as f64 / began.elapsed().as_secs_f64());
+        loss = step.loss;
+    }
     println!(
         "{}",
         json!({
-            "peer": "espalier", "shape": [rows, tokens], "dtype": "float32", "last_loss": loss,
-            "train_tok_s": (rows * tokens) as f64 / median(&seconds[1..]),
-            "peak_rss_gib": peak_rss_gib()?,
+            "peer": "espalier", "shape": [batches[0].len(), tokens], "data": data, "dtype": "float32",
+            "last_loss": loss, "train_tok_s": median(&rates[1..]), "peak_rss_gib": peak_rss_gib()?,
         })
     );
     Ok(())
+}
+
+fn random(rows: usize, tokens: usize) -> Vec<Example> {
+    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(0);
+    let mut row = || Example::Lm {
+        ids: (0..tokens)
+            .map(|_| random.random_range(100..40_000))
+            .collect(),
+        learn: (0..tokens).map(|i| i > 0).collect(),
+    };
+    (0..rows).map(|_| row()).collect()
+}
+
+#[derive(serde::Deserialize)]
+struct Row {
+    prompt: String,
+    completion: String,
+}
+
+/// The first rows of a file, prompt and completion tokenised one by one as the peer does.
+fn texts(loaded: &LoadedModel, file: &Path) -> Fallible<Vec<Vec<Example>>> {
+    let lines = std::fs::read_to_string(file)?;
+    let mut examples = Vec::new();
+    for line in lines.lines().take(ROWS * (STEPS + 1)) {
+        let row: Row = serde_json::from_str(line)?;
+        let mut ids = loaded.tokenizer.encode(&row.prompt)?;
+        let start = ids.len();
+        ids.extend(loaded.tokenizer.encode(&row.completion)?);
+        let learn = (0..ids.len()).map(|i| i >= start).collect();
+        examples.push(Example::Lm { ids, learn });
+    }
+    if examples.len() < ROWS * (STEPS + 1) {
+        return Err(format!(
+            "{} has less than {} rows",
+            file.display(),
+            ROWS * (STEPS + 1)
+        )
+        .into());
+    }
+    Ok(examples.chunks(ROWS).map(<[Example]>::to_vec).collect())
 }

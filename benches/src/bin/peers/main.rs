@@ -65,6 +65,9 @@ enum Verb {
         /// Tokens in a sequence.
         #[arg(long, default_value_t = 128)]
         tokens: usize,
+        /// Instead: prompts and completions, one JSON object a line, eight a batch, the completions in the loss.
+        #[arg(long)]
+        data: Option<PathBuf>,
     },
 }
 
@@ -85,6 +88,9 @@ struct Compare {
     /// peft_peer.py
     #[arg(long)]
     peer: PathBuf,
+    /// Short texts to train on besides, as prompts and completions, one JSON object a line.
+    #[arg(long)]
+    data: Option<PathBuf>,
     /// How often the two sides take turns.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -122,6 +128,7 @@ fn main() -> Fallible<()> {
             model,
             rows,
             tokens,
-        } => engine::train(&model, rows, tokens),
+            data,
+        } => engine::train(&model, (rows, tokens), data.as_deref()),
     }
 }
