@@ -1,4 +1,6 @@
-//! GGUF files, version 2 and 3: metadata and tensors, read within bounds. A file is a stranger's: every length in it is checked
+//! GGUF files: versions 2 and 3 read, version 3 written, models in and adapters out.
+//!
+//! Metadata and tensors are read within bounds. A file is a stranger's: every length in it is checked
 //! against what is left of the file before anything is allocated, every product against overflow, every name against duplicates.
 //! candle's reader allocates what the file says, so only its block formats are used here. Knows no model: which tensors and keys
 //! there should be is the loader's business.
@@ -6,18 +8,24 @@
 //! Format: `docs/gguf.md` of ggml-org/ggml.
 
 mod header;
+mod lora;
+#[cfg(test)]
+mod lora_tests;
 mod metadata;
 mod tensor;
 #[cfg(test)]
 mod tests;
+mod write;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
+pub use lora::{LoraBase, NotInGguf, half_of_pair, write_lora};
 pub use metadata::{Array, Metadata, Value};
 pub use tensor::{TensorInfo, TensorType};
+pub use write::{NewTensor, NewValue, write};
 
 use half::{bf16, f16};
 use header::Header;

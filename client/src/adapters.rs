@@ -153,31 +153,53 @@ impl Client {
     /// A version's files as they come: the header, then chunks.
     pub async fn download_adapter_stream(
         &self,
-        name: &str,
+        request: v1::DownloadAdapterVersionRequest,
     ) -> Result<Replies<v1::DownloadAdapterVersionResponse>, Error> {
-        let request = v1::DownloadAdapterVersionRequest {
-            name: name.to_owned(),
-        };
         let call =
             |channel, request| async move { stub(channel).download_adapter_version(request).await };
         self.streaming(Some(self.timeouts().transfer), request, call)
             .await
     }
 
-    /// Downloads a version into a directory. Files appear under their names only when size
+    /// Downloads a version into a directory, as PEFT's files. Files appear under their names only when size
     /// and checksum are right.
     pub async fn download_adapter(
         &self,
         name: &str,
         dir: &Path,
     ) -> Result<v1::AdapterVersion, Error> {
-        let mut replies = self.download_adapter_stream(name).await?;
+        let format = v1::ExportFormat::Peft;
+        self.download(name, format, |version| Receiver::into_dir(dir, version))
+            .await
+    }
+
+    /// Downloads a version as the one file that llama.cpp loads beside a GGUF of the same base.
+    pub async fn download_gguf(
+        &self,
+        name: &str,
+        file: &Path,
+    ) -> Result<v1::AdapterVersion, Error> {
+        let format = v1::ExportFormat::GgufLora;
+        let part = v1::ArtifactPart::Gguf;
+        let place = |version| async move { Receiver::into_file(file, part, version) };
+        self.download(name, format, place).await
+    }
+
+    async fn download<F: Future<Output = Result<Receiver, Error>>>(
+        &self,
+        name: &str,
+        format: v1::ExportFormat,
+        place: impl Fn(v1::AdapterVersion) -> F,
+    ) -> Result<v1::AdapterVersion, Error> {
+        let request = v1::DownloadAdapterVersionRequest {
+            name: name.to_owned(),
+            format: format.into(),
+        };
+        let mut replies = self.download_adapter_stream(request).await?;
         let mut receiver = None;
         while let Some(reply) = replies.next().await {
             match (reply?.payload, &mut receiver) {
-                (Some(Payload::Version(version)), None) => {
-                    receiver = Some(Receiver::new(dir, version).await?);
-                }
+                (Some(Payload::Version(version)), None) => receiver = Some(place(version).await?),
                 (Some(Payload::Chunk(chunk)), Some(receiver)) => receiver.write(chunk).await?,
                 _ => return Err(Receiver::disorder("a message came out of its order")),
             }

@@ -140,6 +140,9 @@ impl Error {
             "ADAPTER_INCOMPATIBLE" | "ARTIFACT_MALFORMED" => {
                 "see the whole report with `espalier adapters check DIR`"
             }
+            "EXPORT_UNSUPPORTED" => {
+                "download it without --format, as PEFT, or have it merged into its base: `espalierd merge`"
+            }
             "UNSUPPORTED_BY_MODEL" => "see what the model can do with `espalier status`",
             "SERVER_OVERLOADED" | "SERVER_DRAINING" | "SERVER_STARTING" | "ADAPTER_CAPACITY" => {
                 "try again in a moment"

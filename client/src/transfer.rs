@@ -45,6 +45,7 @@ pub fn file_name(part: ArtifactPart) -> &'static str {
         ArtifactPart::Config | ArtifactPart::Unspecified => AdapterArtifact::CONFIG_FILE,
         ArtifactPart::Weights => AdapterArtifact::WEIGHTS_FILE,
         ArtifactPart::Labels => AdapterArtifact::LABELS_FILE,
+        ArtifactPart::Gguf => "adapter.gguf",
     }
 }
 
@@ -370,8 +371,9 @@ impl PreparedDataset {
 
 /// A download on its way to disk.
 pub(crate) struct Receiver {
-    dir: PathBuf,
     version: AdapterVersion,
+    /// Where each part of the header's list goes.
+    places: Vec<PathBuf>,
     /// The part that is being written, as an index into the header's list.
     index: usize,
     open: Option<(File, Sha256, u64)>,
@@ -388,20 +390,45 @@ impl Receiver {
         )
     }
 
-    pub(crate) async fn new(dir: &Path, version: AdapterVersion) -> Result<Self, Error> {
+    /// Parts go into a directory, each under its own name.
+    pub(crate) async fn into_dir(dir: &Path, version: AdapterVersion) -> Result<Self, Error> {
         let made = tokio::fs::create_dir_all(dir).await;
         made.map_err(|error| Error::file(dir, &error))?;
-        Ok(Self {
-            dir: dir.to_owned(),
+        let parts = version.parts.iter();
+        let places = parts.map(|info| dir.join(file_name(info.part()))).collect();
+        Ok(Self::new(version, places))
+    }
+
+    /// The one part that there is goes into a file. A server that does not know the format sends others.
+    pub(crate) fn into_file(
+        file: &Path,
+        part: ArtifactPart,
+        version: AdapterVersion,
+    ) -> Result<Self, Error> {
+        match version.parts.as_slice() {
+            [info] if info.part() == part => Ok(Self::new(version, vec![file.to_owned()])),
+            _ => Err(Error::local(
+                Code::Unimplemented,
+                "DOWNLOAD",
+                "the server is older than this client and cannot export this format",
+            )),
+        }
+    }
+
+    fn new(version: AdapterVersion, places: Vec<PathBuf>) -> Self {
+        Self {
             version,
+            places,
             index: 0,
             open: None,
-        })
+        }
     }
 
     fn paths(&self) -> (PathBuf, PathBuf) {
-        let name = file_name(self.version.parts[self.index].part());
-        (self.dir.join(format!("{name}.part")), self.dir.join(name))
+        let place = self.places[self.index].clone();
+        let mut unfinished = place.clone().into_os_string();
+        unfinished.push(".part");
+        (unfinished.into(), place)
     }
 
     pub(crate) async fn write(&mut self, chunk: ArtifactChunk) -> Result<(), Error> {

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use espalier_adapters::config::{LoraConfig, Site};
-use espalier_adapters::peft;
 use espalier_adapters::version::AdapterArtifact;
 use espalier_adapters::weights::{AdapterWeights, ScoreHead, SiteAdapter};
+use espalier_adapters::{gguf, peft};
 use espalier_client::{AdapterUpload, Client, Error, v1};
 use espalier_tests::{TINY, TestServer};
 use futures::future::join_all;
@@ -416,7 +416,7 @@ async fn hostile_uploads_are_refused_by_name_and_leave_nothing() {
     let server = TestServer::start(&[("max_adapter_bytes", "256KiB")]).await;
     let acme = tenant(server.addr, "acme").await;
     type Spoil = fn(&mut Vec<Payload>);
-    let cases: [(&str, Code, Spoil); 13] = [
+    let cases: [(&str, Code, Spoil); 14] = [
         ("CHECKSUM_MISMATCH", Code::Aborted, |all| {
             chunk(all, 2).data[999] ^= 1
         }),
@@ -465,6 +465,9 @@ async fn hostile_uploads_are_refused_by_name_and_leave_nothing() {
         ("INVALID_FIELD", Code::InvalidArgument, |all| all.swap(1, 2)),
         ("INVALID_FIELD", Code::InvalidArgument, |all| {
             metadata(all).parts[1].part = 99
+        }),
+        ("INVALID_FIELD", Code::InvalidArgument, |all| {
+            metadata(all).parts[1].part = v1::ArtifactPart::Gguf.into();
         }),
         ("ARTIFACT_MALFORMED", Code::InvalidArgument, |all| {
             metadata(all).parts.truncate(1);
@@ -658,5 +661,44 @@ async fn a_mixed_batch_says_what_each_says_alone_and_the_base_is_untouched() {
         assert_eq!(base == *alone, adapter.is_none(), "{adapter:?}");
     }
     plain.ended().await;
+    server.ended().await;
+}
+
+#[tokio::test]
+async fn a_version_goes_out_as_one_file_for_llama_cpp_or_says_why_not() {
+    let server = TestServer::start(&[("service_key", SERVICE_KEY)]).await;
+    let (acme, globex) = two_tenants(&server).await;
+    let version = push(&acme, "a", 1).await;
+    let classifier = push(&acme, "b", 2).await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.gguf");
+    let sent = acme.download_gguf("tenants/acme/adapters/a", &file).await;
+    let sent = sent.unwrap();
+    assert_eq!((&sent.name, &sent.digest), (&version.name, &version.digest));
+    let bytes = std::fs::read(&file).unwrap();
+    assert_eq!(sent.parts[0].size_bytes, bytes.len() as u64);
+    let base = espalier_engine::model::load(TINY).unwrap().config;
+    let limits = peft::Limits::default();
+    let (config, weights, _) = peft::read(&artifact(1), &base.base_shape(), &limits).unwrap();
+    let wanted = gguf::write_lora(&version.name, &config, &weights, &base.gguf_lora_base());
+    assert!(bytes == wanted.unwrap(), "the file is not the library's");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+
+    let other = dir.path().join("b.gguf");
+    let error = refused(acme.download_gguf(&classifier.name, &other).await);
+    assert_eq!(
+        (error.code, error.reason.as_str()),
+        (Code::FailedPrecondition, "EXPORT_UNSUPPORTED")
+    );
+    assert!(error.message.contains("3 labels"), "{error}");
+    assert!(!other.exists());
+    let foreign = globex.download_gguf(&version.name, &other).await;
+    assert_eq!(reason(foreign).0, Code::PermissionDenied);
+    let unknown = v1::DownloadAdapterVersionRequest {
+        name: version.name.clone(),
+        format: 99,
+    };
+    let error = refused(acme.download_adapter_stream(unknown).await);
+    assert!(error.message.contains("99 is no format"), "{error}");
     server.ended().await;
 }

@@ -149,6 +149,7 @@ async fn download(
     use v1::download_adapter_version_response::Payload;
     let request = v1::DownloadAdapterVersionRequest {
         name: name.to_owned(),
+        ..Default::default()
     };
     let mut stream = client.download_adapter_version(request).await?.into_inner();
     let (mut header, mut config, mut weights) = (None, Vec::new(), Vec::new());

@@ -14,7 +14,8 @@ use crate::ops::WeightKind;
 pub(super) const CHUNK_BLOCKS: usize = 1 << 14;
 const MAX_NAME_BYTES: u64 = 256;
 const MAX_DIMENSIONS: u32 = 4;
-const DEFAULT_ALIGNMENT: u64 = 32;
+/// Of every tensor's place, where the metadata says nothing else.
+pub(super) const DEFAULT_ALIGNMENT: u64 = 32;
 const MAX_ALIGNMENT: u64 = 1 << 16;
 
 /// How a tensor's values are stored.
@@ -40,6 +41,11 @@ impl TensorType {
             30 => GgmlDType::BF16,
             _ => return None,
         }))
+    }
+
+    /// Whether values are plain f32.
+    pub fn is_f32(self) -> bool {
+        self.0 == GgmlDType::F32
     }
 
     /// The format in which operations use such a tensor as it is stored, if they can.

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
 use crate::{
@@ -34,7 +34,7 @@ pub(crate) enum Adapters {
     Check(Check),
     /// Upload a PEFT directory as a new version.
     Push(Push),
-    /// Download a version as a PEFT directory.
+    /// Download a version, as a PEFT directory or for another runtime.
     Pull(Pull),
     /// Delete an adapter or one version.
     #[command(visible_alias = "rm")]
@@ -308,32 +308,50 @@ fn print_findings(out: Out, report: Option<&v1::ValidationReport>) -> Result<(),
     Ok(())
 }
 
-/// Download a version as a PEFT directory.
+/// What a download becomes.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum Format {
+    /// A PEFT directory, byte for byte as it was uploaded or trained.
+    #[default]
+    Peft,
+    /// A GGUF adapter, for llama.cpp's --lora beside a GGUF of the same base.
+    Gguf,
+}
+
+/// Download a version, as a PEFT directory or for another runtime.
 #[derive(Debug, Args)]
 pub(crate) struct Pull {
     /// NAME, NAME@ALIAS or NAME/VERSION.
     name: String,
-    /// Where the files go; left out: a directory with the adapter's name.
-    dir: Option<PathBuf>,
+    /// Where it goes: a directory for peft, a file for gguf. Left out: the adapter's name, for gguf with .gguf behind it.
+    to: Option<PathBuf>,
+    /// The format.
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
 }
 
 impl Pull {
     async fn run(self, Session { client, out }: &Session) -> Result<(), Failure> {
         let name = client.names().adapter(&self.name)?;
-        let dir = match self.dir {
-            Some(dir) => dir,
-            None => PathBuf::from(short(adapter_of(&name))),
+        let own = short(adapter_of(&name));
+        let (to, version) = match self.format {
+            Format::Peft => {
+                let dir = self.to.unwrap_or_else(|| PathBuf::from(own));
+                let version = client.download_adapter(&name, &dir).await?;
+                (dir, version)
+            }
+            Format::Gguf => {
+                let file = self.to.unwrap_or_else(|| format!("{own}.gguf").into());
+                let version = client.download_gguf(&name, &file).await?;
+                (file, version)
+            }
         };
-        let version = client.download_adapter(&name, &dir).await?;
         if out.is_json() {
             return out.document(&version);
         }
-        out.line(format_args!("{} in {}", version.name, dir.display()))?;
-        out.remark(format_args!(
-            "[{}, digest {}]",
-            bytes(version.size_bytes),
-            version.digest
-        ));
+        let size = version.parts.iter().map(|part| part.size_bytes).sum();
+        out.line(format_args!("{} in {}", version.name, to.display()))?;
+        out.remark(format_args!("[{}, digest {}]", bytes(size), version.digest));
         Ok(())
     }
 }

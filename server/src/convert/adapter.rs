@@ -104,6 +104,27 @@ pub(crate) fn version(version: Version) -> v1::AdapterVersion {
     }
 }
 
+/// What a download brings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Export {
+    /// The stored files.
+    Peft,
+    /// A GGUF adapter.
+    GgufLora,
+}
+
+/// A download's format from the wire.
+pub(crate) fn export(field: &str, given: i32) -> Result<Export, Refusal> {
+    match v1::ExportFormat::try_from(given) {
+        Ok(v1::ExportFormat::Unspecified | v1::ExportFormat::Peft) => Ok(Export::Peft),
+        Ok(v1::ExportFormat::GgufLora) => Ok(Export::GgufLora),
+        Err(_) => {
+            let why = format!("{given} is no format; PEFT and GGUF_LORA are");
+            Err(Refusal::invalid_field(field, why))
+        }
+    }
+}
+
 /// A merge policy from the wire.
 pub(crate) fn merge_policy(field: &str, given: v1::MergePolicy) -> Result<MergePolicy, Refusal> {
     match given {

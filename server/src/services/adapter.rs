@@ -1,35 +1,31 @@
 //! `AdapterService`: names, versions, aliases, and artifacts in and out. Every call asks first whether the caller may use
 //! the tenant that the resource's name says, so that a refusal is the same for what exists and what does not.
 
+mod download;
 pub(crate) mod residency;
 mod upload;
 
 use std::sync::Arc;
 
 use espalier_adapters::peft;
-use espalier_adapters::version::AdapterArtifact;
 use espalier_engine::EngineHandle;
 use espalier_proto::v1;
 use prost::Message;
-use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::Call;
-use super::control::{chunk, page, request_key};
-use crate::artifact_store::{ArtifactStore, StoreError};
+use super::control::{page, request_key};
+use crate::artifact_store::ArtifactStore;
 use crate::config::Config;
 use crate::convert::adapter as convert;
 use crate::convert::adapter::ProfileLimits;
 use crate::names::{AdapterId, AdapterName, AdapterRef, TenantId, TenantName, VersionName};
 use crate::paging::next_token;
-use crate::registry::{Registry, RegistryError, Version, VersionState};
+use crate::registry::Registry;
 use crate::status::Refusal;
 
 use upload::{BaseOf, Uploads};
-
-/// Bytes of one chunk of a download.
-const DOWNLOAD_CHUNK: usize = 256 * 1024;
 
 /// The service.
 #[derive(Clone)]
@@ -81,6 +77,7 @@ impl AdapterService {
             resource: base_resource,
             digest: model.digest.clone(),
             shape: model.config.base_shape(),
+            gguf: model.config.gguf_lora_base(),
             limits: artifact_limits(&config),
         };
         Self {
@@ -185,75 +182,6 @@ impl AdapterService {
             versions: found.items.into_iter().map(convert::version).collect(),
         })
     }
-
-    async fn download(
-        &self,
-        call: Call,
-        message: v1::DownloadAdapterVersionRequest,
-    ) -> Result<ReceiverStream<Result<v1::DownloadAdapterVersionResponse, Status>>, Refusal> {
-        let reference = Self::reference(&call, &message.name)?;
-        let version = self.registry.get_version(reference).await?;
-        let digest = version.content.digest;
-        if version.state != VersionState::Active {
-            return Err(RegistryError::VersionNotActive {
-                name: version.name,
-                state: version.state,
-                error: version.error.unwrap_or_default(),
-            }
-            .into());
-        }
-        let read = self
-            .store
-            .run(move |store| store.get_artifact(&digest))
-            .await;
-        let artifact = match read {
-            Ok(artifact) => artifact,
-            Err(error) => {
-                if matches!(error, StoreError::Corrupt { .. }) {
-                    self.registry
-                        .quarantine(digest, "its stored bytes have another digest".to_owned())
-                        .await?;
-                }
-                return Err(error.into());
-            }
-        };
-        let (sender, receiver) = mpsc::channel(4);
-        tokio::spawn(async move {
-            // A reader that went away ends the download.
-            let _ = send_files(&sender, version, artifact).await;
-        });
-        Ok(ReceiverStream::new(receiver))
-    }
-}
-
-/// The header and then every file's pieces; an error means that nobody reads any more.
-async fn send_files(
-    sender: &mpsc::Sender<Result<v1::DownloadAdapterVersionResponse, Status>>,
-    version: Version,
-    artifact: AdapterArtifact,
-) -> Result<(), mpsc::error::SendError<Result<v1::DownloadAdapterVersionResponse, Status>>> {
-    use v1::download_adapter_version_response::Payload;
-    let message = |payload| {
-        Ok(v1::DownloadAdapterVersionResponse {
-            payload: Some(payload),
-        })
-    };
-    sender
-        .send(message(Payload::Version(convert::version(version))))
-        .await?;
-    let parts = [
-        (v1::ArtifactPart::Config, Some(artifact.config_json)),
-        (v1::ArtifactPart::Weights, Some(artifact.safetensors)),
-        (v1::ArtifactPart::Labels, artifact.labels_json),
-    ];
-    for (part, bytes) in parts {
-        let bytes = bytes.unwrap_or_default();
-        for (index, data) in bytes.chunks(DOWNLOAD_CHUNK).enumerate() {
-            let piece = chunk(part, index * DOWNLOAD_CHUNK, data);
-            sender.send(message(Payload::Chunk(piece))).await?;
-        }
-    }
-    Ok(())
 }
 
 #[tonic::async_trait]

@@ -2,6 +2,7 @@
 //! the decoder reads it and never asks which file it came from.
 
 use espalier_adapters::config::BaseShape;
+use espalier_adapters::gguf::LoraBase;
 
 use super::error::ModelError;
 
@@ -28,6 +29,20 @@ impl Family {
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
         }
+    }
+
+    /// `general.architecture` of a GGUF of this family: llama.cpp converts Mistral as Llama.
+    pub fn gguf_architecture(self) -> &'static str {
+        match self {
+            Self::Llama | Self::Mistral => "llama",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+        }
+    }
+
+    /// Whether a GGUF of this family has the rows of q and k in pairs (`gguf::half_of_pair`).
+    pub fn paired_in_gguf(self) -> bool {
+        self.gguf_architecture() == "llama"
     }
 }
 
@@ -171,6 +186,15 @@ impl ModelConfig {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             vocab: self.vocab,
+        }
+    }
+
+    /// What a GGUF adapter for this model has to know.
+    pub fn gguf_lora_base(&self) -> LoraBase {
+        LoraBase {
+            architecture: self.family.gguf_architecture(),
+            paired_rows: self.family.paired_in_gguf(),
+            head_dim: self.head_dim,
         }
     }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use espalier_adapters::config::BaseShape;
+use espalier_adapters::gguf::LoraBase;
 use espalier_adapters::peft;
 use espalier_adapters::report::{Report, Rule, Severity};
 use espalier_adapters::version::AdapterArtifact;
@@ -28,7 +29,26 @@ pub(super) struct BaseOf {
     pub(super) resource: String,
     pub(super) digest: String,
     pub(super) shape: BaseShape,
+    pub(super) gguf: LoraBase,
     pub(super) limits: peft::Limits,
+}
+
+impl BaseOf {
+    /// Refuses a version of another base: what is made of it here would be wrong in silence.
+    pub(super) fn fits(&self, version: &Version) -> Result<(), Refusal> {
+        let found = &version.content.base_digest;
+        if *found == self.digest {
+            return Ok(());
+        }
+        let name = &version.name;
+        let message = format!("{name} was made for another base model than the one served here");
+        Err(
+            Refusal::new(Code::FailedPrecondition, "ADAPTER_INCOMPATIBLE", message)
+                .with("adapter_version", name)
+                .with("expected", &self.digest)
+                .with("found", found),
+        )
+    }
 }
 
 /// Uploads that are open, by tenant.
@@ -276,6 +296,12 @@ impl Upload {
         let mut parts = Vec::new();
         for info in &metadata.parts {
             let part = match v1::ArtifactPart::try_from(info.part) {
+                Ok(v1::ArtifactPart::Gguf) => {
+                    return Err(Refusal::invalid_field(
+                        "metadata.parts",
+                        "a GGUF is a format of downloads; upload the adapter as PEFT saves it",
+                    ));
+                }
                 Ok(part) if part != v1::ArtifactPart::Unspecified => part,
                 _ => {
                     return Err(Refusal::invalid_field(
@@ -347,7 +373,7 @@ fn file_name(part: v1::ArtifactPart) -> &'static str {
         v1::ArtifactPart::Config => AdapterArtifact::CONFIG_FILE,
         v1::ArtifactPart::Weights => AdapterArtifact::WEIGHTS_FILE,
         v1::ArtifactPart::Labels => AdapterArtifact::LABELS_FILE,
-        v1::ArtifactPart::Unspecified => "nothing",
+        v1::ArtifactPart::Gguf | v1::ArtifactPart::Unspecified => "nothing",
     }
 }
 
