@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use clap::{Args, FromArgMatches};
 use clap_complete::Shell;
 
 mod hub;
@@ -21,6 +22,7 @@ use espalier_engine::device::DeviceChoice;
 pub use self::hub::Hub;
 use self::source::{Raw, find, unknown};
 use crate::check::Part;
+use crate::merge::Merge;
 use crate::setting::{ByteSize, LogFormat, MaybeAddr, MaybeDtype, MaybePath, Secret, Value};
 
 /// Declares sections of settings. One entry: name, type, default, and (for numbers) smallest and largest value, all
@@ -443,6 +445,8 @@ pub enum Invocation {
     Completions(String),
     /// Check this part on what the configuration names and leave.
     Check(Part, Box<Config>),
+    /// Write a base with an adapter merged into it and leave.
+    Merge(Merge, Hub),
 }
 
 // === impl Config ===
@@ -462,12 +466,18 @@ impl Config {
                 shell.unwrap_or(Shell::Bash),
             )));
         }
-        let print = matches.subcommand_matches("config");
-        let check = matches.subcommand_matches("check");
-        let flags = print.or(check).unwrap_or(&matches);
         let env: BTreeMap<String, String> = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
+        if let Some(merge) = matches.subcommand_matches("merge") {
+            let hub = Hub::from_environment(&env);
+            let merge = Merge::from_arg_matches(merge)
+                .map_err(|error| ConfigError::one(error.to_string()))?;
+            return Ok(Invocation::Merge(merge, hub));
+        }
+        let print = matches.subcommand_matches("config");
+        let check = matches.subcommand_matches("check");
+        let flags = print.or(check).unwrap_or(&matches);
         let path = flags
             .get_one::<String>("config")
             .cloned()
@@ -701,6 +711,9 @@ fn command() -> clap::Command {
                         .value_parser(clap::value_parser!(Part)),
                 ),
         ))
+        .subcommand(Merge::augment_args(clap::Command::new("merge").about(
+            "Write the base with an adapter merged into it, as a Hugging Face directory",
+        )))
         .subcommand(
             clap::Command::new("completions")
                 .about("Print a script that completes flags in a shell")

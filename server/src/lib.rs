@@ -7,6 +7,7 @@ pub mod check;
 pub mod config;
 mod health;
 pub mod hub;
+pub mod merge;
 mod server;
 mod setting;
 pub mod shutdown;

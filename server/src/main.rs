@@ -21,6 +21,12 @@ fn main() -> ExitCode {
             return espalier_server::check::run(part, &config)
                 .unwrap_or_else(|error| fail(&*error));
         }
+        Ok(Invocation::Merge(merge, hub)) => {
+            return match merge.run(&hub) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => fail(&*error),
+            };
+        }
         Ok(Invocation::Serve(config)) => *config,
         Err(error) => return fail(&error),
     };

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Output;
 use std::sync::Arc;
 
 use espalier_adapters::batch::Segment;
@@ -404,6 +405,127 @@ fn check(goldens: &Goldens, ops: Backend) {
         check_cases(&model, &name, &cases, Some(&resident));
         check_merged(&loaded, &model, &name, &weights, &shortest.input_ids);
     }
+}
+
+/// Runs `espalierd merge` and says what it said.
+fn merged_by_command(model: &str, adapter: &Path, out: &Path, more: &[&str]) -> Output {
+    let mut command = espalier_tests::espalierd_command();
+    command
+        .args(["merge", "--model", model, "--adapter"])
+        .arg(adapter);
+    command.arg("--out").arg(out).args(more).output().unwrap()
+}
+
+/// What `espalierd merge` writes is read by our own loader and answers, without any adapter, as PEFT does with it: tokens, template and
+/// all. DoRA, rsLoRA, patterns and bf16 factors are among the goldens.
+#[test]
+fn merged_directories_answer_as_peft() {
+    let goldens = small();
+    let base = load(&goldens.model).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    for adapter_dir in adapters(&goldens.dir) {
+        let name = adapter_dir
+            .file_name()
+            .unwrap()
+            .to_string_lossy()
+            .into_owned();
+        let out = dir.path().join(&name);
+        let ran = merged_by_command(&goldens.model, &adapter_dir, &out, &[]);
+        assert!(
+            ran.status.success(),
+            "{name}: {}",
+            String::from_utf8_lossy(&ran.stderr)
+        );
+        let said = String::from_utf8_lossy(&ran.stdout).into_owned();
+        assert!(said.contains("f32 as the base is"), "{said}");
+        if name == "seq_cls" {
+            check_classifier(&base, &adapter_dir, &out);
+            continue;
+        }
+        let loaded = load(&out.display().to_string()).unwrap();
+        assert_eq!(loaded.config, base.config, "{name}");
+        check_texts(&loaded, &json(&goldens.dir.join("tokenizer.json")));
+        let model = Model::new(Backend::default(), loaded.config, loaded.weights).unwrap();
+        let cases: Vec<Case> = json(&adapter_dir.join("expected.json"));
+        check_cases(&model, &name, &cases, None);
+    }
+    assert_eq!(
+        std::fs::read_dir(dir.path()).unwrap().count(),
+        7,
+        "something stayed behind"
+    );
+}
+
+/// A classifier is no base, so our loader says that; its head and labels are those of the adapter, its body the merged one.
+fn check_classifier(base: &LoadedModel, adapter_dir: &Path, out: &Path) {
+    let config: serde_json::Value = json(&out.join("config.json"));
+    assert_eq!(config["architectures"][0], "LlamaForSequenceClassification");
+    assert_eq!(
+        (
+            &config["id2label"]["4"],
+            config["label2id"]["LABEL_4"].as_u64()
+        ),
+        (&"LABEL_4".into(), Some(4))
+    );
+    assert_eq!(config["pad_token_id"], 2);
+    let (_, weights) = adapter(adapter_dir, &base.config);
+    let bytes = std::fs::read(out.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = |name: &str| -> Vec<f32> {
+        let bytes = file.tensor(name).unwrap().data().to_vec();
+        bytes
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+            .collect()
+    };
+    let head = weights.head.as_ref().unwrap();
+    assert_eq!(tensor("score.weight"), head.weight);
+    let q = merged(&base.weights.layers[1].q, &weights.sites[&(1, Site::Q)]);
+    assert_eq!(tensor("model.layers.1.self_attn.q_proj.weight"), q);
+    assert_ne!(q, base.weights.layers[1].q);
+    assert_eq!(tensor("model.norm.weight"), base.weights.norm);
+    assert!(load(&out.display().to_string()).is_err());
+}
+
+#[test]
+fn a_base_of_16_bits_is_merged_in_16_bits_and_nothing_is_overwritten() {
+    let goldens = small();
+    let adapter_dir = goldens.dir.join("adapters/patterns");
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let text = |path: &Path| path.display().to_string();
+    let run = |model: &str, out: &str, more: &[&str]| {
+        let ran = merged_by_command(model, &adapter_dir, &path(out), more);
+        let said = [ran.stdout, ran.stderr].concat();
+        (ran.status.success(), String::from_utf8(said).unwrap())
+    };
+    assert!(run(&goldens.model, "half", &["--dtype", "bf16"]).0);
+    let (fine, said) = run(&text(&path("half")), "twice", &[]);
+    assert!(
+        fine && said.contains("bf16 because the base is in 16 bits"),
+        "{said}"
+    );
+    let half = load(&text(&path("half"))).unwrap();
+    assert!(!half.single_precision);
+    let whole = load(&goldens.model).unwrap();
+    let (_, weights) = adapter(&adapter_dir, &whole.config);
+    let wanted = merged(&whole.weights.layers[0].q, &weights.sites[&(0, Site::Q)]);
+    // Eight bits of precision, and no number is further from its own than half a step.
+    for (found, wanted) in half.weights.layers[0].q.iter().zip(&wanted) {
+        assert_eq!(found.to_bits() & 0xffff, 0);
+        assert!((found - wanted).abs() <= wanted.abs() / 256.0);
+    }
+
+    let (fine, said) = run(&goldens.model, "half", &[]);
+    assert!(!fine && said.contains("is not empty"), "{said}");
+    let (fine, said) = run("tiny:7", "other", &[]);
+    assert!(!fine && said.contains("expected"), "{said}");
+    assert!(!path("other").exists());
+    // A model that has no files of its own becomes one that has.
+    let bare = dir.path().join("none");
+    std::fs::create_dir(&bare).unwrap();
+    let (fine, _) = run("tiny:7", "none", &[]);
+    assert!(!fine && std::fs::read_dir(&bare).unwrap().count() == 0);
 }
 
 /// A device's operations in the kernels' emulator.

@@ -23,6 +23,8 @@ pub struct LoadedModel {
     pub config: ModelConfig,
     /// What the weights were rounded to.
     pub dtype: Dtype,
+    /// Whether the source has every matrix as f32: neither 16 bits nor quantised.
+    pub single_precision: bool,
     /// The weights, which fit `config` and are all finite.
     pub weights: ModelWeights,
     /// Text to ids and back.
@@ -97,6 +99,7 @@ pub(super) fn finish(parts: Parts) -> Result<LoadedModel, ModelError> {
     } = parts;
     let ReadWeights {
         dtype,
+        single_precision,
         weights,
         digest,
         ..
@@ -133,6 +136,7 @@ pub(super) fn finish(parts: Parts) -> Result<LoadedModel, ModelError> {
         name,
         config,
         dtype,
+        single_precision,
         weights,
         tokenizer: Arc::new(tokenizer),
         template: template.transpose()?,
@@ -169,6 +173,8 @@ fn finite(name: &str, values: &[f32]) -> Result<(), String> {
 /// Weights as they come out of a file, one tensor after the other in canonical order.
 pub(super) struct ReadWeights {
     dtype: Dtype,
+    /// Whether every matrix so far came as f32; a loader that widened one says no.
+    pub(super) single_precision: bool,
     weights: ModelWeights,
     digest: BaseDigest,
     head_comes: bool,
@@ -181,6 +187,7 @@ impl ReadWeights {
     pub(super) fn new(config: &ModelConfig, dtype: Dtype, slots: &[Slot]) -> Self {
         ReadWeights {
             dtype,
+            single_precision: true,
             weights: ModelWeights::empty(config.layers),
             digest: BaseDigest::new(),
             head_comes: slots.contains(&Slot::LmHead),
@@ -201,6 +208,7 @@ impl ReadWeights {
         stored: Weight,
     ) -> Result<(), String> {
         let shape = slot.shape(config);
+        self.single_precision &= shape.len() == 1 || matches!(stored, Weight::F32(_));
         let values = stored.widened();
         finite(name, &values)?;
         if slot == Slot::Embed && self.head_comes {

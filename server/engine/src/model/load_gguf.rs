@@ -3,7 +3,7 @@
 use std::io::{Read, Seek};
 use std::path::Path;
 
-use espalier_adapters::gguf::{Gguf, Metadata};
+use espalier_adapters::gguf::{Gguf, Metadata, half_of_pair};
 use espalier_adapters::ops::Weight;
 use espalier_adapters::text::Tokenizer;
 
@@ -231,8 +231,11 @@ fn read_weights<R: Read + Seek>(
     let mut read = ReadWeights::new(config, dtype, &slots);
     for slot in slots {
         let name = slot.gguf();
+        let info = gguf.tensors().get(&name);
+        read.single_precision &=
+            info.is_none_or(|info| info.shape.len() == 1 || info.kind.is_f32());
         let mut weight = gguf.weight(&name)?;
-        if config.family == Family::Llama {
+        if config.family.paired_in_gguf() {
             weight = unpermuted(slot, config, weight);
         }
         findings.extend(read.add(config, slot, &name, weight).err());
@@ -246,15 +249,12 @@ fn read_weights<R: Read + Seek>(
 
 /// llama.cpp's converter interleaves the two halves of every head of q and k (`LlamaModel.permute`: reshape to
 /// `[heads, 2, head_dim / 2, in]` and swap the middle axes) because its rope turns neighbours; ours turns halves, as Hugging Face's.
-/// Rows change places whole, so blocks stay what they are.
+/// Rows change places whole, so blocks stay what they are. Adapters go the other way (`gguf::write_lora`).
 fn unpermuted(slot: Slot, config: &ModelConfig, weight: Weight) -> Weight {
     let width = match slot {
         Slot::Layer(_, Part::Q | Part::K) => config.hidden,
         Slot::Layer(_, Part::QBias | Part::KBias) => 1,
         _ => return weight,
     };
-    let (size, half) = (config.head_dim, config.head_dim / 2);
-    weight.reordered(width, |row| {
-        row / size * size + (row % size % 2) * half + row % size / 2
-    })
+    weight.reordered(width, |row| half_of_pair(row, config.head_dim))
 }

@@ -9,11 +9,13 @@ pub mod error;
 pub mod weights;
 
 mod hf_config;
+mod hf_write;
 mod load;
 mod load_gguf;
 mod load_hf;
 #[cfg(test)]
 mod load_tests;
+mod merge;
 mod safetensors_file;
 mod synthetic;
 mod tiny;
@@ -35,7 +37,9 @@ pub use config::{Family, ModelConfig, RopeConfig, RopeScaling};
 pub use decoder::{Decoder, Workspace};
 pub use dtype::{Dtype, WeightFormats};
 pub use error::ModelError;
+pub use hf_write::FileNumbers;
 pub use load::{LoadedModel, load, load_as};
+pub use merge::{MergedModel, write_merged};
 pub use train::{Saved, TrainRows};
 pub use weights::{LayerWeights, ModelWeights};
 
