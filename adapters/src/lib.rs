@@ -4,6 +4,7 @@
 //! together: those live above it, in the engine and the server.
 
 pub mod checksum;
+pub mod combine;
 pub mod config;
 pub mod error;
 pub mod peft;

@@ -126,6 +126,18 @@ impl Client {
         .await
     }
 
+    /// Adds up versions into a new one.
+    pub async fn combine_adapters(
+        &self,
+        mut request: v1::CombineAdaptersRequest,
+    ) -> Result<v1::AdapterVersion, Error> {
+        transfer::draw_request_id(&mut request.request_id);
+        let call = |channel, request| async move { stub(channel).combine_adapters(request).await };
+        // Large ranks take seconds to decompose.
+        self.unary(self.timeouts().transfer, Repeat::Safe, request, call)
+            .await
+    }
+
     /// Uploads a PEFT directory in chunks, checksums first.
     pub async fn upload_adapter(
         &self,

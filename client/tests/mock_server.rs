@@ -228,6 +228,7 @@ service!(AdapterService {
     get_adapter_version(v1::GetAdapterVersionRequest) -> v1::AdapterVersion;
     list_adapter_versions(v1::ListAdapterVersionsRequest) -> v1::ListAdapterVersionsResponse;
     delete_adapter_version(v1::DeleteAdapterVersionRequest) -> ();
+    combine_adapters(v1::CombineAdaptersRequest) -> v1::AdapterVersion;
     list_residency(v1::ListResidencyRequest) -> v1::ListResidencyResponse;
     get_residency(v1::GetResidencyRequest) -> v1::AdapterResidency;
     warm_adapter_version(v1::WarmAdapterVersionRequest) -> v1::AdapterResidency;

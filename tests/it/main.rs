@@ -8,6 +8,7 @@ mod bench_cli;
 mod bulk_api;
 mod churn;
 mod client_side;
+mod combine_api;
 mod constrained;
 mod golden_inference;
 mod golden_training;

@@ -15,6 +15,7 @@ use crate::{
         json,
         output::{Failure, Out, age, bytes},
         residency::{Merge, Pin, Residency, Unpin, Warm},
+        sampling::Part,
     },
     error::Error,
     names::{adapter_of, short},
@@ -36,6 +37,8 @@ pub(crate) enum Adapters {
     Push(Push),
     /// Download a version, as a PEFT directory or for another runtime.
     Pull(Pull),
+    /// Add up versions, each times its weight, into a new version.
+    Combine(Combine),
     /// Delete an adapter or one version.
     #[command(visible_alias = "rm")]
     Delete(Delete),
@@ -64,6 +67,7 @@ impl Adapters {
             }
             Self::Push(command) => command.run(session).await,
             Self::Pull(command) => command.run(session).await,
+            Self::Combine(command) => command.run(session).await,
             Self::Delete(command) => command.run(session).await,
             Self::Alias(command) => command.run(session).await,
             Self::Residency(command) => command.run(session).await,
@@ -151,7 +155,7 @@ async fn list_versions(Session { client, out }: &Session, name: &str) -> Result<
         let config = version.config.clone().unwrap_or_default();
         let metric = |(name, value): (&String, &f64)| format!("{name}={value:.3}");
         let from = if version.training_job.is_empty() {
-            "upload"
+            version.combination.as_ref().map_or("upload", |_| "combine")
         } else {
             short(&version.training_job)
         };
@@ -352,6 +356,60 @@ impl Pull {
         let size = version.parts.iter().map(|part| part.size_bytes).sum();
         out.line(format_args!("{} in {}", version.name, to.display()))?;
         out.remark(format_args!("[{}, digest {}]", bytes(size), version.digest));
+        Ok(())
+    }
+}
+
+/// Add up versions, each times its weight, into a new version.
+#[derive(Debug, Args)]
+pub(crate) struct Combine {
+    /// The adapter that gets the new version; registered when its name is new.
+    adapter: String,
+    /// A version and its weight: NAME, NAME@ALIAS or NAME/VERSION, and =WEIGHT unless it is 1.
+    #[arg(required = true, value_name = "ADAPTER[=WEIGHT]", value_parser = Part::parse)]
+    terms: Vec<Part>,
+    /// Cut each module to this rank; left out, the sum is exact and its rank the sum of the ranks.
+    #[arg(long)]
+    rank: Option<u32>,
+    /// An alias that moves to the new version; may be given several times.
+    #[arg(long)]
+    alias: Vec<String>,
+    /// For people; used when the adapter is new.
+    #[arg(long, default_value = "")]
+    description: String,
+}
+
+impl Combine {
+    async fn run(self, Session { client, out }: &Session) -> Result<(), Failure> {
+        let parts = self.terms.iter().map(Part::weighted);
+        let request = v1::CombineAdaptersRequest {
+            parent: client.names().adapter(&self.adapter)?,
+            terms: client.mixture(parts)?.adapters,
+            rank: self.rank,
+            set_aliases: self.alias,
+            create_if_missing: true,
+            description: self.description,
+            ..Default::default()
+        };
+        let version = client.combine_adapters(request).await?;
+        if out.is_json() {
+            return out.document(&version);
+        }
+        out.line(format_args!("{} ({})", version.name, version.digest))?;
+        let made = version.combination.unwrap_or_default();
+        for parent in &made.parents {
+            let digest: String = parent.digest.chars().take(12).collect();
+            out.line(format_args!(
+                "  {} x {} ({digest})",
+                parent.weight,
+                short(&parent.version)
+            ))?;
+        }
+        let rank = version.config.and_then(|config| config.rank).unwrap_or(0);
+        out.remark(format_args!(
+            "[rank {rank}, relative error {:.3e}]",
+            made.relative_error
+        ));
         Ok(())
     }
 }

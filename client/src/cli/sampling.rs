@@ -23,13 +23,13 @@ pub(crate) struct AdapterArg {
 
 /// One adapter of a mixture.
 #[derive(Clone, Debug, PartialEq)]
-struct Part {
+pub(crate) struct Part {
     name: String,
     weight: Option<f32>,
 }
 
 impl Part {
-    fn parse(text: &str) -> Result<Self, String> {
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let Some((name, weight)) = text.split_once('=') else {
             let (name, weight) = (text.to_owned(), None);
             return Ok(Part { name, weight });
@@ -42,12 +42,16 @@ impl Part {
             weight: Some(number),
         })
     }
+
+    /// Name and weight as the client takes them.
+    pub(crate) fn weighted(&self) -> (&str, Option<f32>) {
+        (&self.name, self.weight)
+    }
 }
 
 impl AdapterArg {
     pub(crate) fn target(&self, client: &Client) -> Result<Option<v1::InferenceTarget>, Error> {
-        let parts = self.adapter.iter();
-        let parts = parts.map(|part| (part.name.as_str(), part.weight));
+        let parts = self.adapter.iter().map(Part::weighted);
         client.mixture(parts).map(Some)
     }
 

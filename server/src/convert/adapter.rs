@@ -9,9 +9,12 @@ use prost_types::Timestamp;
 
 use crate::convert::Faults;
 use crate::convert::reply::duration;
+use crate::convert::request;
 use crate::database::now_ms;
-use crate::names::{AdapterName, Alias, VersionName, VersionNumber};
-use crate::registry::{Adapter, AliasChange, Provenance, Version, VersionState, VersionSummary};
+use crate::names::{AdapterName, AdapterRef, Alias, TenantId, VersionName, VersionNumber};
+use crate::registry::{
+    Adapter, AliasChange, Combined, Parent, Provenance, Version, VersionState, VersionSummary,
+};
 use crate::status::Refusal;
 
 /// Bounds on what a serving profile holds.
@@ -85,9 +88,13 @@ pub(crate) fn version(version: Version) -> v1::AdapterVersion {
         config: Some(lora_config(&content.summary)),
         labels: content.summary.labels.clone(),
         profile: Some(profile_reply(&content.profile)),
-        training_job: match content.provenance {
-            Provenance::Upload => String::new(),
-            Provenance::TrainingJob(name) => name,
+        training_job: match &content.provenance {
+            Provenance::TrainingJob(name) => name.clone(),
+            Provenance::Upload | Provenance::Combination(_) => String::new(),
+        },
+        combination: match content.provenance {
+            Provenance::Combination(made) => Some(combination_reply(made)),
+            Provenance::Upload | Provenance::TrainingJob(_) => None,
         },
         aliases: version.aliases.iter().map(Alias::to_string).collect(),
         metrics: content.metrics,
@@ -102,6 +109,60 @@ pub(crate) fn version(version: Version) -> v1::AdapterVersion {
         }
         .into(),
     }
+}
+
+fn combination_reply(made: Combined) -> v1::Combination {
+    let parent = |parent: Parent| v1::CombinationParent {
+        version: parent.version,
+        digest: parent.digest.to_string(),
+        weight: parent.weight,
+    };
+    v1::Combination {
+        parents: made.parents.into_iter().map(parent).collect(),
+        rank: made.rank,
+        relative_error: made.relative_error,
+    }
+}
+
+/// What is to be added up.
+#[derive(Debug)]
+pub(crate) struct Combination {
+    /// Versions and their weights, all of one tenant.
+    pub(crate) terms: Vec<(AdapterRef, f32)>,
+    /// What each site is cut to.
+    pub(crate) rank: Option<usize>,
+}
+
+/// A combination from the wire, of adapters of `tenant` alone.
+pub(crate) fn combination(
+    tenant: &TenantId,
+    request: &v1::CombineAdaptersRequest,
+) -> Result<Combination, Refusal> {
+    let mut faults = Faults::default();
+    let terms = request::weighted("terms", &request.terms, &mut faults);
+    if request.terms.is_empty() {
+        faults.add("terms", "is empty; name at least one version");
+    }
+    for (index, (reference, weight)) in terms.iter().enumerate() {
+        let owner = &reference.adapter.tenant;
+        if owner != tenant {
+            let why = format!("belongs to tenants/{owner}, the new version to tenants/{tenant}");
+            faults.add(format!("terms[{index}].adapter"), why);
+        }
+        if *weight == 0.0 {
+            let why = "0 adds nothing; leave the adapter out";
+            faults.add(format!("terms[{index}].weight"), why);
+        }
+    }
+    if request.rank == Some(0) {
+        faults.add(
+            "rank",
+            "0 must be at least 1; leave it out for the exact sum",
+        );
+    }
+    faults.finish()?;
+    let rank = request.rank.map(|rank| rank as usize);
+    Ok(Combination { terms, rank })
 }
 
 /// What a download brings.

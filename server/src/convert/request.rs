@@ -47,7 +47,7 @@ pub(crate) fn target(
 ) -> Result<Target, Refusal> {
     let target = target.unwrap_or_default();
     let mut faults = Faults::default();
-    let adapters = adapters(&target.adapters, &mut faults);
+    let adapters = weighted("target.adapters", &target.adapters, &mut faults);
     let mut named = None;
     if !target.tenant.is_empty() {
         match TenantName::parse(&target.tenant) {
@@ -76,25 +76,24 @@ pub(crate) fn target(
     Ok(Target { adapters, tenant })
 }
 
-/// A mixture belongs to one tenant, and its weights are numbers that a request can mean.
-fn adapters(entries: &[v1::AdapterWeight], faults: &mut Faults) -> Vec<(AdapterRef, f32)> {
-    faults.limit(
-        "target.adapters",
-        entries.len(),
-        MAX_TARGETS,
-        "adapters in one request",
-    );
+/// A mixture belongs to one tenant, and its weights are numbers that a request can mean. `at` is the field's path.
+pub(crate) fn weighted(
+    at: &str,
+    entries: &[v1::AdapterWeight],
+    faults: &mut Faults,
+) -> Vec<(AdapterRef, f32)> {
+    faults.limit(at, entries.len(), MAX_TARGETS, "adapters in one request");
     let mut adapters: Vec<(AdapterRef, f32)> = Vec::new();
     for (index, entry) in entries.iter().take(MAX_TARGETS).enumerate() {
         let weight = entry.weight.unwrap_or(1.0);
         // NaN is in no range.
         if !(-MAX_WEIGHT..=MAX_WEIGHT).contains(&weight) {
             faults.add(
-                format!("target.adapters[{index}].weight"),
+                format!("{at}[{index}].weight"),
                 format!("{weight} is outside -{MAX_WEIGHT} to {MAX_WEIGHT}"),
             );
         }
-        let field = format!("target.adapters[{index}].adapter");
+        let field = format!("{at}[{index}].adapter");
         match AdapterRef::parse(&entry.adapter) {
             Ok(reference) => {
                 if let Some((first, _)) = adapters.first()

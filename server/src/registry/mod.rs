@@ -179,13 +179,37 @@ pub struct Adapter {
 }
 
 /// Where a version came from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Provenance {
     /// A client sent it.
     Upload,
     /// This training job (its full name) made it.
     TrainingJob(String),
+    /// It is a sum of other versions.
+    Combination(Combined),
+}
+
+/// What a combined version was made of. The parents may be gone; their digests say what they were.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Combined {
+    /// The terms, in the order of the request.
+    pub parents: Vec<Parent>,
+    /// The rank that it was cut to; `None` is the exact sum.
+    pub rank: Option<u32>,
+    /// What the cut lost, by the Frobenius norm.
+    pub relative_error: f64,
+}
+
+/// One term of a combined version.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Parent {
+    /// Its full name.
+    pub version: String,
+    /// Its content.
+    pub digest: VersionDigest,
+    /// What its update was multiplied by.
+    pub weight: f32,
 }
 
 /// One file of an artifact.

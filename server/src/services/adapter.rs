@@ -1,6 +1,7 @@
 //! `AdapterService`: names, versions, aliases, and artifacts in and out. Every call asks first whether the caller may use
 //! the tenant that the resource's name says, so that a refusal is the same for what exists and what does not.
 
+mod combine;
 mod download;
 pub(crate) mod residency;
 mod upload;
@@ -306,6 +307,14 @@ impl v1::adapter_service_server::AdapterService for AdapterService {
             .await
             .map_err(Refusal::from)?;
         Ok(Response::new(convert::adapter(changed)))
+    }
+
+    async fn combine_adapters(
+        &self,
+        request: Request<v1::CombineAdaptersRequest>,
+    ) -> Result<Response<v1::AdapterVersion>, Status> {
+        let (call, message) = Call::of(request)?;
+        Ok(Response::new(self.combine(call, message).await?))
     }
 
     async fn list_residency(
