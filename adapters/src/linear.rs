@@ -4,6 +4,7 @@
 //! each output row: `y = g (W x + s B (A x)) + b` where `g = m / |W + s B A|`. It must not know files, names or layers'
 //! order: a site is asked for by (layer, site).
 
+mod grads;
 mod overlay;
 mod resident;
 mod update;
@@ -15,8 +16,9 @@ use crate::config::Site;
 use crate::ops::{Buffer, LowRank, Ops, Real, View, ViewMut};
 use crate::pace::{Stopped, pieces};
 
+pub use grads::AdapterGrads;
 pub use overlay::{Overlay, OverlayBytes};
-pub use resident::{AdapterGrads, BaseSites, BuildError, Misfit, ResidentAdapter, SiteView};
+pub use resident::{BaseSites, BuildError, Misfit, ResidentAdapter, SiteView, Tensor};
 pub use update::merged;
 
 /// A frozen projection `[out, in]`, its optional bias, and its place in the model. The only type that a block multiplies by.

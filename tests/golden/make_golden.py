@@ -2,13 +2,15 @@
 """Makes the small goldens in this directory with transformers + PEFT (torch, CPU, float32).
 
     python make_golden.py            # with torch, transformers 5, peft 0.21 installed; rewrites everything here
+    python make_golden.py loraplus   # only this way of training, on the model that is here
 
 The model is a two-layer Llama with random weights, small enough to be committed; the files have the same form as the
 large goldens that ESPALIER_GOLDEN names, so that one test reads both.
 """
-import json, os, shutil
+import json, os, shutil, sys
 import numpy as np, torch
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -140,18 +142,23 @@ def classifier(labels, c):
     return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **c))
 
 
-def train(peft, path, batches, loss_of):
-    """Twenty steps: AdamW with decay 0.1 on every trained tensor, five steps of warm-up, clipping at 1."""
+def train(peft, path, batches, loss_of, ratio=None):
+    """Twenty steps: AdamW with decay 0.1 on every trained tensor, five steps of warm-up, clipping at 1; LoRA+ with a ratio."""
     lr, decay, clip = 2e-3, 0.1, 1.0
     save(peft, f"{path}/init")
     peft.train()
     params = [p for p in peft.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
-    steps = []
+    adam = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8)
+    if ratio:
+        opt = create_loraplus_optimizer(peft, torch.optim.AdamW, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay, **adam)
+    else:
+        opt = torch.optim.AdamW(params, weight_decay=decay, **adam)
+    peaks, steps = [g["lr"] for g in opt.param_groups], []
     for i, batch in enumerate(batches):
-        now = lr * min(1.0, (i + 1) / 5)
-        for g in opt.param_groups:
-            g["lr"] = now
+        warm = min(1.0, (i + 1) / 5)
+        now = lr * warm
+        for g, peak in zip(opt.param_groups, peaks):
+            g["lr"] = peak * warm
         loss = loss_of(peft, batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(params, clip)
@@ -159,7 +166,8 @@ def train(peft, path, batches, loss_of):
         steps.append(dict(batch=batch, lr=now, loss=float(f"{loss.item():.8g}"), grad_norm=float(f"{norm.item():.8g}")))
     peft.eval()
     save(peft, f"{path}/final")
-    write(f"{path}/curve.json", dict(lr=lr, weight_decay=decay, betas=[0.9, 0.999], eps=1e-8, clip=clip, steps=steps))
+    way = dict(lora_plus_ratio=ratio) if ratio else {}
+    write(f"{path}/curve.json", dict(lr=lr, weight_decay=decay, betas=[0.9, 0.999], eps=1e-8, clip=clip, **way, steps=steps))
 
 
 def sft_loss(peft, batch):
@@ -177,7 +185,7 @@ def cls_loss(peft, batch):
     return torch.stack(rows).mean()
 
 
-def training(tok):
+def batches(tok):
     rng = np.random.default_rng(3)
     words = "refund parcel late report customer rain user wrote six days the of and to".split()
     text = lambda n: " ".join(rng.choice(words, n))
@@ -190,13 +198,39 @@ def training(tok):
             body = text(n)
             labelled.append(dict(input_ids=tok(body, add_special_tokens=False).input_ids, label=0 if "refund" in body else 1 if "parcel" in body else 2))
         sft.append(rows), cls.append(labelled)
+    return sft, cls
+
+
+def lora(**c):
+    return get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", **c))
+
+
+def training(tok):
+    sft, cls = batches(tok)
     torch.manual_seed(11)
-    train(get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])), f"{HERE}/train_sft", sft, sft_loss)
+    train(lora(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]), f"{HERE}/train_sft", sft, sft_loss)
     torch.manual_seed(12)
     train(classifier(3, dict(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"])), f"{HERE}/train_seq_cls", cls, cls_loss)
 
 
+def loraplus(tok):
+    torch.manual_seed(13)
+    train(lora(r=3, lora_alpha=5, target_modules=["q_proj", "o_proj", "up_proj", "down_proj"]), f"{HERE}/train_loraplus", batches(tok)[0], sft_loss, ratio=8)
+
+
+WAYS = dict(loraplus=loraplus)
+
+
+def only(ways):
+    tok = PreTrainedTokenizerFast.from_pretrained(MODEL)
+    for way in ways:
+        shutil.rmtree(f"{HERE}/train_{way}", ignore_errors=True)
+        WAYS[way](tok)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(only(sys.argv[1:]))
     for d in ("model", "adapters", "train_sft", "train_seq_cls"):
         shutil.rmtree(f"{HERE}/{d}", ignore_errors=True)
     tok = make_model()
@@ -206,3 +240,4 @@ if __name__ == "__main__":
     write(f"{HERE}/base.json", expected(base(), tok, TEXTS))
     adapters(tok)
     training(tok)
+    only(WAYS)

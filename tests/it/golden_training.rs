@@ -24,6 +24,7 @@ struct Curve {
     betas: [f64; 2],
     eps: f64,
     clip: f64,
+    lora_plus_ratio: Option<f64>,
     steps: Vec<Step>,
 }
 
@@ -82,6 +83,7 @@ fn plan(curve: &Curve, dir: &Path, model: &Model) -> TrainPlan {
         lora: Some(lora),
         hp: HyperParameters {
             learning_rate: Some(curve.lr),
+            lora_plus_ratio: curve.lora_plus_ratio.unwrap_or(1.0),
             decay: Decay::Constant,
             warmup_steps: Some(warmup),
             weight_decay: curve.weight_decay,

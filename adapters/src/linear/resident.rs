@@ -51,22 +51,33 @@ pub enum BuildError {
 #[derive(Debug)]
 pub struct ResidentAdapter<O: Ops = Backend> {
     arena: O::Arena,
-    size: ArenaSize,
+    pub(super) size: ArenaSize,
     /// By layer * 7 + site.
-    sites: Vec<Option<Place<O::T>>>,
+    pub(super) sites: Vec<Option<Place<O::T>>>,
     labels: Vec<String>,
-    head: Option<Range<usize>>,
+    pub(super) head: Option<Range<usize>>,
     bytes: usize,
 }
 
 /// Where a site's numbers lie.
 #[derive(Clone, Debug)]
-struct Place<T> {
+pub(super) struct Place<T> {
     rank: usize,
     scale: T,
-    a: Span,
-    bt: Span,
+    pub(super) a: Span,
+    pub(super) bt: Span,
     gain: Option<Range<usize>>,
+}
+
+/// Which of an adapter's tensors a parameter belongs to: what its learning rate follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tensor {
+    /// What an update shrinks by.
+    A,
+    /// What it expands by.
+    B,
+    /// A classification head.
+    Head,
 }
 
 /// One site's numbers.
@@ -368,6 +379,19 @@ impl<O: Ops> ResidentAdapter<O> {
         O::numbers_mut(&mut self.arena, at)
     }
 
+    /// The trained tensors and where they lie among the parameters, ascending.
+    pub fn tensors(&self) -> impl Iterator<Item = (Range<usize>, Tensor)> {
+        let factors = self.sites.iter().flatten().flat_map(|place| {
+            let full = |span: &Span, tensor| match span {
+                Span::Full(at) => Some((at.clone(), tensor)),
+                Span::Bf16(_) | Span::F16(_) => None,
+            };
+            [full(&place.a, Tensor::A), full(&place.bt, Tensor::B)]
+        });
+        let head = self.head.clone().map(|at| (at, Tensor::Head));
+        factors.flatten().chain(head)
+    }
+
     /// Where the head lies among the parameters.
     pub fn head_range(&self) -> Option<Range<usize>> {
         self.head.clone()
@@ -542,66 +566,5 @@ fn check<O: Ops>(weights: &AdapterWeights, base: &impl BaseSites<O>) -> Result<(
             })
         }
         _ => Ok(()),
-    }
-}
-
-/// Gradients of an adapter's parameters, in its layout.
-#[derive(Debug)]
-pub struct AdapterGrads<O: Ops = Backend> {
-    arena: O::Arena,
-    len: usize,
-    sites: Vec<Option<Place<O::T>>>,
-    head: Option<Range<usize>>,
-}
-
-impl<O: Ops> AdapterGrads<O> {
-    /// Zeros in the layout of `adapter`.
-    pub fn of(ops: &O, adapter: &ResidentAdapter<O>) -> Self {
-        let size = ArenaSize {
-            half: 0,
-            ..adapter.size
-        };
-        let arena = ops.arena(None, size, &mut |full, _| full.fill(O::T::ZERO));
-        Self {
-            arena: arena.unwrap_or_else(|error| panic_any(error)),
-            len: size.full,
-            sites: adapter.sites.clone(),
-            head: adapter.head.clone(),
-        }
-    }
-
-    /// Every gradient, in the order of [`ResidentAdapter::parameters`].
-    pub fn all(&self) -> View<'_, O> {
-        self.part(0..self.len)
-    }
-
-    /// Some of them.
-    pub fn part(&self, at: Range<usize>) -> View<'_, O> {
-        O::numbers(&self.arena, at)
-    }
-
-    /// All become zero.
-    pub fn clear(&mut self, ops: &O) {
-        ops.clear(O::numbers_mut(&mut self.arena, 0..self.len));
-    }
-
-    /// The head's gradient.
-    pub fn head_mut(&mut self) -> Option<ViewMut<'_, O>> {
-        let at = self.head.clone()?;
-        Some(O::numbers_mut(&mut self.arena, at))
-    }
-
-    /// Where dA and dB transposed of a site lie.
-    pub(super) fn site(&self, index: usize) -> Option<(Range<usize>, Range<usize>)> {
-        let place = self.sites.get(index)?.as_ref()?;
-        match (&place.a, &place.bt) {
-            (Span::Full(a), Span::Full(bt)) => Some((a.clone(), bt.clone())),
-            _ => None,
-        }
-    }
-
-    /// Some of them, to be added to.
-    pub(super) fn part_mut(&mut self, at: Range<usize>) -> ViewMut<'_, O> {
-        O::numbers_mut(&mut self.arena, at)
     }
 }

@@ -128,7 +128,7 @@ struct HyperArgs {
     /// Peak learning rate of a head.
     #[arg(long)]
     head_lr: Option<f64>,
-    /// Learning rate of B over that of A.
+    /// Learning rate of B over that of A (LoRA+); the authors found about 16 good.
     #[arg(long)]
     lora_plus_ratio: Option<f64>,
     /// Decoupled weight decay.

@@ -397,7 +397,7 @@ fn hyper_reply(spec: &JobSpec) -> v1::HyperParameters {
         checkpoint_every_steps: hyper.checkpoint_steps,
         max_example_tokens: u32::try_from(spec.max_example_tokens).ok(),
         shuffle: Some(true),
-        lora_plus_ratio: Some(1.0),
+        lora_plus_ratio: Some(hyper.lora_plus_ratio),
     }
 }
 

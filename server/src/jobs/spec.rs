@@ -455,6 +455,7 @@ pub(super) fn hyper_parameters(
             request.head_learning_rate,
             default_head,
         )?),
+        lora_plus_ratio: lora_plus_ratio(request, head_only)?,
         decay: request.decay.unwrap_or(Decay::Linear),
         warmup_steps: Some(warmup_steps),
         weight_decay: within(
@@ -495,13 +496,22 @@ fn refuse_unsupported(request: &HyperRequest) -> Result<(), JobError> {
             "false is not supported: rows are always shuffled by the seed",
         ));
     }
-    if request.lora_plus_ratio.is_some_and(|ratio| ratio != 1.0) {
-        return Err(invalid(
-            "hyper_parameters.lora_plus_ratio",
-            "only 1 is supported",
-        ));
-    }
     Ok(())
+}
+
+/// B's learning rate over A's. A head that trains alone has neither.
+fn lora_plus_ratio(request: &HyperRequest, head_only: bool) -> Result<f64, JobError> {
+    let field = "hyper_parameters.lora_plus_ratio";
+    match request.lora_plus_ratio {
+        Some(ratio) if head_only && ratio != 1.0 => Err(invalid(
+            field,
+            format!(
+                "{ratio} needs a B to apply to, and head_only trains a head alone: leave it out, or train LoRA too"
+            ),
+        )),
+        Some(ratio) => positive(field, ratio, 1e3),
+        None => Ok(1.0),
+    }
 }
 
 /// Fills the gaps of a request's LoRA shape and checks the rest: rank 16 (8 below 500 examples, 32 above 20,000), alpha 32,

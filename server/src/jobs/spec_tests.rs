@@ -161,7 +161,21 @@ fn what_is_out_of_range_is_named() {
         ),
         (
             HyperRequest {
-                lora_plus_ratio: Some(2.0),
+                lora_plus_ratio: Some(0.0),
+                ..plain()
+            },
+            "lora_plus_ratio",
+        ),
+        (
+            HyperRequest {
+                lora_plus_ratio: Some(1000.1),
+                ..plain()
+            },
+            "lora_plus_ratio",
+        ),
+        (
+            HyperRequest {
+                lora_plus_ratio: Some(f64::NAN),
                 ..plain()
             },
             "lora_plus_ratio",
@@ -193,6 +207,23 @@ fn what_is_out_of_range_is_named() {
     for (request, field) in cases {
         assert_eq!(check(request), format!("hyper_parameters.{field}"));
     }
+}
+
+#[test]
+fn the_ratio_of_lora_plus_reaches_the_trainer() {
+    let hyper = |ratio, head_only| {
+        let request = HyperRequest {
+            lora_plus_ratio: ratio,
+            ..HyperRequest::default()
+        };
+        hyper_parameters(&request, &at(100, false), head_only, &limits())
+            .map(|(hyper, _)| hyper.lora_plus_ratio)
+    };
+    assert_eq!(hyper(None, false).unwrap(), 1.0);
+    assert_eq!(hyper(Some(1000.0), false).unwrap(), 1000.0);
+    assert_eq!(hyper(Some(1.0), true).unwrap(), 1.0);
+    let refused = hyper(Some(16.0), true).unwrap_err();
+    assert_eq!(field_of(&refused), "hyper_parameters.lora_plus_ratio");
 }
 
 #[test]

@@ -16,7 +16,7 @@ mod tests;
 use std::sync::Arc;
 
 use espalier_adapters::config::LoraConfig;
-use espalier_adapters::linear::{BuildError, ResidentAdapter};
+use espalier_adapters::linear::{BuildError, ResidentAdapter, Tensor};
 use espalier_adapters::ops::{Backend, Buffer, Ops};
 use espalier_adapters::peft;
 use espalier_adapters::train::checkpoint::{BestEval, Bits, Checkpoint, RunState};
@@ -329,18 +329,15 @@ impl Trainer {
     fn update(&mut self, step: u64, grad_norm: f64, pace: &dyn Pace) -> f64 {
         let hp = &self.plan.hp;
         let share = self.schedule.share(step.min(self.schedule.total));
-        let (rate, head_rate) = hp.rates();
-        let len = self.learner.adapter.parameter_count();
-        let head = self.learner.adapter.head_range().unwrap_or(len..len);
-        let groups = [
-            (0..head.start, rate * share),
-            (head.clone(), head_rate * share),
-        ];
         let scale = clip(grad_norm, hp.max_grad_norm);
         let config = hp.optimizer();
         self.optimizer.step += 1;
         let ops = self.learner.ops.clone();
-        for (range, learning_rate) in groups {
+        for Group {
+            range,
+            learning_rate,
+        } in groups(hp, &self.learner.adapter, share)
+        {
             for start in range.clone().step_by(UPDATE_CHUNK) {
                 let group = Group {
                     range: start..(start + UPDATE_CHUNK).min(range.end),
@@ -354,6 +351,7 @@ impl Trainer {
                 let _asked_again_at_the_next_step = pace.breathe();
             }
         }
+        let (rate, head_rate) = hp.rates();
         if self.plan.head_only() {
             head_rate * share
         } else {
@@ -477,6 +475,28 @@ impl Trainer {
         };
         Ok(Finished { artifact, summary })
     }
+}
+
+/// The parameters in runs of one learning rate, ascending. LoRA+ (Hayou et al., 2024, section 5): B learns at a multiple of A's rate.
+fn groups(hp: &HyperParameters, adapter: &ResidentAdapter, share: f64) -> Vec<Group> {
+    let (rate, head_rate) = hp.rates();
+    let mut groups: Vec<Group> = Vec::new();
+    for (range, tensor) in adapter.tensors() {
+        let peak = match tensor {
+            Tensor::A => rate,
+            Tensor::B => rate * hp.lora_plus_ratio,
+            Tensor::Head => head_rate,
+        };
+        let learning_rate = peak * share;
+        match groups.last_mut() {
+            Some(last) if last.learning_rate == learning_rate => last.range.end = range.end,
+            _ => groups.push(Group {
+                range,
+                learning_rate,
+            }),
+        }
+    }
+    groups
 }
 
 fn numbered(items: &[Example]) -> Vec<Numbered<'_>> {

@@ -21,6 +21,8 @@ pub struct HyperParameters {
     pub learning_rate: Option<f64>,
     /// Peak learning rate of the classification head; `None` is `learning_rate`.
     pub head_learning_rate: Option<f64>,
+    /// Learning rate of B over that of A (LoRA+), above 0 and at most 1000.
+    pub lora_plus_ratio: f64,
     /// What the learning rate does after the warmup.
     pub decay: Decay,
     /// Steps in which the learning rate rises in a line; `None` is a twentieth of all steps.
@@ -56,6 +58,7 @@ impl Default for HyperParameters {
         Self {
             learning_rate: None,
             head_learning_rate: None,
+            lora_plus_ratio: 1.0,
             decay: Decay::Linear,
             warmup_steps: None,
             weight_decay: 0.0,
@@ -144,7 +147,7 @@ pub struct StepReport {
     pub loss: f64,
     /// Before clipping.
     pub grad_norm: f64,
-    /// Learning rate of A and B (of the head when it trains alone).
+    /// Learning rate of A (of the head when it trains alone).
     pub learning_rate: f64,
     /// Targets of this batch: label tokens, or examples.
     pub targets: u64,
@@ -238,7 +241,7 @@ impl TrainError {
 }
 
 impl HyperParameters {
-    /// Peak learning rates of A and B, and of the head.
+    /// Peak learning rates of A, and of the head.
     pub(super) fn rates(&self) -> (f64, f64) {
         let rate = self.learning_rate.unwrap_or(1e-3);
         (rate, self.head_learning_rate.unwrap_or(rate))
@@ -273,6 +276,12 @@ impl HyperParameters {
             return Err(TrainError::plan(
                 field,
                 format!("{value} is not above 0 and at most 1"),
+            ));
+        }
+        if !(self.lora_plus_ratio > 0.0 && self.lora_plus_ratio <= 1e3) {
+            return Err(TrainError::plan(
+                "lora_plus_ratio",
+                format!("{} is not above 0 and at most 1000", self.lora_plus_ratio),
             ));
         }
         if !high.contains(&self.weight_decay) {
