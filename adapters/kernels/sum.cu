@@ -15,6 +15,19 @@ __device__ void add(const T* x, T* y, i64 count) {
     write_eight(b, y + at, 0, left, left == 8);
 }
 
+template <class X>
+__device__ void multiply(const X* x, float* y, i64 count) {
+    const i64 at = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
+    if (at >= count) return;
+    const int left = static_cast<int>(count - at < 8 ? count - at : 8);
+    float a[8], b[8];
+    read_eight(x + at, 0, left, left == 8, a);
+    read_eight(static_cast<const float*>(y) + at, 0, left, left == 8, b);
+#pragma unroll
+    for (int i = 0; i < 8; i++) b[i] *= a[i];
+    write_eight(b, y + at, 0, left, left == 8);
+}
+
 // One block a row of x: row `rows[i]` of y += row `i` of x. Rows differ; a negative one is nobody's.
 template <class T>
 __device__ void add_rows(const T* x, const int* rows, T* y, int width) {
@@ -60,6 +73,7 @@ __device__ void cast(const From* from, To* to, i64 count) {
 
 #define SUM(name, T)                                                                                            \
     KERNEL(add_##name, 256, const T* x, T* y, i64 count) { add(x, y, count); }                                  \
+    KERNEL(multiply_##name, 256, const T* x, float* y, i64 count) { multiply(x, y, count); }                    \
     KERNEL(add_rows_##name, 256, const T* x, const int* rows, T* y, int width) { add_rows(x, rows, y, width); } \
     KERNEL(add_bias_##name, 256, const T* bias, T* y, int width) { columns<false>(bias, y, width); }            \
     KERNEL(scale_columns_##name, 256, const float* gain, T* y, int width) { columns<true>(gain, y, width); }

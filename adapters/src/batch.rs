@@ -164,6 +164,12 @@ pub struct Thin<O: Ops> {
     pub(crate) dh: O::Buf,
     /// The input after dropout, or the gradient before it.
     pub(crate) masked: O::Buf,
+    /// Gradients behind DoRA's gains.
+    pub(crate) gained: O::Buf,
+    /// `(W x + s B A x) / |W + s B A|`, exact, then its product with the output's gradient.
+    pub(crate) direction: O::Buf,
+    /// As many ones as were wanted so far, exact: they sum rows.
+    pub(crate) ones: O::Buf,
 }
 
 impl<O: Ops> Thin<O> {
@@ -173,6 +179,9 @@ impl<O: Ops> Thin<O> {
             h: ops.exact(),
             dh: ops.exact(),
             masked: ops.working(),
+            gained: ops.working(),
+            direction: ops.exact(),
+            ones: ops.exact(),
         }
     }
 }

@@ -4,7 +4,9 @@
 //! each output row: `y = g (W x + s B (A x)) + b` where `g = m / |W + s B A|`. It must not know files, names or layers'
 //! order: a site is asked for by (layer, site).
 
+mod dora;
 mod grads;
+mod layout;
 mod overlay;
 mod resident;
 mod update;
@@ -19,7 +21,9 @@ use crate::pace::{Stopped, pieces};
 pub use grads::AdapterGrads;
 pub use overlay::{Overlay, OverlayBytes};
 pub use resident::{BaseSites, BuildError, Misfit, ResidentAdapter, SiteView, Tensor};
-pub use update::merged;
+pub use update::{merged, row_norms};
+
+use resident::TrainedView;
 
 /// A frozen projection `[out, in]`, its optional bias, and its place in the model. The only type that a block multiplies by.
 #[derive(Debug)]
@@ -262,6 +266,14 @@ impl<O: Ops> LoraLinear<O> {
 
     /// DoRA's gains and the bias.
     fn finish(&self, pass: &Pass<'_, O>, y: &mut O::Buf) {
+        self.gain(pass, y);
+        if let Some(bias) = &self.bias {
+            pass.ops.add_bias(bias.all(), y.all_mut());
+        }
+    }
+
+    /// `y *= gain` in the rows that DoRA's gains are for.
+    fn gain(&self, pass: &Pass<'_, O>, y: &mut O::Buf) {
         for segment in pass.segments {
             for (adapter, _) in segment.adapters.parts() {
                 let view = adapter.site(self.layer, self.site);
@@ -271,24 +283,20 @@ impl<O: Ops> LoraLinear<O> {
                 }
             }
         }
-        if let Some(bias) = &self.bias {
-            pass.ops.add_bias(bias.all(), y.all_mut());
-        }
     }
 
     fn number(&self) -> usize {
         number(self.layer, self.site)
     }
 
-    /// `dx += ` the gradient of `x` (skipped when nobody below needs it), and each segment's dA and dB into the gradients
+    /// `dx += ` the gradient of `x` (skipped when nobody below needs it), and each segment's dA, dB and dm into the gradients
     /// that stand at the segment's index. `x` is the forward pass's input, `dy [rows, out]` the gradient of its output.
     ///
     /// # Errors
     /// [`Stopped`] when the pace says so.
     ///
     /// # Panics
-    /// On a segment with DoRA's gains, which the trainer refuses before, with factors of 16 bits, which it widens, or with more
-    /// than one adapter.
+    /// On a segment with factors of 16 bits, which the trainer widens, or with more than one adapter.
     pub fn backward(
         &self,
         pass: &Pass<'_, O>,
@@ -297,12 +305,21 @@ impl<O: Ops> LoraLinear<O> {
         grads: &mut [Option<AdapterGrads<O>>],
         thin: &mut Thin<O>,
     ) -> Result<(), Stopped> {
+        let Thin {
+            h,
+            dh,
+            masked,
+            gained,
+            direction,
+            ones,
+        } = thin;
         let rows = dy.len() / self.outputs;
+        let inner = self.inner_gradient(pass, dy, gained);
         if let Some(dx) = dx.as_deref_mut() {
             for (rows, part) in pieces(pass.pace, rows, self.outputs, self.inputs) {
                 let dx = dx.part_mut(numbers(&rows, self.inputs));
-                let dy = dy.part(numbers(&rows, self.outputs));
-                pass.ops.matmul_backward_part(dy, &self.weight, part, dx);
+                let inner = inner.part(numbers(&rows, self.outputs));
+                pass.ops.matmul_backward_part(inner, &self.weight, part, dx);
                 pass.pace.breathe()?;
             }
         }
@@ -310,26 +327,85 @@ impl<O: Ops> LoraLinear<O> {
             let Some(trained) = self.trained(segment) else {
                 continue;
             };
-            let Trained { rank, scale, a, bt } = trained;
+            let TrainedView {
+                rank, scale, a, bt, ..
+            } = trained;
             let rows = &segment.rows;
-            let dy = dy.part(numbers(rows, self.outputs));
-            pass.ops.resize(&mut thin.h, rows.len() * rank);
-            pass.ops.resize(&mut thin.dh, rows.len() * rank);
-            pass.ops.shrink(dy, bt, rank, thin.dh.all_mut());
+            let inner = inner.part(numbers(rows, self.outputs));
+            pass.ops.resize(h, rows.len() * rank);
+            pass.ops.resize(dh, rows.len() * rank);
+            pass.ops.shrink(inner, bt, rank, dh.all_mut());
             let grad = grads.get_mut(index).and_then(Option::as_mut);
             let at = grad.as_ref().and_then(|grad| grad.site(self.number()));
-            if let (Some(grad), Some((da, dbt))) = (grad, at) {
-                let Thin { h, dh, masked } = thin;
-                let x = self.dropped(pass, x, rows, masked);
-                pass.ops.shrink(x, a, rank, h.all_mut());
-                pass.ops.outer(h.all(), dy, rank, scale, grad.part_mut(dbt));
-                pass.ops.outer(dh.all(), x, rank, scale, grad.part_mut(da));
+            if let (Some(grad), Some(at)) = (grad, at) {
+                let dropped = self.dropped(pass, x, rows, masked);
+                pass.ops.shrink(dropped, a, rank, h.all_mut());
+                let dbt = grad.part_mut(at.bt);
+                pass.ops.outer(h.all(), inner, rank, scale, dbt);
+                let da = grad.part_mut(at.a);
+                pass.ops.outer(dh.all(), dropped, rank, scale, da);
+                if let Some(dm) = at.magnitude {
+                    let (dm, work) = (grad.part_mut(dm), (&mut *direction, &mut *ones));
+                    self.magnitude_gradient(pass, (x, dy), rows, (&trained, h), work, dm)?;
+                }
             }
             if let Some(dx) = dx.as_deref_mut() {
-                self.delta_gradient(pass, &trained, rows, dx, thin);
+                self.delta_gradient(pass, &trained, rows, dx, (dh, masked));
             }
             pass.pace.breathe()?;
         }
+        Ok(())
+    }
+
+    /// The gradient of `W x + s B A x`: `dy`, times the gains in the rows that they are for.
+    fn inner_gradient<'a>(
+        &self,
+        pass: &Pass<'_, O>,
+        dy: &'a O::Buf,
+        gained: &'a mut O::Buf,
+    ) -> &'a O::Buf {
+        let gains = |segment: &Segment<O>| {
+            let mut views = segment
+                .adapters
+                .parts()
+                .map(|(a, _)| a.site(self.layer, self.site));
+            views.any(|view| view.is_some_and(|view| view.gain.is_some()))
+        };
+        if !pass.segments.iter().any(gains) {
+            return dy;
+        }
+        pass.ops.resize(gained, dy.len());
+        pass.ops.copy(dy.all(), gained.all_mut());
+        self.gain(pass, gained);
+        gained
+    }
+
+    /// dm of a segment, the norms held fixed: `dm += ` the sum over its rows of `dy (W x + s B h) / |W + s B A|`.
+    fn magnitude_gradient(
+        &self,
+        pass: &Pass<'_, O>,
+        (x, dy): (&O::Buf, &O::Buf),
+        rows: &Range<usize>,
+        (trained, h): (&TrainedView<'_, O>, &O::Buf),
+        (direction, ones): (&mut O::Buf, &mut O::Buf),
+        dm: ViewMut<'_, O>,
+    ) -> Result<(), Stopped> {
+        let Some(inverse) = trained.inverse else {
+            return Ok(());
+        };
+        let (ops, at) = (pass.ops, numbers(rows, self.outputs));
+        ops.resize(direction, dy.len());
+        self.product(pass, &self.weight, rows.clone(), (x, direction))?;
+        let y = direction.part_mut(at.clone());
+        ops.expand(h.all(), trained.bt, trained.rank, trained.scale, y);
+        ops.scale_columns(inverse, direction.part_mut(at.clone()));
+        ops.multiply(dy.part(at.clone()), direction.part_mut(at.clone()));
+        if ones.len() < rows.len() {
+            ops.resize(ones, rows.len());
+            ops.write(&vec![O::T::ONE; rows.len()], ones.all_mut());
+        }
+        let ones = ones.part(0..rows.len());
+        ops.outer(ones, direction.part(at), 1, O::T::ONE, dm);
         Ok(())
     }
 
@@ -354,38 +430,26 @@ impl<O: Ops> LoraLinear<O> {
     }
 
     /// What a segment trains at this site.
-    fn trained<'a>(&self, segment: &'a Segment<O>) -> Option<Trained<'a, O>> {
+    fn trained<'a>(&self, segment: &'a Segment<O>) -> Option<TrainedView<'a, O>> {
         let mut parts = segment.adapters.parts();
         let (adapter, weight) = parts.next()?;
         assert!(
             parts.next().is_none() && weight == 1.0,
             "a mixture is served, not trained"
         );
-        let view = adapter.site(self.layer, self.site)?;
-        assert!(
-            view.gain.is_none(),
-            "the backward pass of DoRA is not there, the trainer refuses it"
-        );
-        let (a, bt) = adapter.trained(self.layer, self.site)?;
-        Some(Trained {
-            rank: view.rank,
-            scale: view.scale,
-            a,
-            bt,
-        })
+        adapter.trained(self.layer, self.site)
     }
 
-    /// `dx += ` what comes through A (and dropout), of `dh` in `thin`.
+    /// `dx += ` what comes through A (and dropout), of `dh`.
     fn delta_gradient(
         &self,
         pass: &Pass<'_, O>,
-        trained: &Trained<'_, O>,
+        trained: &TrainedView<'_, O>,
         rows: &Range<usize>,
         dx: &mut O::Buf,
-        thin: &mut Thin<O>,
+        (dh, masked): (&O::Buf, &mut O::Buf),
     ) {
-        let Trained { rank, scale, a, .. } = *trained;
-        let Thin { dh, masked, .. } = thin;
+        let TrainedView { rank, scale, a, .. } = *trained;
         let dx = dx.part_mut(numbers(rows, self.inputs));
         let Some(dropout) = pass.dropout else {
             return pass.ops.expand(dh.all(), a, rank, scale, dx);
@@ -397,14 +461,6 @@ impl<O: Ops> LoraLinear<O> {
         pass.ops
             .dropout(masked.all(), keys, self.number(), dropout.rate, dx, true);
     }
-}
-
-/// What a segment trains at one site: A `[rank, in]`, B transposed `[rank, out]`.
-struct Trained<'a, O: Ops> {
-    rank: usize,
-    scale: O::T,
-    a: View<'a, O>,
-    bt: View<'a, O>,
 }
 
 /// Where rows of a width lie.

@@ -2,7 +2,7 @@
 """Makes the small goldens in this directory with transformers + PEFT (torch, CPU, float32).
 
     python make_golden.py            # with torch, transformers 5, peft 0.21 installed; rewrites everything here
-    python make_golden.py loraplus   # only this way of training, on the model that is here
+    python make_golden.py dora       # only this way of training (a key of WAYS), on the model that is here
 
 The model is a two-layer Llama with random weights, small enough to be committed; the files have the same form as the
 large goldens that ESPALIER_GOLDEN names, so that one test reads both.
@@ -218,7 +218,13 @@ def loraplus(tok):
     train(lora(r=3, lora_alpha=5, target_modules=["q_proj", "o_proj", "up_proj", "down_proj"]), f"{HERE}/train_loraplus", batches(tok)[0], sft_loss, ratio=8)
 
 
-WAYS = dict(loraplus=loraplus)
+def dora(tok):
+    peft = lora(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"], use_dora=True)
+    randomise(peft, 14)  # B of zeros would leave the norms those of W, and the magnitudes too
+    train(peft, f"{HERE}/train_dora", batches(tok)[0], sft_loss)
+
+
+WAYS = dict(loraplus=loraplus, dora=dora)
 
 
 def only(ways):

@@ -108,10 +108,13 @@ fn plan(curve: &Curve, dir: &Path, model: &Model) -> TrainPlan {
 fn tensors(weights: &AdapterWeights) -> BTreeMap<String, Cow<'_, [f32]>> {
     let sites = weights.sites.iter().flat_map(|((layer, site), adapter)| {
         let path = site.path(*layer);
-        [
+        let magnitude = adapter.magnitude.as_ref();
+        let factors = [
             (format!("{path}.lora_A"), adapter.a.to_f32()),
             (format!("{path}.lora_B"), adapter.b.to_f32()),
-        ]
+        ];
+        let magnitude = magnitude.map(|m| (format!("{path}.magnitude"), m.as_slice().into()));
+        factors.into_iter().chain(magnitude)
     });
     let head = weights
         .head

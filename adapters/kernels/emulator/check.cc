@@ -333,7 +333,10 @@ void check_sum() {
             const i64 count = rows * width;
             const auto x = Buffer<T>::random(count), row = Buffer<T>::random(width), y = Buffer<T>::random(count);
             const auto gain = Buffer<float>::random(width);
+            const auto factor = Buffer<float>::random(count);
             auto sum = y.copy(), biased = y.copy(), scaled = y.copy();
+            auto product = factor.copy();
+            launch(text("multiply_%s", NAME<T>), {up(count, 2048)}, 256, 0, x.data(), product.data(), count);
             launch(text("add_%s", NAME<T>), {up(count, 2048)}, 256, 0, x.data(), sum.data(), count);
             launch(text("add_bias_%s", NAME<T>), {unsigned(rows)}, 256, 0, row.data(), biased.data(), width);
             launch(text("scale_columns_%s", NAME<T>), {unsigned(rows)}, 256, 0, gain.data(), scaled.data(), width);
@@ -341,6 +344,7 @@ void check_sum() {
                 const auto close = [&](const char* what, double got, double want) { near(what, got, want, EPSILON<T> * std::fabs(want) + 1e-7); };
                 close("add", sum.value(i), y.value(i) + x.value(i));
                 close("add_bias", biased.value(i), y.value(i) + row.value(i % width));
+                near("multiply", product.value(i), widen(narrow<float>(x.value(i) * factor.value(i))), 0);
                 near("scale_columns", scaled.value(i), widen(narrow<T>(y.value(i) * gain.value(i % width))), 0);
             }
             const std::vector<int> places = {4, -1, 0, 2, -7};

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::panic::panic_any;
 
 use super::ResidentAdapter;
-use super::resident::Place;
+use super::layout::Place;
 use crate::ops::{ArenaSize, Backend, Ops, Real, Span, View, ViewMut};
 
 /// Gradients of an adapter's parameters, in its layout.
@@ -18,12 +18,22 @@ pub struct AdapterGrads<O: Ops = Backend> {
     head: Option<Range<usize>>,
 }
 
+/// Where the gradients of one site lie.
+pub(super) struct SiteGrads {
+    pub(super) a: Range<usize>,
+    /// Of B transposed.
+    pub(super) bt: Range<usize>,
+    pub(super) magnitude: Option<Range<usize>>,
+}
+
+// === impl AdapterGrads ===
+
 impl<O: Ops> AdapterGrads<O> {
     /// Zeros in the layout of `adapter`.
     pub fn of(ops: &O, adapter: &ResidentAdapter<O>) -> Self {
         let size = ArenaSize {
+            full: adapter.parameters,
             half: 0,
-            ..adapter.size
         };
         let arena = ops.arena(None, size, &mut |full, _| full.fill(O::T::ZERO));
         Self {
@@ -55,11 +65,15 @@ impl<O: Ops> AdapterGrads<O> {
         Some(O::numbers_mut(&mut self.arena, at))
     }
 
-    /// Where dA and dB transposed of a site lie.
-    pub(super) fn site(&self, index: usize) -> Option<(Range<usize>, Range<usize>)> {
+    /// Where a site's gradients lie.
+    pub(super) fn site(&self, index: usize) -> Option<SiteGrads> {
         let place = self.sites.get(index)?.as_ref()?;
         match (&place.a, &place.bt) {
-            (Span::Full(a), Span::Full(bt)) => Some((a.clone(), bt.clone())),
+            (Span::Full(a), Span::Full(bt)) => Some(SiteGrads {
+                a: a.clone(),
+                bt: bt.clone(),
+                magnitude: place.magnitude.clone(),
+            }),
             _ => None,
         }
     }

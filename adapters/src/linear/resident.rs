@@ -1,17 +1,17 @@
-//! An adapter in memory: aligned, in the layout and the dtypes that operations read, and the same layout for gradients.
+//! An adapter in memory: aligned, in the layout and the dtypes that operations read.
 //!
 //! It must not know projections, batches or files.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::panic_any;
 
-use super::update::dora_gain;
+use super::dora::Norms;
+use super::layout::{ByRow, Layout, Place, columns_as_rows};
+use super::update::{dora_gain, row_squares};
 use crate::config::Site;
-use crate::ops::{
-    self, ARENA_ALIGN, ArenaSize, Backend, Ops, OutOfMemory, Real, Span, View, ViewMut,
-};
-use crate::weights::{AdapterWeights, Numbers, ScoreHead, SiteAdapter};
+use crate::ops::{Backend, Ops, OutOfMemory, Real, Span, View, ViewMut};
+use crate::pace::Unpaced;
+use crate::weights::{AdapterWeights, ScoreHead, SiteAdapter};
 
 /// The frozen weights that an adapter is made for.
 pub trait BaseSites<O: Ops> {
@@ -51,22 +51,15 @@ pub enum BuildError {
 #[derive(Debug)]
 pub struct ResidentAdapter<O: Ops = Backend> {
     arena: O::Arena,
-    pub(super) size: ArenaSize,
+    /// Numbers of full width that may be trained.
+    pub(super) parameters: usize,
     /// By layer * 7 + site.
     pub(super) sites: Vec<Option<Place<O::T>>>,
+    /// Of DoRA in training.
+    pub(super) norms: Option<Norms>,
     labels: Vec<String>,
     pub(super) head: Option<Range<usize>>,
     bytes: usize,
-}
-
-/// Where a site's numbers lie.
-#[derive(Clone, Debug)]
-pub(super) struct Place<T> {
-    rank: usize,
-    scale: T,
-    pub(super) a: Span,
-    pub(super) bt: Span,
-    gain: Option<Range<usize>>,
 }
 
 /// Which of an adapter's tensors a parameter belongs to: what its learning rate follows.
@@ -76,6 +69,8 @@ pub enum Tensor {
     A,
     /// What it expands by.
     B,
+    /// DoRA's lengths of output rows.
+    Magnitude,
     /// A classification head.
     Head,
 }
@@ -95,129 +90,31 @@ pub struct SiteView<'a, O: Ops> {
     pub gain: Option<View<'a, O>>,
 }
 
-/// Lays parts one after the other, each at an aligned start.
-struct Parts {
-    next: usize,
-    line: usize,
+/// What training reads at a site.
+pub(super) struct TrainedView<'a, O: Ops> {
+    /// Rank, at least 1.
+    pub(super) rank: usize,
+    /// The factor on `B (A x)`.
+    pub(super) scale: O::T,
+    /// A `[rank, in]`.
+    pub(super) a: View<'a, O>,
+    /// B transposed `[rank, out]`.
+    pub(super) bt: View<'a, O>,
+    /// `1 / |W + s B A|`, `[out]`, where a magnitude is trained.
+    pub(super) inverse: Option<View<'a, O>>,
 }
 
-impl Parts {
-    fn new(number_bytes: usize) -> Self {
-        let line = ARENA_ALIGN / number_bytes;
-        Self { next: 0, line }
-    }
-
-    fn part(&mut self, len: usize) -> Range<usize> {
-        let start = self.next;
-        self.next = (start + len).next_multiple_of(self.line);
-        start..start + len
-    }
-}
-
-/// Where everything goes, before there is memory for it.
-struct Layout<T> {
-    sites: Vec<Option<Place<T>>>,
-    head: Option<Range<usize>>,
-    size: ArenaSize,
-}
-
-impl<T: Real> Layout<T> {
-    fn of(weights: &AdapterWeights, layers: usize) -> Self {
-        let mut sites = vec![None; layers * Site::ALL.len()];
-        let mut full = Parts::new(size_of::<T>());
-        let mut half = Parts::new(size_of::<u16>());
-        for (&(layer, site), adapter) in &weights.sites {
-            let mut span = |numbers: &Numbers| match numbers {
-                Numbers::F32(numbers) => Span::Full(full.part(numbers.len())),
-                Numbers::Bf16(numbers) => Span::Bf16(half.part(numbers.len())),
-                Numbers::F16(numbers) => Span::F16(half.part(numbers.len())),
-            };
-            let (a, bt) = (span(&adapter.a), span(&adapter.b));
-            sites[layer * Site::ALL.len() + site.index()] = Some(Place {
-                rank: adapter.r,
-                scale: T::from_f32(adapter.scale),
-                a,
-                bt,
-                gain: adapter.magnitude.as_ref().map(|m| full.part(m.len())),
-            });
-        }
-        let head = weights
-            .head
-            .as_ref()
-            .map(|head| full.part(head.weight.len()));
-        Self {
-            sites,
-            head,
-            size: ArenaSize {
-                full: full.next,
-                half: half.next,
-            },
-        }
-    }
-
-    fn place(&self, layer: usize, site: Site) -> Option<&Place<T>> {
-        self.sites
-            .get(layer * Site::ALL.len() + site.index())?
-            .as_ref()
-    }
-
-    /// Bytes of numbers and table.
-    fn bytes<O: Ops<T = T>>(&self, ops: &O) -> usize {
-        ops.arena_bytes(self.size) + size_of_val(self.sites.as_slice())
-    }
-
-    /// Every number into its place. Memory that was never touched is the slow part of it, so all threads touch it; a few sites
-    /// at a time, because a step that finds the threads taken works alone.
-    fn fill(&self, weights: &AdapterWeights, gains: &Gains<T>, full: &mut [T], half: &mut [u16]) {
-        let (mut full, mut half) = (Splitter::new(full), Splitter::new(half));
-        let mut fills = Vec::with_capacity(2 * weights.sites.len());
-        for (&(layer, site), adapter) in &weights.sites {
-            let Some(place) = self.place(layer, site) else {
-                continue;
-            };
-            // B is kept transposed; A has one column in this sense, so it is copied.
-            let factors = [
-                (&adapter.a, &place.a, 1),
-                (&adapter.b, &place.bt, place.rank),
-            ];
-            for (numbers, span, columns) in factors {
-                let into = match span {
-                    Span::Full(at) => Part::Full(full.part(at)),
-                    Span::Bf16(at) | Span::F16(at) => Part::Half(half.part(at)),
-                };
-                fills.push((numbers, columns, into));
-            }
-            if let (Some(at), Some(gain)) = (&place.gain, gains.get(&(layer, site))) {
-                full.part(at).copy_from_slice(gain);
-            }
-        }
-        if let (Some(at), Some(head)) = (&self.head, &weights.head) {
-            let into = full.part(at).iter_mut();
-            into.zip(&head.weight)
-                .for_each(|(into, w)| *into = T::from_f32(*w));
-        }
-        full.end();
-        half.end();
-        for fills in fills.chunks_mut(FILLS) {
-            ops::for_each(fills, |(numbers, columns, into)| {
-                fill_part(numbers, *columns, into)
-            });
-        }
-    }
-}
-
-/// DoRA's gains of the sites that have them.
-type Gains<T> = BTreeMap<(usize, Site), Vec<T>>;
-
-/// What DoRA divides by comes from the base's rows.
-fn gains<O: Ops>(weights: &AdapterWeights, base: &impl BaseSites<O>, ops: &O) -> Gains<O::T> {
+/// `of(site, adapter, magnitude)` of the sites with DoRA.
+fn by_row<T>(
+    weights: &AdapterWeights,
+    of: impl Fn((usize, Site), &SiteAdapter, &[f32]) -> Vec<T>,
+) -> ByRow<T> {
     let sites = weights.sites.iter();
-    let gain = |(&(layer, site), adapter): (&(usize, Site), &SiteAdapter)| {
+    let rows = sites.filter_map(|(at, adapter)| {
         let magnitude = adapter.magnitude.as_ref()?;
-        let gain = dora_gain(ops, base.weight(layer, site), adapter, magnitude);
-        Some(((layer, site), gain))
-    };
-    sites.filter_map(gain).collect()
+        Some((*at, of(*at, adapter, magnitude)))
+    });
+    rows.collect()
 }
 
 // === impl ResidentAdapter ===
@@ -225,13 +122,14 @@ fn gains<O: Ops>(weights: &AdapterWeights, base: &impl BaseSites<O>, ops: &O) ->
 impl<O: Ops> ResidentAdapter<O> {
     /// An adapter that changes nothing, for a base of `layers` layers.
     pub fn empty(ops: &O, layers: usize) -> Self {
-        let layout = Layout::of(&AdapterWeights::default(), layers);
+        let layout = Layout::served(&AdapterWeights::default(), layers);
         let arena = ops.arena(None, layout.size, &mut |_, _| ());
         Self {
             arena: arena.unwrap_or_else(|error| panic_any(error)),
-            size: layout.size,
+            parameters: 0,
             bytes: layout.bytes(ops),
             sites: layout.sites,
+            norms: None,
             labels: Vec::new(),
             head: None,
         }
@@ -239,7 +137,7 @@ impl<O: Ops> ResidentAdapter<O> {
 
     /// What [`ResidentAdapter::bytes`] will be once these weights are built for a base of `layers` layers.
     pub fn bytes_for(ops: &O, weights: &AdapterWeights, layers: usize) -> usize {
-        Layout::<O::T>::of(weights, layers).bytes(ops)
+        Layout::<O::T>::served(weights, layers).bytes(ops)
     }
 
     /// Lays out an adapter for a base. DoRA's norms read the base's rows, so this takes as long as reading the
@@ -263,21 +161,51 @@ impl<O: Ops> ResidentAdapter<O> {
     ) -> Result<Self, BuildError> {
         check(weights, base)?;
         let ops = base.ops().beside();
-        let layout = Layout::of(weights, base.layers());
-        let gains = gains(weights, base, &ops);
-        let arena = ops.arena(
-            spare.map(|spare| spare.arena),
-            layout.size,
-            &mut |full, half| {
-                layout.fill(weights, &gains, full, half);
-            },
-        )?;
+        let gains = by_row(weights, |(layer, site), adapter, magnitude| {
+            dora_gain(&ops, base.weight(layer, site), adapter, magnitude)
+        });
+        let layout = Layout::served(weights, base.layers());
+        Ok(Self::laid(spare, weights, &ops, layout, &gains)?)
+    }
+
+    /// Lays out an adapter to be trained: DoRA's magnitudes are parameters, and its gains are those of
+    /// [`ResidentAdapter::renew_gains`]. For whoever holds the machine, as one who runs a step does.
+    ///
+    /// # Errors
+    /// As [`ResidentAdapter::build`].
+    pub fn trainable(
+        weights: &AdapterWeights,
+        base: &impl BaseSites<O>,
+    ) -> Result<Self, BuildError> {
+        check(weights, base)?;
+        let ops = base.ops().beside();
+        let squares = by_row(weights, |(layer, site), _, _| {
+            row_squares(&ops, base.weight(layer, site))
+        });
+        let layout = Layout::trained(weights, base.layers());
+        let mut adapter = Self::laid(None, weights, &ops, layout, &squares)?;
+        adapter.renew_gains(base, &base.ops().apart(), &Unpaced);
+        Ok(adapter)
+    }
+
+    fn laid(
+        spare: Option<Self>,
+        weights: &AdapterWeights,
+        ops: &O,
+        layout: Layout<O::T>,
+        by_row: &ByRow<O::T>,
+    ) -> Result<Self, OutOfMemory> {
+        let spare = spare.map(|spare| spare.arena);
+        let arena = ops.arena(spare, layout.size, &mut |full, half| {
+            layout.fill(weights, by_row, full, half);
+        })?;
         let labels = weights.head.as_ref().map(|head| head.labels.clone());
         Ok(Self {
             arena,
-            size: layout.size,
-            bytes: layout.bytes(&ops),
+            parameters: layout.parameters,
+            bytes: layout.bytes(ops),
             sites: layout.sites,
+            norms: layout.norms,
             labels: labels.unwrap_or_default(),
             head: layout.head,
         })
@@ -296,22 +224,27 @@ impl<O: Ops> ResidentAdapter<O> {
         })
     }
 
-    /// A and B transposed of a site, as training has them.
+    /// A site as training has it.
     ///
     /// # Panics
     /// On factors of 16 bits, which training widens before it begins.
-    pub(super) fn trained(&self, layer: usize, site: Site) -> Option<(View<'_, O>, View<'_, O>)> {
+    pub(super) fn trained(&self, layer: usize, site: Site) -> Option<TrainedView<'_, O>> {
         let place = self.place(layer, site)?;
-        match (&place.a, &place.bt) {
-            (Span::Full(a), Span::Full(bt)) => Some((
-                O::numbers(&self.arena, a.clone()),
-                O::numbers(&self.arena, bt.clone()),
-            )),
-            _ => panic!("only factors of full width are trained"),
-        }
+        let (Span::Full(a), Span::Full(bt)) = (&place.a, &place.bt) else {
+            panic!("only factors of full width are trained");
+        };
+        let magnitude = place.magnitude.as_ref().zip(self.norms.as_ref());
+        let inverse = magnitude.map(|(at, norms)| norms.beside(at, &norms.inverses));
+        Some(TrainedView {
+            rank: place.rank,
+            scale: place.scale,
+            a: self.part(a.clone()),
+            bt: self.part(bt.clone()),
+            inverse: inverse.map(|at| self.part(at)),
+        })
     }
 
-    fn place(&self, layer: usize, site: Site) -> Option<&Place<O::T>> {
+    pub(super) fn place(&self, layer: usize, site: Site) -> Option<&Place<O::T>> {
         self.sites
             .get(layer * Site::ALL.len() + site.index())?
             .as_ref()
@@ -358,15 +291,15 @@ impl<O: Ops> ResidentAdapter<O> {
             .any(|place| place.gain.is_some())
     }
 
-    /// How many numbers there are of full width, those between the parts included.
+    /// How many numbers of full width may be trained, those between the parts included.
     pub fn parameter_count(&self) -> usize {
-        self.size.full
+        self.parameters
     }
 
     /// Every number, in the layout that [`AdapterGrads`] shares: for the optimizer. The adapter was built from
     /// [`AdapterWeights::widened`] numbers; others are not changed by training.
     pub fn parameters(&self) -> View<'_, O> {
-        self.part(0..self.size.full)
+        self.part(0..self.parameters)
     }
 
     /// Some of [`ResidentAdapter::parameters`].
@@ -388,8 +321,11 @@ impl<O: Ops> ResidentAdapter<O> {
             };
             [full(&place.a, Tensor::A), full(&place.bt, Tensor::B)]
         });
+        let places = self.sites.iter().flatten();
+        let magnitudes =
+            places.filter_map(|place| Some((place.magnitude.clone()?, Tensor::Magnitude)));
         let head = self.head.clone().map(|at| (at, Tensor::Head));
-        factors.flatten().chain(head)
+        factors.flatten().chain(magnitudes).chain(head)
     }
 
     /// Where the head lies among the parameters.
@@ -397,16 +333,17 @@ impl<O: Ops> ResidentAdapter<O> {
         self.head.clone()
     }
 
-    /// The adapter as a file would hold it. DoRA's magnitude went into its gain and is not given back: `None`.
+    /// The adapter as a file would hold it. DoRA's magnitude goes into its gain unless it is trained, and is not given back then:
+    /// `None`.
     pub fn weights(&self, ops: &O) -> Option<AdapterWeights> {
-        let mut parameters = vec![O::T::ZERO; self.size.full];
+        let mut parameters = vec![O::T::ZERO; self.parameters];
         ops.read(self.parameters(), &mut parameters);
         self.weights_with(ops, &parameters)
     }
 
     /// The same if its [`ResidentAdapter::parameters`] were these.
     pub fn weights_with(&self, ops: &O, parameters: &[O::T]) -> Option<AdapterWeights> {
-        if self.has_gains() {
+        if self.has_gains() && self.norms.is_none() {
             return None;
         }
         let stored = |span: &Span| match span {
@@ -423,7 +360,10 @@ impl<O: Ops> ResidentAdapter<O> {
                 scale: place.scale.to_f32(),
                 a: stored(&place.a),
                 b: columns_as_rows(&bt, bt.len() / place.rank),
-                magnitude: None,
+                magnitude: place.magnitude.clone().map(|at| {
+                    let magnitude = parameters[at].iter();
+                    magnitude.map(|m| m.to_f32()).collect()
+                }),
             };
             weights.sites.insert(at, adapter);
         }
@@ -432,94 +372,6 @@ impl<O: Ops> ResidentAdapter<O> {
             weight: parameters[head].iter().map(|w| w.to_f32()).collect(),
         });
         Some(weights)
-    }
-}
-
-/// Columns of `numbers [_, columns]` as rows.
-fn columns_as_rows(numbers: &Numbers, columns: usize) -> Numbers {
-    fn out<E: Copy + Default>(from: &[E], columns: usize) -> Vec<E> {
-        let mut into = vec![E::default(); from.len()];
-        turned(from, columns, &mut into, |n| *n);
-        into
-    }
-    match numbers {
-        Numbers::F32(numbers) => Numbers::F32(out(numbers, columns)),
-        Numbers::Bf16(numbers) => Numbers::Bf16(out(numbers, columns)),
-        Numbers::F16(numbers) => Numbers::F16(out(numbers, columns)),
-    }
-}
-
-/// Factors that are filled at a time.
-const FILLS: usize = 16;
-
-/// A part of an arena, before its numbers are there.
-enum Part<'a, T> {
-    Full(&'a mut [T]),
-    Half(&'a mut [u16]),
-}
-
-/// Gives out ascending parts of a slice; what lies between becomes zero.
-struct Splitter<'a, T> {
-    rest: &'a mut [T],
-    given: usize,
-}
-
-impl<'a, T: Copy + Default> Splitter<'a, T> {
-    fn new(rest: &'a mut [T]) -> Self {
-        Self { rest, given: 0 }
-    }
-
-    fn part(&mut self, at: &Range<usize>) -> &'a mut [T] {
-        let rest = std::mem::take(&mut self.rest);
-        let (gap, rest) = rest.split_at_mut(at.start - self.given);
-        gap.fill(T::default());
-        let (part, rest) = rest.split_at_mut(at.len());
-        (self.rest, self.given) = (rest, at.end);
-        part
-    }
-
-    fn end(self) {
-        self.rest.fill(T::default());
-    }
-}
-
-/// Columns of `numbers [_, columns]` become rows of a part.
-fn fill_part<T: Real>(numbers: &Numbers, columns: usize, into: &mut Part<'_, T>) {
-    match (numbers, into) {
-        (Numbers::F32(numbers), Part::Full(into)) => {
-            turned(numbers, columns, into, |n| T::from_f32(*n));
-        }
-        (Numbers::Bf16(numbers), Part::Half(into)) => {
-            turned(numbers, columns, into, |n| n.to_bits());
-        }
-        (Numbers::F16(numbers), Part::Half(into)) => {
-            turned(numbers, columns, into, |n| n.to_bits());
-        }
-        _ => unreachable!("the layout was made of these numbers"),
-    }
-}
-
-/// Rows of a factor that are turned at a time.
-const TURNED_ROWS: usize = 64;
-
-/// Columns of `from [_, columns]` become rows of `into [columns, _]`.
-fn turned<E, N>(from: &[E], columns: usize, into: &mut [N], of: impl Fn(&E) -> N) {
-    if columns == 1 {
-        into.iter_mut()
-            .zip(from)
-            .for_each(|(into, from)| *into = of(from));
-        return;
-    }
-    let rows = from.len() / columns;
-    // A strip of rows at a time stays in the first-level cache for all of its columns.
-    for first in (0..rows).step_by(TURNED_ROWS) {
-        let strip = &from[first * columns..(first + TURNED_ROWS).min(rows) * columns];
-        for (column, into) in into.chunks_exact_mut(rows).enumerate() {
-            let column = strip[column..].iter().step_by(columns);
-            for (into, from) in into[first..].iter_mut().zip(column) {
-                *into = of(from);
-            }
-        }
     }
 }
 

@@ -4,6 +4,7 @@
 
 use std::borrow::Cow;
 
+use super::dora::inverse;
 use crate::ops::{Buffer, Ops, Real};
 use crate::weights::SiteAdapter;
 
@@ -17,29 +18,49 @@ pub(super) fn dora_gain<O: Ops>(
     adapter: &SiteAdapter,
     magnitude: &[f32],
 ) -> Vec<O::T> {
-    let (outputs, inputs) = ops.dims(weight);
     let update = Update::of(adapter);
+    by_row(ops, weight, |output, row| {
+        let norm = norm(&update.onto(row, output));
+        O::T::from_f64(f64::from(magnitude[output]) * inverse(norm))
+    })
+}
+
+/// `|W|^2` by output row, summed in f64.
+pub(super) fn row_squares<O: Ops>(ops: &O, weight: &O::Matrix) -> Vec<O::T> {
+    by_row(ops, weight, |_, row| O::T::from_f64(squares(&row)))
+}
+
+/// `|W|` by output row, which is DoRA's magnitude where B is still zero.
+pub fn row_norms<O: Ops>(ops: &O, weight: &O::Matrix) -> Vec<f32> {
+    by_row(ops, weight, |_, row| norm(&row) as f32)
+}
+
+/// `of(output, row)` of a weight's rows.
+fn by_row<O: Ops, R>(ops: &O, weight: &O::Matrix, of: impl Fn(usize, Vec<f64>) -> R) -> Vec<R> {
+    let (outputs, inputs) = ops.dims(weight);
     let ids: Vec<u32> = (0..outputs as u32).collect();
     let mut gathered = ops.exact();
     let mut rows = Vec::new();
-    let mut gains = Vec::with_capacity(outputs);
+    let mut found = Vec::with_capacity(outputs);
     for ids in ids.chunks(ROWS) {
         ops.resize(&mut gathered, ids.len() * inputs);
         ops.gather(weight, ops.ids(ids), gathered.all_mut());
         rows.resize(gathered.len(), O::T::ZERO);
         ops.read(gathered.all(), &mut rows);
         for (output, row) in ids.iter().zip(rows.chunks_exact(inputs)) {
-            let output = *output as usize;
-            let row: Vec<f64> = row.iter().map(|w| w.to_f64()).collect();
-            let gain = f64::from(magnitude[output]) / norm(&update.onto(row, output));
-            gains.push(O::T::from_f64(gain));
+            let row = row.iter().map(|w| w.to_f64()).collect();
+            found.push(of(*output as usize, row));
         }
     }
-    gains
+    found
+}
+
+fn squares(row: &[f64]) -> f64 {
+    row.iter().map(|w| w * w).sum()
 }
 
 fn norm(row: &[f64]) -> f64 {
-    row.iter().map(|w| w * w).sum::<f64>().sqrt()
+    squares(row).sqrt()
 }
 
 /// `s B A` of one site, to be added row by row.
@@ -83,7 +104,7 @@ pub fn merged(weight: &[f32], adapter: &SiteAdapter) -> Vec<f32> {
         let gain = adapter
             .magnitude
             .as_ref()
-            .map_or(1.0, |m| f64::from(m[output]) / norm(&row));
+            .map_or(1.0, |m| f64::from(m[output]) * inverse(norm(&row)));
         row.into_iter().map(move |w| (gain * w) as f32)
     })
     .collect()

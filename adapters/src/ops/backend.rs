@@ -563,6 +563,13 @@ impl Ops for Backend {
         }
     }
 
+    fn multiply(&self, x: Read<'_>, y: Write<'_>) {
+        match self {
+            Backend::Cpu(cpu) => cpu.multiply(x.host(), y.host()),
+            Backend::Cuda(cuda) => cuda.multiply(x.device(), y.device()),
+        }
+    }
+
     fn take_rows(&self, from: Read<'_>, rows: BackendIds<'_>, out: Write<'_>) {
         match self {
             Backend::Cpu(cpu) => cpu.take_rows(from.host(), rows.host(), out.host()),

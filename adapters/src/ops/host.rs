@@ -131,6 +131,11 @@ macro_rules! host_memory {
             }
         }
 
+        fn multiply(&self, x: &[$T], y: &mut [$T]) {
+            assert_eq!(x.len(), y.len(), "both sides of a product have one length");
+            y.iter_mut().zip(x).for_each(|(y, x)| *y *= *x);
+        }
+
         fn take_rows(&self, from: &[$T], rows: &[u32], out: &mut [$T]) {
             $crate::ops::host::take_rows(from, rows, out);
         }

@@ -603,6 +603,8 @@ pub trait Ops: Clone + Debug + Send + Sync + 'static {
     fn add_bias(&self, bias: View<'_, Self>, y: ViewMut<'_, Self>);
     /// `y *= gain` in each row of `gain`'s length; `gain` is exact.
     fn scale_columns(&self, gain: View<'_, Self>, y: ViewMut<'_, Self>);
+    /// `y *= x`, number by number; `y` is exact, `x` working or exact.
+    fn multiply(&self, x: View<'_, Self>, y: ViewMut<'_, Self>);
     /// Row `rows[i]` of `from` into row `i` of `out`.
     fn take_rows(&self, from: View<'_, Self>, rows: Self::Ids<'_>, out: ViewMut<'_, Self>);
     /// Row `i` of `x` onto row `rows[i]` of `y`; no row stands twice.

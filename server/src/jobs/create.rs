@@ -431,9 +431,6 @@ fn fits_shape(
             found,
         })
     };
-    if summary.use_dora {
-        return refuse("LoRA or rsLoRA".to_owned(), "DoRA".to_owned());
-    }
     if lora.is_none() && !summary.target_modules.is_empty() {
         return refuse(
             "a head alone".to_owned(),
@@ -441,6 +438,19 @@ fn fits_shape(
         );
     }
     if let Some(lora) = lora {
+        if lora.use_dora != summary.use_dora {
+            let kind = |dora| {
+                if dora {
+                    "DoRA (use_dora)"
+                } else {
+                    "LoRA without use_dora"
+                }
+            };
+            return refuse(
+                kind(lora.use_dora).to_owned(),
+                kind(summary.use_dora).to_owned(),
+            );
+        }
         let mut modules = (lora.target_modules.clone(), summary.target_modules.clone());
         modules.0.sort_unstable();
         modules.1.sort_unstable();

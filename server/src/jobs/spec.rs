@@ -521,12 +521,6 @@ pub(super) fn lora(
     at: &Circumstances,
     limits: &JobLimits,
 ) -> Result<LoraSpec, JobError> {
-    if request.use_dora == Some(true) {
-        return Err(invalid(
-            "lora.use_dora",
-            "DoRA adapters are served, not trained: train LoRA or rsLoRA",
-        ));
-    }
     let max_rank = f64::from(limits.max_rank);
     let rank = match request.rank {
         Some(rank) => within("lora.rank", f64::from(rank), 1.0, max_rank)? as u32,
@@ -573,6 +567,14 @@ pub(super) fn lora(
         return Err(invalid(
             "lora.dropout",
             format!("{dropout} is outside 0 to below 1"),
+        ));
+    }
+    if request.use_dora == Some(true) && dropout > 0.0 {
+        return Err(invalid(
+            "lora.dropout",
+            format!(
+                "{dropout} cannot be combined with use_dora, whose gain scales the base's output too: set it to 0, or train without DoRA"
+            ),
         ));
     }
     Ok(LoraSpec {

@@ -234,6 +234,7 @@ fn shapes_are_checked_at_and_over_the_limit() {
         check(LoraRequest {
             rank: Some(64),
             layers: vec![29],
+            use_dora: Some(true),
             ..plain()
         })
         .is_ok()
@@ -270,9 +271,10 @@ fn shapes_are_checked_at_and_over_the_limit() {
         (
             LoraRequest {
                 use_dora: Some(true),
+                dropout: Some(0.1),
                 ..plain()
             },
-            "lora.use_dora",
+            "lora.dropout",
         ),
         (
             LoraRequest {

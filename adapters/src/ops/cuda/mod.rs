@@ -741,6 +741,19 @@ impl Ops for Cuda {
         self.by_row(named!(y.element, "scale_columns"), y.len / gain.len, &args);
     }
 
+    fn multiply(&self, x: CudaView<'_>, y: CudaViewMut<'_>) {
+        assert_eq!(
+            (x.len, Element::F32),
+            (y.len, y.element),
+            "a product is exact and as long as its factor"
+        );
+        self.by_number(
+            named!(x.element, "multiply"),
+            x.len,
+            &[x.into(), (&y).into()],
+        );
+    }
+
     fn take_rows(&self, from: CudaView<'_>, rows: CudaIds, out: CudaViewMut<'_>) {
         let width = out.len / rows.count.max(1);
         let name = match out.element {

@@ -437,6 +437,11 @@ fn row_operations_equal_the_reference(open: Open<'_>) {
         ops.scale_columns(exact(&ops, &weight).all(), fast.all_mut());
         draw.within(0.02, "sums", &read(&ops, fast.all()), &sum);
 
+        let (mut product, mut fast) = (wide(&y), exact(&ops, &y));
+        EXACT().multiply(&wide(&x), &mut product);
+        ops.multiply(x_there.all(), fast.all_mut());
+        draw.close("products", &read(&ops, fast.all()), &product);
+
         let chosen = [4, 0, 3];
         let mut taken = working(&ops, &vec![9.0; 3 * width]);
         ops.take_rows(x_there.all(), ops.ids(&chosen), taken.all_mut());

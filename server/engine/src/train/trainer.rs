@@ -78,7 +78,7 @@ impl Trainer {
         plan.validate(model.config().vocab, model.config().context_length)?;
         let weights = start::initial(&plan, &model)?;
         let adapter =
-            ResidentAdapter::build(&weights, model.as_ref()).map_err(|error| match error {
+            ResidentAdapter::trainable(&weights, model.as_ref()).map_err(|error| match error {
                 BuildError::Misfit(misfit) => TrainError::plan("init", misfit.to_string()),
                 BuildError::OutOfMemory(error) => TrainError::OutOfMemory(error),
             })?;
@@ -351,6 +351,7 @@ impl Trainer {
                 let _asked_again_at_the_next_step = pace.breathe();
             }
         }
+        self.learner.renew_gains(pace);
         let (rate, head_rate) = hp.rates();
         if self.plan.head_only() {
             head_rate * share
@@ -477,14 +478,15 @@ impl Trainer {
     }
 }
 
-/// The parameters in runs of one learning rate, ascending. LoRA+ (Hayou et al., 2024, section 5): B learns at a multiple of A's rate.
+/// The parameters in runs of one learning rate, ascending. LoRA+ (Hayou et al., 2024, section 5): B learns at a multiple of A's rate,
+/// and a magnitude with B, as PEFT's optimizer groups them.
 fn groups(hp: &HyperParameters, adapter: &ResidentAdapter, share: f64) -> Vec<Group> {
     let (rate, head_rate) = hp.rates();
     let mut groups: Vec<Group> = Vec::new();
     for (range, tensor) in adapter.tensors() {
         let peak = match tensor {
             Tensor::A => rate,
-            Tensor::B => rate * hp.lora_plus_ratio,
+            Tensor::B | Tensor::Magnitude => rate * hp.lora_plus_ratio,
             Tensor::Head => head_rate,
         };
         let learning_rate = peak * share;

@@ -335,6 +335,12 @@ fn memory_of_another_adapter_leaves_no_trace() {
             "the memory was not used again"
         );
         assert_eq!(again.parameters(), fresh.parameters());
+        for site in Site::ALL {
+            let gain = |adapter: &'_ ResidentAdapter<Cpu>| {
+                adapter.site(0, site).unwrap().gain.map(<[f32]>::to_vec)
+            };
+            assert_eq!(gain(&again), gain(&fresh), "{site:?}");
+        }
         assert_eq!(again.bytes(), fresh.bytes());
     }
 }

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use espalier_adapters::batch::{Dropout, Pass};
-use espalier_adapters::linear::AdapterGrads;
+use espalier_adapters::linear::{AdapterGrads, Tensor};
 use espalier_adapters::ops::Reference;
-use espalier_adapters::pace::{Pace, Stopped};
+use espalier_adapters::pace::{Pace, Stopped, Unpaced};
 
 use super::*;
 
@@ -91,13 +91,19 @@ fn run(model: &Decoder<Plain>) -> Run<'_> {
     }
 }
 
+/// DoRA's norms are held fixed: gains follow a magnitude that moves, and no factor.
 fn check(name: &str, run: &Run<'_>, adapter: &AdapterWeights) {
-    let mut adapter = resident(run.model, adapter);
+    let mut adapter = Arc::new(ResidentAdapter::trainable(adapter, run.model).unwrap());
+    let magnitudes: Vec<Range<usize>> = adapter
+        .tensors()
+        .filter(|(_, tensor)| *tensor == Tensor::Magnitude)
+        .map(|(range, _)| range)
+        .collect();
     let (_, gradient) = run.loss(&adapter, true);
     let largest = gradient.iter().fold(0.0f64, |a, g| a.max(g.abs()));
     assert!(largest > 1e-2, "{name}: a gradient of zeros proves nothing");
     let mut rng = ChaCha8Rng::seed_from_u64(8);
-    let mut checked = 0;
+    let (mut checked, mut lengths) = (0, 0);
     let h = 1e-4;
     while checked < 150 {
         let index = rng.random_range(0..gradient.len());
@@ -109,6 +115,9 @@ fn check(name: &str, run: &Run<'_>, adapter: &AdapterWeights) {
         let mut value = |offset: f64| {
             let parameter = Arc::get_mut(&mut adapter).unwrap();
             parameter.part_mut(index..index + 1)[0] = at + offset;
+            if magnitudes.iter().any(|range| range.contains(&index)) {
+                parameter.renew_gains(run.model, run.model.ops(), &Unpaced);
+            }
             run.loss(&adapter, false).0
         };
         let near = value(h) - value(-h);
@@ -122,7 +131,12 @@ fn check(name: &str, run: &Run<'_>, adapter: &AdapterWeights) {
             gradient[index]
         );
         checked += 1;
+        lengths += usize::from(magnitudes.iter().any(|range| range.contains(&index)));
     }
+    assert!(
+        magnitudes.is_empty() || lengths > 10,
+        "{name}: {lengths} magnitudes"
+    );
 }
 
 #[test]
@@ -184,4 +198,22 @@ fn upper_layers_single_sites_dropout_and_recomputation() {
         run(&model).loss(&resident, true),
         "recomputing changes no bit"
     );
+}
+
+#[test]
+fn weight_decomposed() {
+    for family in [Family::Qwen2, Family::Llama] {
+        let model = random_model::<Plain>(
+            &ModelConfig {
+                layers: 2,
+                ..small(family)
+            },
+            1,
+        );
+        let all = random_adapter(&model, |_, _| true, true, 2);
+        check("DoRA", &run(&model), &all);
+        let some = |layer, site| layer == 1 && matches!(site, Site::Q | Site::Up);
+        let some = random_adapter(&model, some, true, 2);
+        check("DoRA in part", &run(&model), &some);
+    }
 }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 pub(crate) mod device;
+mod dora;
 mod equality;
 mod finite_differences;
 mod oracle;

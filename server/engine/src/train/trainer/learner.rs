@@ -9,7 +9,7 @@ use std::sync::Arc;
 use espalier_adapters::batch::Dropout;
 use espalier_adapters::linear::{AdapterGrads, ResidentAdapter};
 use espalier_adapters::ops::{Backend, Buffer, Ops, View, ViewMut};
-use espalier_adapters::pace::{Pace, Stopped};
+use espalier_adapters::pace::{Pace, Stopped, Unpaced};
 use espalier_adapters::train::loss::{LossSum, Target};
 use espalier_adapters::train::optimizer::norm;
 
@@ -70,6 +70,13 @@ impl Learner {
         let all = 0..self.adapter.parameter_count();
         let adapter = Arc::get_mut(&mut self.adapter).expect(ALONE);
         self.ops.write(parameters, adapter.part_mut(all));
+        self.renew_gains(&Unpaced);
+    }
+
+    /// DoRA's gains of the parameters as they are now.
+    pub(super) fn renew_gains(&mut self, pace: &dyn Pace) {
+        let adapter = Arc::get_mut(&mut self.adapter).expect(ALONE);
+        adapter.renew_gains(self.passes.model.as_ref(), &self.ops, pace);
     }
 
     /// The norm of all gradients.

@@ -352,9 +352,12 @@ impl TrainPlan {
             ));
         }
         match &self.lora {
-            Some(lora) if lora.use_dora => Err(TrainError::plan(
-                "use_dora",
-                "DoRA adapters are served, not trained; train LoRA or rsLoRA",
+            Some(lora) if lora.use_dora && lora.lora_dropout > 0.0 => Err(TrainError::plan(
+                "lora_dropout",
+                format!(
+                    "{} with use_dora: DoRA's gain scales the base's output too, which dropout does not reach; set it to 0",
+                    lora.lora_dropout
+                ),
             )),
             Some(lora) if !(0.0..1.0).contains(&lora.lora_dropout) => Err(TrainError::plan(
                 "lora_dropout",
@@ -436,6 +439,8 @@ impl TrainPlan {
                     .iter()
                     .for_each(|x| hash.update(x.to_le_bytes()));
             }
+            let magnitude = adapter.magnitude.iter().flatten();
+            magnitude.for_each(|x| hash.update(x.to_le_bytes()));
         }
         if let Some(head) = self.init.as_ref().and_then(|init| init.head.as_ref()) {
             head.weight

@@ -1,7 +1,7 @@
-//! Where a run starts: given weights, or A uniform and B zero, drawn by seed and site so that every site's numbers are its own.
+//! Where a run starts: given weights, or A uniform, B zero and DoRA's magnitudes those of W, drawn by seed and site so that every site's numbers are its own.
 
 use espalier_adapters::config::{LoraConfig, Site};
-use espalier_adapters::linear::BaseSites;
+use espalier_adapters::linear::{BaseSites, row_norms};
 use espalier_adapters::ops::Ops;
 use espalier_adapters::weights::{AdapterWeights, ScoreHead, SiteAdapter};
 use rand::{Rng, SeedableRng};
@@ -43,11 +43,18 @@ pub(super) fn initial(plan: &TrainPlan, model: &Model) -> Result<AdapterWeights,
     if weights.sites.is_empty() && !plan.head_only() {
         return Err(TrainError::plan("lora", "adapts no module of this base"));
     }
-    if weights.sites.values().any(|site| site.magnitude.is_some()) {
-        return Err(TrainError::plan(
-            "init",
-            "is a DoRA adapter; these are served, not trained",
-        ));
+    let dora = plan.lora.as_ref().is_some_and(|lora| lora.use_dora);
+    if let Some(((layer, site), _)) = weights
+        .sites
+        .iter()
+        .find(|(_, adapter)| adapter.magnitude.is_some() != dora)
+    {
+        let (has, set) = if dora { ("no", "false") } else { ("a", "true") };
+        let reason = format!(
+            "has {has} magnitude at {}: set use_dora to {set} to go on from it",
+            site.path(*layer)
+        );
+        return Err(TrainError::plan("init", reason));
     }
     match &plan.method {
         Method::Lm if weights.head.is_some() => Err(TrainError::plan(
@@ -70,7 +77,7 @@ pub(super) fn initial(plan: &TrainPlan, model: &Model) -> Result<AdapterWeights,
     }
 }
 
-/// A uniform within `1 / sqrt(in)`, which is PEFT's `kaiming_uniform_(a = sqrt(5))`, and B zero.
+/// A uniform within `1 / sqrt(in)`, which is PEFT's `kaiming_uniform_(a = sqrt(5))`, B zero, and with DoRA the norms of W's rows.
 fn drawn(lora: &LoraConfig, seed: u64, model: &Model) -> Result<AdapterWeights, TrainError> {
     let plans = lora.plan(model.config().layers).map_err(|errors| {
         let reasons: Vec<String> = errors.iter().map(ToString::to_string).collect();
@@ -85,6 +92,10 @@ fn drawn(lora: &LoraConfig, seed: u64, model: &Model) -> Result<AdapterWeights, 
             .map(|_| random.random_range(-bound..bound))
             .collect();
         let b = vec![0.0; outputs * plan.r];
+        let weight = model.weight(layer, site);
+        let magnitude = lora
+            .use_dora
+            .then(|| row_norms(&model.ops().beside(), weight));
         weights.sites.insert(
             (layer, site),
             SiteAdapter {
@@ -92,7 +103,7 @@ fn drawn(lora: &LoraConfig, seed: u64, model: &Model) -> Result<AdapterWeights, 
                 scale: plan.scale,
                 a,
                 b: b.into(),
-                magnitude: None,
+                magnitude,
             },
         );
     }

@@ -88,6 +88,21 @@ fn lm_plan() -> TrainPlan {
     }
 }
 
+fn dora_plan() -> TrainPlan {
+    let lora = LoraConfig {
+        use_dora: true,
+        ..LoraConfig::new(3, 5.0, &[Site::Q, Site::O, Site::Down])
+    };
+    TrainPlan {
+        lora: Some(lora),
+        hp: HyperParameters {
+            lora_plus_ratio: 2.0,
+            ..hp()
+        },
+        ..lm_plan()
+    }
+}
+
 fn class_plan(head_only: bool) -> TrainPlan {
     let (train, labels) = classes(40, 1);
     let (valid, _) = classes(20, 2);
@@ -141,7 +156,14 @@ fn cutting_changes_no_bit() {
 }
 
 pub(crate) fn cuts_change_no_bit(on: &Under<Backend>) {
-    let (whole, events) = finish(&mut Trainer::new(model(on), lm_plan()).unwrap(), &Unpaced);
+    for plan in [lm_plan(), dora_plan()] {
+        cuts_of_a_plan_change_no_bit(on, &plan);
+    }
+}
+
+fn cuts_of_a_plan_change_no_bit(on: &Under<Backend>, whole_plan: &TrainPlan) {
+    let mut trainer = Trainer::new(model(on), whole_plan.clone()).unwrap();
+    let (whole, events) = finish(&mut trainer, &Unpaced);
     let row = Saved::row_bytes(&on.ops, model(on).config(), 3);
     for (activation_bytes, pace) in [
         (512 << 20, &Fine as &dyn Company),
@@ -149,7 +171,7 @@ pub(crate) fn cuts_change_no_bit(on: &Under<Backend>) {
         (20 * row, &Fine),
         (5 * row, &Unpaced),
     ] {
-        let mut plan = lm_plan();
+        let mut plan = whole_plan.clone();
         plan.hp.activation_bytes = activation_bytes;
         let (cut, cut_events) = finish(&mut Trainer::new(model(on), plan).unwrap(), pace);
         assert_eq!(
@@ -207,7 +229,7 @@ fn resumed_is_uninterrupted() {
 }
 
 pub(crate) fn breaks_change_no_bit(on: &Under<Backend>) {
-    for plan in [lm_plan(), class_plan(false), class_plan(true)] {
+    for plan in [lm_plan(), dora_plan(), class_plan(false), class_plan(true)] {
         let mut plan = plan;
         plan.hp.epochs = Some(2);
         let (whole, events) = finish(
@@ -337,6 +359,73 @@ pub(crate) fn runs_learn_and_keep_the_best(on: &Under<Backend>) {
     }
 }
 
+/// The magnitudes of every site, one after the other.
+fn magnitudes(weights: &AdapterWeights) -> Vec<f32> {
+    let sites = weights.sites.values();
+    sites
+        .flat_map(|site| site.magnitude.clone().unwrap_or_default())
+        .collect()
+}
+
+#[test]
+fn a_dora_adapter_is_trained_served_and_trained_again() {
+    let on = host();
+    let mut trainer = Trainer::new(model(&on), dora_plan()).unwrap();
+    let before = magnitudes(&trainer.weights());
+    let (finished, _) = finish(&mut trainer, &Unpaced);
+    assert!(finished.summary.last_loss < finished.summary.first_loss);
+    let shape = model(&on).config().base_shape();
+    let (config, weights, _) =
+        peft::read(&finished.artifact, &shape, &peft::Limits::default()).unwrap();
+    assert!(config.use_dora);
+    let moved = before.iter().zip(magnitudes(&weights));
+    assert!(moved.filter(|(b, a)| **b != *a).count() > before.len() / 2);
+
+    // What is served is what was judged.
+    let served = ResidentAdapter::build(&weights, model(&on).as_ref()).unwrap();
+    let mut learner = Learner::new(model(&on), served, (1 << 20, 0.0), 1);
+    let valid = dora_plan().valid.unwrap();
+    let again = learner.judge(&numbered(&valid.items), &Unpaced).unwrap();
+    let best = finished.summary.best.unwrap();
+    assert!(
+        (again.mean() - best.loss).abs() < 1e-5 * best.loss,
+        "{} {}",
+        again.mean(),
+        best.loss
+    );
+
+    let next = TrainPlan {
+        init: Some(weights),
+        ..dora_plan()
+    };
+    let (further, _) = finish(
+        &mut Trainer::new(model(&on), next.clone()).unwrap(),
+        &Unpaced,
+    );
+    assert!(further.summary.first_loss < finished.summary.first_loss);
+    let plain = TrainPlan {
+        lora: lm_plan().lora,
+        ..next.clone()
+    };
+    let drawn = TrainPlan {
+        init: Some(random_adapter(&model(&on), |_, _| true, false, 3)),
+        ..next
+    };
+    for (plan, expected) in [
+        (
+            plain,
+            "has a magnitude at model.layers.0.self_attn.q_proj: set use_dora to true",
+        ),
+        (
+            drawn,
+            "has no magnitude at model.layers.0.self_attn.q_proj: set use_dora to false",
+        ),
+    ] {
+        let error = Trainer::new(model(&on), plan).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
 #[test]
 fn patience_ends_a_run() {
     let mut plan = lm_plan();
@@ -359,12 +448,19 @@ fn patience_ends_a_run() {
 #[test]
 fn plans_that_cannot_be_carried_out_say_why() {
     type Change = fn(&mut TrainPlan);
-    let cases: [(&str, Change); 8] = [
+    let cases: [(&str, Change); 10] = [
+        (
+            "lora_plus_ratio: 0 is not above 0 and at most 1000",
+            |plan| plan.hp.lora_plus_ratio = 0.0,
+        ),
+        ("lora_plus_ratio: NaN", |plan| {
+            plan.hp.lora_plus_ratio = f64::NAN
+        }),
         ("batch_size: 0", |plan| plan.hp.batch_size = 0),
         ("learning_rate: -1", |plan| {
             plan.hp.learning_rate = Some(-1.0)
         }),
-        ("use_dora", |plan| {
+        ("lora_dropout: 0.1 with use_dora", |plan| {
             plan.lora.iter_mut().for_each(|lora| lora.use_dora = true)
         }),
         ("train: holds no example", |plan| plan.train.items.clear()),
