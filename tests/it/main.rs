@@ -26,3 +26,4 @@ mod state_api;
 mod tidy;
 mod tools;
 mod training_api;
+mod training_ways;

@@ -1,0 +1,60 @@
+//! Ways to train over a real socket: what a job asks for is what it reports, what its version says, and what goes on from it.
+
+use espalier_client::{Error, v1};
+use espalier_tests::TestServer;
+use tonic::Code;
+
+use crate::client_side::{
+    answer, completions, create, inline, start, succeeded, supervised, tenant,
+};
+
+fn lessons() -> v1::TrainingData {
+    let row = |at: usize| (format!("case {at}"), " one one one".to_owned());
+    inline(completions(&(0..6).map(row).collect::<Vec<_>>()))
+}
+
+fn refused<T>(result: Result<T, Error>) -> (Code, String) {
+    match result {
+        Ok(_) => panic!("it was not refused"),
+        Err(error) => (error.code, error.message.clone()),
+    }
+}
+
+#[tokio::test]
+async fn dora_with_lora_plus_is_trained_served_and_gone_on_from() {
+    let server = TestServer::start(&[]).await;
+    let acme = tenant(server.addr, "acme").await;
+    let spec = |dora: Option<bool>, dropout: Option<f32>| {
+        let mut spec = supervised(&acme, "a", lessons(), 20);
+        let hyper = spec.hyper_parameters.as_mut().unwrap();
+        hyper.lora_plus_ratio = Some(2.5);
+        let lora = spec.lora.as_mut().unwrap();
+        (lora.use_dora, lora.dropout) = (dora, dropout);
+        spec
+    };
+    let job = succeeded(&acme, &start(&acme, spec(Some(true), None)).await).await;
+    let decided = job.spec.unwrap();
+    assert_eq!(decided.hyper_parameters.unwrap().lora_plus_ratio, Some(2.5));
+    assert_eq!(decided.lora.unwrap().use_dora, Some(true));
+    let version = acme.get_adapter_version(&job.version).await.unwrap();
+    assert_eq!(version.config.unwrap().use_dora, Some(true));
+    let (taught, by) = answer(&acme, Some("a"), "case 3", 12).await;
+    let (plain, _) = answer(&acme, None, "case 3", 12).await;
+    assert_eq!(by, std::slice::from_ref(&job.version));
+    assert_ne!(taught, plain, "nothing was learnt");
+
+    let next = |dora| v1::TrainingSpec {
+        from_version: job.version.clone(),
+        ..spec(dora, None)
+    };
+    let further = succeeded(&acme, &start(&acme, next(Some(true))).await).await;
+    assert_ne!(further.version, job.version);
+    let (code, reason) = refused(acme.create_training_job(create(&acme, next(None))).await);
+    assert_eq!(code, Code::FailedPrecondition, "{reason}");
+    assert!(reason.contains("DoRA (use_dora)"), "{reason}");
+    let both = create(&acme, spec(Some(true), Some(0.1)));
+    let (code, reason) = refused(acme.create_training_job(both).await);
+    assert_eq!(code, Code::InvalidArgument, "{reason}");
+    assert!(reason.contains("0.1 cannot be combined"), "{reason}");
+    server.ended().await;
+}
