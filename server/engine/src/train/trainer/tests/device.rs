@@ -63,10 +63,10 @@ fn a_run_there_is_nearly_the_processors() {
                     "{element:?}: {found}, not {exact}"
                 );
             }
-            // A magnitude is the norm of a row as the device has it.
+            // A magnitude is the norm of a row as the device has it, which rounding to bf16 moves by 2^-9 of it at most.
             let mut drawn = first.iter().zip(&before);
             assert!(
-                drawn.all(|(f, b)| (f - b).abs() <= 1e-3 * b.abs()),
+                drawn.all(|(f, b)| (f - b).abs() <= b.abs() / 512.0),
                 "drawn alike"
             );
             let off = between(&last, &after);
