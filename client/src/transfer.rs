@@ -316,6 +316,8 @@ pub struct DatasetUpload {
     pub dataset_id: String,
     /// The file.
     pub file: PathBuf,
+    /// The bytes themselves, where they lie in no file; `file` is not read then.
+    pub content: Option<Arc<[u8]>>,
     /// How its rows are written.
     pub format: DataFormat,
     /// The names of its columns.
@@ -336,7 +338,10 @@ pub(crate) struct PreparedDataset {
 
 impl DatasetUpload {
     pub(crate) async fn prepare(self) -> Result<PreparedDataset, Error> {
-        let source = Source::File(self.file);
+        let source = match self.content {
+            Some(bytes) => Source::Bytes(bytes),
+            None => Source::File(self.file),
+        };
         let (size_bytes, sha256) = source.measure().await?;
         let mut metadata = UploadDatasetMetadata {
             parent: self.parent,

@@ -346,6 +346,8 @@ settings! {
         max_inline_rows: usize = "1000" in "1" .. "1000000";
         /// Bytes of one field of a row.
         max_row_bytes: ByteSize = "256KiB" in "1KiB" .. "64MiB";
+        /// Bytes of one document of raw text.
+        max_document_bytes: ByteSize = "4MiB" in "1KiB" .. "64MiB";
         /// Findings that a data report lists; the rest is counted.
         max_report_findings: usize = "1000" in "1" .. "100000";
         /// Tokens of one example; 0 is the model's context length.

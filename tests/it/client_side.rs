@@ -81,7 +81,7 @@ pub(crate) fn supervised(
     v1::TrainingSpec {
         adapter: client.names().adapter(adapter).unwrap(),
         method: Some(v1::training_spec::Method::Supervised(
-            v1::SupervisedMethod {},
+            v1::SupervisedMethod::default(),
         )),
         data: Some(data),
         hyper_parameters: Some(v1::HyperParameters {

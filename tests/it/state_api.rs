@@ -380,7 +380,7 @@ fn job(adapter: &str, steps: u64) -> v1::CreateTrainingJobRequest {
         spec: Some(v1::TrainingSpec {
             adapter: adapter.to_owned(),
             method: Some(v1::training_spec::Method::Supervised(
-                v1::SupervisedMethod {},
+                v1::SupervisedMethod::default(),
             )),
             data: Some(data),
             hyper_parameters: Some(v1::HyperParameters {

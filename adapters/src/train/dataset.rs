@@ -5,6 +5,7 @@
 
 mod check;
 mod parse;
+mod table;
 #[cfg(test)]
 mod tests;
 
@@ -45,7 +46,7 @@ pub struct ChatMessage {
     pub role: Role,
     /// What is said; never parsed for control tokens.
     pub content: String,
-    /// Whether an assistant's message is learned (`weight` 1 or absent) or only read (`weight` 0).
+    /// False for `weight` 0: the message is only read, whoever speaks and whichever turns are learned.
     pub learn: bool,
 }
 
@@ -60,7 +61,7 @@ pub enum Row {
         /// What should follow.
         completion: String,
     },
-    /// A conversation; the assistant's messages are learned.
+    /// A conversation.
     Chat {
         /// In order: an optional system message, then user and assistant in turn.
         messages: Vec<ChatMessage>,
@@ -71,6 +72,20 @@ pub enum Row {
         text: String,
         /// The name of the class.
         label: String,
+    },
+    /// A document; all of it is learned.
+    Text {
+        /// Raw text.
+        text: String,
+    },
+    /// A task and its answer; learned as a conversation of two messages.
+    Instruction {
+        /// What is to be done.
+        instruction: String,
+        /// What it is to be done with; may be empty.
+        input: String,
+        /// The answer.
+        output: String,
     },
 }
 
@@ -84,6 +99,10 @@ pub enum Kind {
     Chat,
     /// [`Row::Class`].
     Class,
+    /// [`Row::Text`].
+    Text,
+    /// [`Row::Instruction`].
+    Instruction,
 }
 
 impl Kind {
@@ -94,6 +113,8 @@ impl Kind {
             Self::Completion => "prompt/completion",
             Self::Chat => "chat",
             Self::Class => "classification",
+            Self::Text => "raw text",
+            Self::Instruction => "instruction",
         }
     }
 }
@@ -106,6 +127,8 @@ impl Row {
             Self::Completion { .. } => Kind::Completion,
             Self::Chat { .. } => Kind::Chat,
             Self::Class { .. } => Kind::Class,
+            Self::Text { .. } => Kind::Text,
+            Self::Instruction { .. } => Kind::Instruction,
         }
     }
 }
@@ -120,6 +143,8 @@ pub enum Format {
     Csv,
     /// Tab-separated with a header, quoted in the same way.
     Tsv,
+    /// The whole file is one document.
+    Text,
 }
 
 impl Format {
@@ -130,6 +155,7 @@ impl Format {
             "jsonl" | "ndjson" => Some(Self::Jsonl),
             "csv" => Some(Self::Csv),
             "tsv" => Some(Self::Tsv),
+            "txt" | "md" => Some(Self::Text),
             _ => None,
         }
     }
@@ -139,7 +165,7 @@ impl Format {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ColumnNames {
-    /// Text to classify.
+    /// Text to classify, or to learn when there is no label.
     pub text: String,
     /// Its label.
     pub label: String,
@@ -149,6 +175,12 @@ pub struct ColumnNames {
     pub completion: String,
     /// List of messages; JSONL only.
     pub messages: String,
+    /// What is to be done.
+    pub instruction: String,
+    /// What it is to be done with; the column may be absent.
+    pub input: String,
+    /// The answer to an instruction.
+    pub output: String,
 }
 
 impl Default for ColumnNames {
@@ -159,6 +191,9 @@ impl Default for ColumnNames {
             prompt: "prompt".to_owned(),
             completion: "completion".to_owned(),
             messages: "messages".to_owned(),
+            instruction: "instruction".to_owned(),
+            input: "input".to_owned(),
+            output: "output".to_owned(),
         }
     }
 }
@@ -168,8 +203,10 @@ impl Default for ColumnNames {
 pub struct DataLimits {
     /// Bytes of the whole file.
     pub max_bytes: usize,
-    /// Bytes of one line or record.
+    /// Bytes of one line or record, but for raw text.
     pub max_line_bytes: usize,
+    /// Bytes of one document of raw text: a tokenizer takes it whole, at about a hundred bytes for each.
+    pub max_document_bytes: usize,
     /// Rows.
     pub max_rows: usize,
     /// Different labels.
@@ -187,11 +224,23 @@ impl Default for DataLimits {
         Self {
             max_bytes: 256 << 20,
             max_line_bytes: 1 << 20,
+            max_document_bytes: 4 << 20,
             max_rows: 1_000_000,
             max_labels: 4096,
             max_label_bytes: 256,
             max_messages: 1024,
             max_findings: 100,
+        }
+    }
+}
+
+impl DataLimits {
+    /// Bytes of one row of a kind.
+    #[must_use]
+    pub const fn row_bytes(&self, kind: Kind) -> usize {
+        match kind {
+            Kind::Text => self.max_document_bytes,
+            _ => self.max_line_bytes,
         }
     }
 }

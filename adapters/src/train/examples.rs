@@ -1,16 +1,32 @@
 //! Rows as token ids with the mask of what is learned: exactly the ids that serving would see.
 //!
-//! Tokenizer, chat template and profile meet the rows in `encode`; what is held out for validation is decided in `split`.
+//! Tokenizer, chat template and profile meet the rows in `encode`; raw text is cut in `window`s; what is held out for
+//! validation is decided in `split`.
 //! This file must not know losses, batches or models.
 
 mod encode;
 mod split;
 #[cfg(test)]
 mod tests;
+mod window;
 
 pub use encode::{Encoding, build};
+pub use window::default_window;
 
 use serde::{Deserialize, Serialize};
+
+/// Which turns of a row are learned. A chat message of weight 0 is not, whichever they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TrainOn {
+    /// Every answer of the assistant; of a prompt/completion row the completion.
+    #[default]
+    Assistant,
+    /// The last answer; of a prompt/completion row the completion.
+    LastAssistant,
+    /// Every token of the row but the first, prompts included.
+    All,
+}
 
 /// One training example.
 #[derive(Clone, Debug, PartialEq, Eq)]

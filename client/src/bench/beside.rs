@@ -175,6 +175,7 @@ impl FromStr for Beside {
                         prompt: pairs.column("prompt"),
                         completion: pairs.column("completion"),
                         messages: pairs.column("messages"),
+                        ..Default::default()
                     },
                 })
             }
@@ -423,7 +424,7 @@ impl Train {
                 ..v1::ClassificationMethod::default()
             })
         } else {
-            Method::Supervised(v1::SupervisedMethod {})
+            Method::Supervised(v1::SupervisedMethod::default())
         };
         Ok(v1::CreateTrainingJobRequest {
             parent: client.names().parent()?,

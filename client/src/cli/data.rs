@@ -8,7 +8,7 @@ use crate::{
     cli::{
         PAGE, Session,
         adapters::deleted,
-        all_pages,
+        all_pages, documents,
         output::{Failure, Out, age, bytes},
     },
     error::Error,
@@ -50,10 +50,10 @@ pub(crate) struct List {}
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Data")]
 pub(crate) struct FileArgs {
-    /// jsonl, csv or tsv; left out: by the file's name.
+    /// jsonl, csv, tsv or text; left out: by the file's name.
     #[arg(long, value_parser = format_named)]
     pub(crate) format: Option<DataFormat>,
-    /// Column of the text to classify [usual: text].
+    /// Column of the text to classify, or to learn [usual: text].
     #[arg(long, default_value = "", hide_default_value = true)]
     text_col: String,
     /// Column of its label [usual: label].
@@ -68,6 +68,15 @@ pub(crate) struct FileArgs {
     /// Column of the messages [usual: messages].
     #[arg(long, default_value = "", hide_default_value = true)]
     messages_col: String,
+    /// Column of the instruction [usual: instruction].
+    #[arg(long, default_value = "", hide_default_value = true)]
+    instruction_col: String,
+    /// Column of its input [usual: input].
+    #[arg(long, default_value = "", hide_default_value = true)]
+    input_col: String,
+    /// Column of its output [usual: output].
+    #[arg(long, default_value = "", hide_default_value = true)]
+    output_col: String,
 }
 
 impl FileArgs {
@@ -78,6 +87,9 @@ impl FileArgs {
             prompt: self.prompt_col.clone(),
             completion: self.completion_col.clone(),
             messages: self.messages_col.clone(),
+            instruction: self.instruction_col.clone(),
+            input: self.input_col.clone(),
+            output: self.output_col.clone(),
         }
     }
 
@@ -88,7 +100,7 @@ impl FileArgs {
         };
         self.format.or_else(named).ok_or_else(|| {
             let text = format!(
-                "{}: neither .jsonl, .csv nor .tsv: pass --format",
+                "{}: none of .jsonl, .csv, .tsv, .txt and .md: pass --format",
                 path.display()
             );
             Failure::Usage(text)
@@ -101,7 +113,8 @@ fn format_named(name: &str) -> Result<DataFormat, String> {
         "jsonl" | "ndjson" => Ok(DataFormat::Jsonl),
         "csv" => Ok(DataFormat::Csv),
         "tsv" | "tab" => Ok(DataFormat::Tsv),
-        _ => Err(format!("{name:?} is none of jsonl, csv, tsv")),
+        "text" | "txt" | "md" => Ok(DataFormat::Text),
+        _ => Err(format!("{name:?} is none of jsonl, csv, tsv, text")),
     }
 }
 
@@ -127,7 +140,7 @@ impl Data {
 /// Upload a file of examples.
 #[derive(Debug, Args)]
 pub(crate) struct Push {
-    /// JSONL, CSV or TSV.
+    /// JSONL, CSV, TSV or text; or a folder, of which every .txt and .md file becomes a document.
     file: PathBuf,
     /// The dataset's name; left out: the file's.
     #[arg(long, short)]
@@ -145,12 +158,23 @@ impl Push {
             Some(name) => name,
             None => id_of(&self.file)?,
         };
+        let (format, columns, content) = match self.file.is_dir() {
+            true => {
+                let content = documents::jsonl(&self.file, *out)?;
+                (DataFormat::Jsonl, None, Some(content))
+            }
+            false => {
+                let format = self.columns.format_of(&self.file)?;
+                (format, Some(self.columns.columns()), None)
+            }
+        };
         let upload = DatasetUpload {
             parent: client.names().parent()?,
             dataset_id,
-            format: self.columns.format_of(&self.file)?,
-            columns: Some(self.columns.columns()),
+            format,
+            columns,
             file: self.file,
+            content,
             validate_only: self.dry_run,
             request_id: String::new(),
         };
@@ -210,6 +234,8 @@ pub(crate) fn kind_name(kind: v1::RowKind) -> &'static str {
         v1::RowKind::Completion => "prompt and completion",
         v1::RowKind::Chat => "chat",
         v1::RowKind::Class => "text and label",
+        v1::RowKind::Text => "raw text",
+        v1::RowKind::Instruction => "instruction and output",
         v1::RowKind::Unspecified => "an unknown kind",
     }
 }
@@ -280,7 +306,8 @@ async fn list(Session { client, out }: &Session) -> Result<(), Failure> {
     )
 }
 
-/// What a file's first row holds: labels, or texts to learn.
+/// What a file's first row holds: labels, or texts to learn. A text beside columns that are not known is no kind: it may be raw
+/// text, and as well a text whose label goes by another name.
 pub(crate) fn guess_kind(
     text: &str,
     format: DataFormat,
@@ -303,20 +330,27 @@ pub(crate) fn guess_kind(
             Ok(serde_json::Value::Object(row)) => row.keys().cloned().collect(),
             _ => return Err(Error::argument("the first line is no JSON object")),
         },
+        DataFormat::Text => return Ok(v1::RowKind::Text),
         DataFormat::Csv => header(first, ','),
         _ => header(first, '\t'),
     };
     let has = |name: String| found.contains(&name);
+    let text = or(&columns.text, "text");
     if has(or(&columns.messages, "messages")) {
         Ok(v1::RowKind::Chat)
     } else if has(or(&columns.prompt, "prompt")) && has(or(&columns.completion, "completion")) {
         Ok(v1::RowKind::Completion)
-    } else if has(or(&columns.text, "text")) && has(or(&columns.label, "label")) {
+    } else if has(text.clone()) && has(or(&columns.label, "label")) {
         Ok(v1::RowKind::Class)
+    } else if found == [text] {
+        Ok(v1::RowKind::Text)
+    } else if has(or(&columns.instruction, "instruction")) {
+        Ok(v1::RowKind::Instruction)
     } else {
         Err(Error::argument(format!(
-            "the columns {found:?} are neither text and label, prompt and completion, nor messages: \
-             name them with --text-col and --label-col, --prompt-col and --completion-col, or --messages-col"
+            "the columns {found:?} are neither text and label, text alone, prompt and completion, instruction and output, \
+             nor messages: name them with --text-col and --label-col, --prompt-col and --completion-col, \
+             --instruction-col and --output-col, or --messages-col; rows of raw text with other fields need --method text"
         )))
     }
 }
@@ -365,6 +399,20 @@ mod tests {
                 &none,
                 v1::RowKind::Chat,
             ),
+            (
+                "{\"text\": \"a\"}",
+                DataFormat::Jsonl,
+                &none,
+                v1::RowKind::Text,
+            ),
+            ("text\na", DataFormat::Csv, &none, v1::RowKind::Text),
+            ("anything", DataFormat::Text, &none, v1::RowKind::Text),
+            (
+                "instruction\toutput",
+                DataFormat::Tsv,
+                &none,
+                v1::RowKind::Instruction,
+            ),
         ];
         for (text, format, columns, kind) in cases {
             assert_eq!(guess_kind(text, format, columns).unwrap(), kind, "{text}");
@@ -372,6 +420,8 @@ mod tests {
         let error = guess_kind("a,b", DataFormat::Csv, &none).unwrap_err();
         assert!(error.message.contains("--text-col"), "{error}");
         assert!(guess_kind("nonsense", DataFormat::Jsonl, &none).is_err());
+        let unsure = guess_kind("text,category", DataFormat::Csv, &none).unwrap_err();
+        assert!(unsure.message.contains("--method text"), "{unsure}");
     }
 
     #[test]

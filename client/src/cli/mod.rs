@@ -9,6 +9,7 @@ mod chat;
 mod check;
 mod completions;
 mod data;
+mod documents;
 mod generate;
 mod infer;
 mod jobs;

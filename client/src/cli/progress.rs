@@ -171,6 +171,9 @@ fn progress_text(state: TrainingJobState, progress: &v1::TrainingProgress) -> St
     if let Some(loss) = progress.validation_loss {
         parts.push(format!("valid {loss:.4}"));
     }
+    if let Some(perplexity) = progress.validation_perplexity {
+        parts.push(format!("perplexity {perplexity:.2}"));
+    }
     if let Some(accuracy) = progress.validation_accuracy {
         parts.push(format!("accuracy {:.1} %", accuracy * 100.0));
     }
@@ -226,11 +229,13 @@ pub(crate) fn print_job(out: Out, job: &v1::TrainingJob) -> Result<(), Failure> 
         progress.step, progress.total_steps
     ))?;
     if let Some(stats) = &job.data_stats {
+        let labels = match stats.labels.len() {
+            0 => String::new(),
+            labels => format!(", {labels} labels"),
+        };
         out.line(format_args!(
-            "{} examples, {} to validate, {} labels",
-            stats.train_examples,
-            stats.validation_examples,
-            stats.labels.len()
+            "{} examples, {} to validate{labels}",
+            stats.train_examples, stats.validation_examples,
         ))?;
     }
     if !job.version.is_empty() {
@@ -252,6 +257,7 @@ mod tests {
             loss: Some(1.25),
             validation_loss: Some(1.5),
             validation_accuracy: Some(0.875),
+            validation_perplexity: Some(4.4817),
             tokens_per_second: 512.4,
             eta: Some(prost_types::Duration {
                 seconds: 75,
@@ -262,7 +268,7 @@ mod tests {
         let text = progress_text(TrainingJobState::Running, &progress);
         assert_eq!(
             text,
-            "loss 1.2500 · valid 1.5000 · accuracy 87.5 % · 512 tok/s · 1m15s to go"
+            "loss 1.2500 · valid 1.5000 · perplexity 4.48 · accuracy 87.5 % · 512 tok/s · 1m15s to go"
         );
         let text = progress_text(TrainingJobState::Succeeded, &progress);
         assert!(

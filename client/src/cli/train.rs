@@ -1,6 +1,9 @@
 //! `espalier train`: a file of examples becomes a job, and the job is followed to its end.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use clap::{Args, ValueEnum};
 use sha2::{Digest, Sha256};
@@ -10,6 +13,7 @@ use crate::{
         Session,
         adapters::read_profile,
         data::{FileArgs, guess_kind, id_of, print_report},
+        documents,
         output::Failure,
         progress::{View, follow, print_job},
     },
@@ -24,7 +28,7 @@ use crate::{
 
 /// Files up to this size travel inside the request; larger ones become datasets. A message is
 /// limited to 4 MiB, and a job may bring two files.
-const INLINE_BYTES: u64 = 1 << 20;
+const INLINE_BYTES: usize = 1 << 20;
 /// The same as lines: what servers take inline by default.
 const INLINE_LINES: usize = 1000;
 
@@ -33,8 +37,21 @@ const INLINE_LINES: usize = 1000;
 enum MethodArg {
     /// Labels of texts.
     Classify,
-    /// Completions of prompts, or answers in chats.
+    /// Completions of prompts, answers in chats, or outputs of instructions.
     Sft,
+    /// Raw text.
+    Text,
+}
+
+/// Which turns of a row are learned.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum TrainOnArg {
+    /// Every answer.
+    Assistant,
+    /// The last answer.
+    Last,
+    /// Everything but the first token.
+    All,
 }
 
 /// How the learning rate moves after the warmup.
@@ -51,7 +68,7 @@ enum ScheduleArg {
 /// Train an adapter from a file of examples, and watch it.
 #[derive(Debug, Args)]
 pub(crate) struct Train {
-    /// JSONL, CSV or TSV; or the name of an uploaded dataset.
+    /// JSONL, CSV, TSV or text; a folder, of which every .txt and .md file is a document; or the name of an uploaded dataset.
     data: String,
     /// The adapter that receives the new version; registered when its name is new.
     #[arg(long, short)]
@@ -73,6 +90,12 @@ pub(crate) struct Train {
     /// Classification: the labels that may appear.
     #[arg(long, value_delimiter = ',')]
     labels: Vec<String>,
+    /// Sft: which turns are learned; left out: every answer.
+    #[arg(long, value_enum)]
+    train_on: Option<TrainOnArg>,
+    /// Text: tokens of a window; left out: by the size of the text.
+    #[arg(long, value_name = "TOKENS")]
+    window: Option<u32>,
     /// Go on from this version.
     #[arg(long, value_name = "VERSION")]
     from: Option<String>,
@@ -342,18 +365,54 @@ impl Train {
     fn method_for(&self, kind: v1::RowKind) -> Result<Method, Failure> {
         let guessed = match kind {
             v1::RowKind::Class => MethodArg::Classify,
+            v1::RowKind::Text => MethodArg::Text,
             _ => MethodArg::Sft,
         };
-        match self.method.unwrap_or(guessed) {
-            MethodArg::Classify => Ok(Method::Classification(v1::ClassificationMethod {
+        let method = self.method.unwrap_or(guessed);
+        self.options_fit(method)?;
+        Ok(match method {
+            MethodArg::Classify => Method::Classification(v1::ClassificationMethod {
                 head_only: self.head_only.then_some(true),
                 labels: self.labels.clone(),
-            })),
-            MethodArg::Sft if self.head_only || !self.labels.is_empty() => Err(Failure::Usage(
-                "--head-only and --labels are for classification, and this is --method sft"
-                    .to_owned(),
-            )),
-            MethodArg::Sft => Ok(Method::Supervised(v1::SupervisedMethod {})),
+            }),
+            MethodArg::Sft => Method::Supervised(v1::SupervisedMethod {
+                train_on: match self.train_on {
+                    None => v1::TrainOn::Unspecified,
+                    Some(TrainOnArg::Assistant) => v1::TrainOn::Assistant,
+                    Some(TrainOnArg::Last) => v1::TrainOn::LastAssistant,
+                    Some(TrainOnArg::All) => v1::TrainOn::All,
+                }
+                .into(),
+            }),
+            MethodArg::Text => Method::Unsupervised(v1::UnsupervisedMethod {
+                window_tokens: self.window,
+            }),
+        })
+    }
+
+    /// Refuses an option of another method, which would be ignored in silence.
+    fn options_fit(&self, method: MethodArg) -> Result<(), Failure> {
+        let options = [
+            ("--head-only", self.head_only, MethodArg::Classify),
+            ("--labels", !self.labels.is_empty(), MethodArg::Classify),
+            ("--train-on", self.train_on.is_some(), MethodArg::Sft),
+            ("--window", self.window.is_some(), MethodArg::Text),
+        ];
+        let name = |method| match method {
+            MethodArg::Classify => "classify",
+            MethodArg::Sft => "sft",
+            MethodArg::Text => "text",
+        };
+        match options
+            .into_iter()
+            .find(|(_, given, of)| *given && *of != method)
+        {
+            None => Ok(()),
+            Some((option, _, of)) => Err(Failure::Usage(format!(
+                "{option} is for --method {}, and this is --method {}",
+                name(of),
+                name(method)
+            ))),
         }
     }
 
@@ -365,9 +424,10 @@ impl Train {
     ) -> Result<(TrainingData, v1::RowKind), Failure> {
         let client = &session.client;
         let path = Path::new(given);
-        let size = match std::fs::metadata(path) {
-            Ok(found) if found.is_file() => found.len(),
-            Ok(_) => return Err(Failure::Usage(format!("{given} is no file"))),
+        let is_folder = match std::fs::metadata(path) {
+            Ok(found) if found.is_file() => false,
+            Ok(found) if found.is_dir() => true,
+            Ok(_) => return Err(Failure::Usage(format!("{given} is no file or folder"))),
             Err(error) if given.contains(['.', '\\']) || given.starts_with('/') => {
                 return Err(Error::file(path, &error).into());
             }
@@ -377,6 +437,38 @@ impl Train {
                 return Ok((source(Source::Dataset(name)), dataset.kind()));
             }
         };
+        let rows = match is_folder {
+            false => self.file_rows(path)?,
+            true => Rows {
+                format: v1::DataFormat::Jsonl,
+                columns: v1::ColumnNames::default(),
+                content: documents::jsonl(path, session.out)?,
+                kind: v1::RowKind::Text,
+            },
+        };
+        let kind = rows.kind;
+        let lines = rows.content.iter().filter(|byte| **byte == b'\n').count();
+        let large = rows.content.len() > INLINE_BYTES || lines > INLINE_LINES;
+        if large && !self.dry_run {
+            let name = push(session, path, rows).await?;
+            return Ok((source(Source::Dataset(name)), kind));
+        }
+        let Rows {
+            format,
+            columns,
+            content,
+            ..
+        } = rows;
+        let inline = v1::InlineData {
+            format: format.into(),
+            content: content.to_vec(),
+            columns: Some(columns),
+            sha256: String::new(),
+        };
+        Ok((source(Source::Inline(inline)), kind))
+    }
+
+    fn file_rows(&self, path: &Path) -> Result<Rows, Failure> {
         let format = self.columns.format_of(path)?;
         let columns = self.columns.columns();
         let content = std::fs::read(path).map_err(|error| Error::file(path, &error))?;
@@ -386,23 +478,25 @@ impl Train {
             // With a method named, the server's report says more than a guess.
             Err(_) if self.method.is_some() => v1::RowKind::Unspecified,
             Err(mut error) => {
-                error.message = format!("{given}: {}", error.message);
+                error.message = format!("{}: {}", path.display(), error.message);
                 return Err(error.into());
             }
         };
-        let large = size > INLINE_BYTES || text.lines().count() > INLINE_LINES;
-        if large && !self.dry_run {
-            let name = push(session, path, format, columns, &content).await?;
-            return Ok((source(Source::Dataset(name)), kind));
-        }
-        let inline = v1::InlineData {
-            format: format.into(),
-            content,
-            columns: Some(columns),
-            sha256: String::new(),
-        };
-        Ok((source(Source::Inline(inline)), kind))
+        Ok(Rows {
+            format,
+            columns,
+            content: content.into(),
+            kind,
+        })
     }
+}
+
+/// The rows of a file or folder, as they are sent.
+struct Rows {
+    format: v1::DataFormat,
+    columns: v1::ColumnNames,
+    content: Arc<[u8]>,
+    kind: v1::RowKind,
 }
 
 fn source(source: Source) -> TrainingData {
@@ -412,24 +506,19 @@ fn source(source: Source) -> TrainingData {
 }
 
 /// Uploads a large file under a name that its content decides: the same file is sent once.
-async fn push(
-    session: &Session,
-    path: &Path,
-    format: v1::DataFormat,
-    columns: v1::ColumnNames,
-    content: &[u8],
-) -> Result<String, Failure> {
+async fn push(session: &Session, path: &Path, rows: Rows) -> Result<String, Failure> {
     let Session { client, out } = session;
     let stem: String = id_of(path)?.chars().take(46).collect();
-    let digest = hex::encode(Sha256::digest(content));
+    let digest = hex::encode(Sha256::digest(&rows.content));
     let dataset_id = format!("{}-{}", stem.trim_end_matches('-'), &digest[..16]);
     let name = client.names().dataset(&dataset_id)?;
     let upload = DatasetUpload {
         parent: client.names().parent()?,
         dataset_id,
         file: path.to_owned(),
-        format,
-        columns: Some(columns),
+        content: Some(rows.content),
+        format: rows.format,
+        columns: Some(rows.columns),
         validate_only: false,
         request_id: String::new(),
     };

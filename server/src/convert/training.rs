@@ -1,6 +1,7 @@
 //! Datasets, jobs and their events between the wire and the job service.
 
 use espalier_adapters::train::dataset::{ColumnNames, DataFinding, DataReport, Format, Kind};
+use espalier_adapters::train::examples::TrainOn;
 use espalier_adapters::train::schedule::Decay;
 use espalier_engine::train::trainer::HyperParameters;
 use espalier_proto::{google, v1};
@@ -27,7 +28,10 @@ pub(crate) fn format(field: &str, number: i32) -> Result<Format, Refusal> {
         Ok(v1::DataFormat::Jsonl) => Ok(Format::Jsonl),
         Ok(v1::DataFormat::Csv) => Ok(Format::Csv),
         Ok(v1::DataFormat::Tsv) => Ok(Format::Tsv),
-        Ok(v1::DataFormat::Unspecified) => Err(invalid(field, "it must be JSONL, CSV or TSV")),
+        Ok(v1::DataFormat::Text) => Ok(Format::Text),
+        Ok(v1::DataFormat::Unspecified) => {
+            Err(invalid(field, "it must be JSONL, CSV, TSV or TEXT"))
+        }
         Err(_) => Err(invalid(field, format!("{number} is no format"))),
     }
 }
@@ -37,6 +41,7 @@ fn format_reply(format: Format) -> i32 {
         Format::Jsonl => v1::DataFormat::Jsonl,
         Format::Csv => v1::DataFormat::Csv,
         Format::Tsv => v1::DataFormat::Tsv,
+        Format::Text => v1::DataFormat::Text,
     }
     .into()
 }
@@ -53,6 +58,9 @@ pub(crate) fn columns(field: &str, given: Option<v1::ColumnNames>) -> Result<Col
         ("prompt", &mut names.prompt, given.prompt),
         ("completion", &mut names.completion, given.completion),
         ("messages", &mut names.messages, given.messages),
+        ("instruction", &mut names.instruction, given.instruction),
+        ("input", &mut names.input, given.input),
+        ("output", &mut names.output, given.output),
     ] {
         if text.len() > 256 {
             return Err(Refusal::over_limit(
@@ -75,6 +83,9 @@ fn columns_reply(columns: &ColumnNames) -> v1::ColumnNames {
         prompt: columns.prompt.clone(),
         completion: columns.completion.clone(),
         messages: columns.messages.clone(),
+        instruction: columns.instruction.clone(),
+        input: columns.input.clone(),
+        output: columns.output.clone(),
     }
 }
 
@@ -95,6 +106,8 @@ pub(crate) fn shape(shape: &DataShape, size: u64, sha256: String) -> v1::Dataset
             Kind::Completion => v1::RowKind::Completion,
             Kind::Chat => v1::RowKind::Chat,
             Kind::Class => v1::RowKind::Class,
+            Kind::Text => v1::RowKind::Text,
+            Kind::Instruction => v1::RowKind::Instruction,
         }
         .into(),
         rows: shape.rows,
@@ -167,19 +180,7 @@ pub(crate) fn job_request(
             ValidationInput::Data(self::data("spec.validation_data", tenant, Some(given))?)
         }
     };
-    let method = match spec.method {
-        None => {
-            return Err(invalid(
-                "spec.method",
-                "supervised or classification is required",
-            ));
-        }
-        Some(v1::training_spec::Method::Supervised(_)) => JobMethod::Supervised,
-        Some(v1::training_spec::Method::Classification(given)) => JobMethod::Classification {
-            head_only: given.head_only.unwrap_or(false),
-            labels: given.labels,
-        },
-    };
+    let method = method(spec.method)?;
     Ok(JobRequest {
         adapter,
         from,
@@ -194,6 +195,60 @@ pub(crate) fn job_request(
         keep_aliases: spec.keep_aliases,
         description: spec.description,
     })
+}
+
+fn method(given: Option<v1::training_spec::Method>) -> Result<JobMethod, Refusal> {
+    use v1::training_spec::Method;
+    match given {
+        None => Err(invalid(
+            "spec.method",
+            "supervised, unsupervised or classification is required",
+        )),
+        Some(Method::Supervised(given)) => Ok(JobMethod::Supervised {
+            train_on: match v1::TrainOn::try_from(given.train_on) {
+                Ok(v1::TrainOn::Unspecified | v1::TrainOn::Assistant) => TrainOn::Assistant,
+                Ok(v1::TrainOn::LastAssistant) => TrainOn::LastAssistant,
+                Ok(v1::TrainOn::All) => TrainOn::All,
+                Err(_) => {
+                    let why = format!(
+                        "{} is none of TRAIN_ON_ASSISTANT, TRAIN_ON_LAST_ASSISTANT and TRAIN_ON_ALL",
+                        given.train_on
+                    );
+                    return Err(invalid("spec.supervised.train_on", why));
+                }
+            },
+        }),
+        Some(Method::Unsupervised(given)) => Ok(JobMethod::Unsupervised {
+            window_tokens: given.window_tokens.map(|tokens| tokens as usize),
+        }),
+        Some(Method::Classification(given)) => Ok(JobMethod::Classification {
+            head_only: given.head_only.unwrap_or(false),
+            labels: given.labels,
+        }),
+    }
+}
+
+fn method_reply(method: JobMethod) -> v1::training_spec::Method {
+    use v1::training_spec::Method;
+    match method {
+        JobMethod::Supervised { train_on } => Method::Supervised(v1::SupervisedMethod {
+            train_on: match train_on {
+                TrainOn::Assistant => v1::TrainOn::Assistant,
+                TrainOn::LastAssistant => v1::TrainOn::LastAssistant,
+                TrainOn::All => v1::TrainOn::All,
+            }
+            .into(),
+        }),
+        JobMethod::Unsupervised { window_tokens } => Method::Unsupervised(v1::UnsupervisedMethod {
+            window_tokens: window_tokens.and_then(|tokens| u32::try_from(tokens).ok()),
+        }),
+        JobMethod::Classification { head_only, labels } => {
+            Method::Classification(v1::ClassificationMethod {
+                head_only: Some(head_only),
+                labels,
+            })
+        }
+    }
 }
 
 fn data(
@@ -336,15 +391,7 @@ fn spec(spec: JobSpec) -> v1::TrainingSpec {
     v1::TrainingSpec {
         adapter: spec.adapter,
         from_version: spec.from_version.unwrap_or_default(),
-        method: Some(match spec.method {
-            JobMethod::Supervised => v1::training_spec::Method::Supervised(v1::SupervisedMethod {}),
-            JobMethod::Classification { head_only, labels } => {
-                v1::training_spec::Method::Classification(v1::ClassificationMethod {
-                    head_only: Some(head_only),
-                    labels,
-                })
-            }
-        }),
+        method: Some(method_reply(spec.method)),
         data: Some(source(spec.data)),
         validation: match spec.validation {
             Validation::None => None,
@@ -443,6 +490,7 @@ fn progress(progress: &Progress) -> v1::TrainingProgress {
         loss: progress.loss,
         validation_loss: progress.valid_loss,
         validation_accuracy: progress.valid_accuracy,
+        validation_perplexity: progress.valid_perplexity,
         best_step: progress.best_step,
         tokens: progress.tokens,
         tokens_per_second: progress.tokens_per_second,
@@ -518,6 +566,7 @@ fn event(job: &JobName, event: Event) -> v1::TrainingEvent {
             step,
             loss,
             accuracy,
+            perplexity,
             best,
         } => Wire::Evaluation(v1::EvaluationReport {
             step,
@@ -525,6 +574,7 @@ fn event(job: &JobName, event: Event) -> v1::TrainingEvent {
             accuracy: Some(accuracy),
             macro_f1: None,
             best,
+            perplexity,
         }),
         Happening::Checkpoint { step, size } => Wire::Checkpoint(v1::CheckpointReport {
             step,

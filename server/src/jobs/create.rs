@@ -292,6 +292,18 @@ fn quote(
             });
         }
     };
+    if let JobMethod::Unsupervised {
+        window_tokens: Some(tokens),
+    } = request.method
+        && !(2..=max_example_tokens).contains(&tokens)
+    {
+        return Err(JobError::InvalidField {
+            field: "spec.unsupervised.window_tokens".to_owned(),
+            reason: format!(
+                "{tokens} is outside 2 to {max_example_tokens}, the longest example that fits"
+            ),
+        });
+    }
     let seed = request.seed.unwrap_or_else(rand::random);
     let labels = given_labels(&request.method, from.as_ref());
     let wanted = Wanted {
@@ -355,7 +367,12 @@ fn quote(
         adapter: request.adapter.to_string(),
         from_version: from.as_ref().map(|v| v.name.to_string()),
         from_digest: from.as_ref().map(|v| v.content.digest.to_string()),
-        method: request.method.clone(),
+        method: match &request.method {
+            JobMethod::Unsupervised { .. } => JobMethod::Unsupervised {
+                window_tokens: material.window,
+            },
+            other => other.clone(),
+        },
         labels: stats.labels.clone(),
         data: sources.data,
         validation: sources.validation,

@@ -91,6 +91,8 @@ pub struct Progress {
     pub valid_loss: Option<f64>,
     /// The last evaluation's accuracy.
     pub valid_accuracy: Option<f64>,
+    /// The last evaluation's perplexity, of raw text.
+    pub valid_perplexity: Option<f64>,
     /// The step of the best evaluation.
     pub best_step: Option<u64>,
     /// The step of the last evaluation.
@@ -154,6 +156,8 @@ pub enum Happening {
         loss: f64,
         /// Its accuracy.
         accuracy: f64,
+        /// Its perplexity, of raw text.
+        perplexity: Option<f64>,
         /// Better than all before.
         best: bool,
     },

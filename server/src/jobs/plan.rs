@@ -11,7 +11,7 @@ use espalier_adapters::text::{ChatTemplate, Tokenizer};
 use espalier_adapters::train::dataset::{
     ColumnNames, DataLimits, DataReport, Dataset, Format, Kind,
 };
-use espalier_adapters::train::examples::{self, Encoding, Examples};
+use espalier_adapters::train::examples::{self, Encoding, Examples, TrainOn, default_window};
 use espalier_adapters::weights::AdapterWeights;
 use espalier_engine::model::Family;
 use espalier_engine::train::trainer::{Method, TrainPlan};
@@ -63,10 +63,24 @@ pub(super) struct Wanted<'a> {
     pub(super) max_tokens: usize,
 }
 
+impl Wanted<'_> {
+    /// Tokens of a window, for the method that cuts its rows.
+    fn window(&self, rows: &Dataset) -> Option<usize> {
+        match self.method {
+            JobMethod::Unsupervised { window_tokens } => {
+                Some(window_tokens.unwrap_or_else(|| default_window(rows, self.max_tokens)))
+            }
+            _ => None,
+        }
+    }
+}
+
 /// Examples to train on and to measure on.
 pub(super) struct Material {
     pub(super) train: Examples,
     pub(super) valid: Option<Examples>,
+    /// Tokens of a window of raw text.
+    pub(super) window: Option<usize>,
     /// Doubtful lines that were taken.
     pub(super) warnings: DataReport,
 }
@@ -81,7 +95,16 @@ impl Material {
         limits: &DataLimits,
     ) -> Result<Self, JobError> {
         let rows = read(train, "data", wanted.method, limits)?;
-        let train = tokenize(&rows, "data", wanted, wanted.labels, base, limits)?;
+        let window = wanted.window(&rows);
+        let max_tokens = window.unwrap_or(wanted.max_tokens);
+        let train = tokenize(
+            &rows,
+            "data",
+            wanted,
+            (max_tokens, wanted.labels),
+            base,
+            limits,
+        )?;
         if let Some(found) = &train.labels
             && found.len() < 2
         {
@@ -96,14 +119,15 @@ impl Material {
         let mut warnings = rows.report;
         if let Some(valid) = valid {
             let rows = read(valid, "validation_data", wanted.method, limits)?;
-            let labels = train.labels.as_deref();
-            let valid = tokenize(&rows, "validation_data", wanted, labels, base, limits)?;
+            let given = (max_tokens, train.labels.as_deref());
+            let valid = tokenize(&rows, "validation_data", wanted, given, base, limits)?;
             for warning in rows.report.warnings {
                 warnings.warning(warning, limits.max_findings);
             }
             return Ok(Self {
                 train,
                 valid: Some(valid),
+                window,
                 warnings,
             });
         }
@@ -111,22 +135,30 @@ impl Material {
             return Ok(Self {
                 train,
                 valid: None,
+                window,
                 warnings,
             });
         };
         let (train, valid) = train.split(wanted.seed, fraction, true);
         if valid.is_none() {
+            let examples = train.items.len();
+            let reason = match rows.kind {
+                Kind::Text => format!(
+                    "{fraction} of {} documents ({examples} windows) leaves nothing to validate on, because a document is held \
+                     out whole: send more documents, or validation_data",
+                    rows.rows.len()
+                ),
+                _ => format!("{fraction} of {examples} examples leaves nothing to validate on"),
+            };
             return Err(JobError::InvalidField {
                 field: "spec.validation_fraction".to_owned(),
-                reason: format!(
-                    "{fraction} of {} examples leaves nothing to validate on",
-                    train.items.len()
-                ),
+                reason,
             });
         }
         Ok(Self {
             train,
             valid,
+            window,
             warnings,
         })
     }
@@ -162,7 +194,9 @@ impl Material {
         init: Option<AdapterWeights>,
     ) -> TrainPlan {
         let (method, classify, head_only) = match &spec.method {
-            JobMethod::Supervised => (Method::Lm, false, false),
+            JobMethod::Supervised { .. } | JobMethod::Unsupervised { .. } => {
+                (Method::Lm, false, false)
+            }
             JobMethod::Classification { head_only, .. } => {
                 let labels = self.train.labels.clone().unwrap_or_default();
                 let head_only = *head_only;
@@ -193,20 +227,18 @@ fn read(
 ) -> Result<Dataset, JobError> {
     let (rows, _) = inspect(&data.bytes, data.format, &data.columns, limits)
         .map_err(|report| JobError::data(field, report))?;
-    let fits = match method {
-        JobMethod::Supervised => matches!(rows.kind, Kind::Completion | Kind::Chat),
-        JobMethod::Classification { .. } => rows.kind == Kind::Class,
-    };
-    if fits {
+    let kinds = method.kinds();
+    if kinds.contains(&rows.kind) {
         return Ok(rows);
     }
-    let (wants, found) = match method {
-        JobMethod::Supervised => ("prompt/completion or messages", "text/label"),
-        JobMethod::Classification { .. } => ("text/label", "prompt/completion or messages"),
-    };
+    let wants: Vec<&str> = kinds.iter().map(|kind| kind.as_str()).collect();
     Err(JobError::InvalidField {
         field: format!("spec.{field}"),
-        reason: format!("the method learns from {wants} rows, these are {found} rows"),
+        reason: format!(
+            "the method learns from {} rows, these are {} rows: choose the method for them, or other columns",
+            wants.join(", "),
+            rows.kind.as_str()
+        ),
     })
 }
 
@@ -214,7 +246,7 @@ fn tokenize(
     rows: &Dataset,
     field: &str,
     wanted: &Wanted<'_>,
-    labels: Option<&[String]>,
+    (max_tokens, labels): (usize, Option<&[String]>),
     base: &Base,
     limits: &DataLimits,
 ) -> Result<Examples, JobError> {
@@ -223,7 +255,11 @@ fn tokenize(
         template: base.template.as_deref(),
         profile: wanted.profile,
         stop_ids: &base.stop_ids,
-        max_tokens: wanted.max_tokens,
+        train_on: match wanted.method {
+            JobMethod::Supervised { train_on } => *train_on,
+            _ => TrainOn::default(),
+        },
+        max_tokens,
         labels,
         max_findings: limits.max_findings,
     };

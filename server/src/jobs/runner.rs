@@ -415,6 +415,8 @@ impl JobService {
         if let Some(best) = summary.best {
             metrics.insert("loss".to_owned(), best.loss);
             metrics.insert("accuracy".to_owned(), best.accuracy);
+            let perplexity = spec.method.perplexity(best.loss);
+            metrics.extend(perplexity.map(|value| ("perplexity".to_owned(), value)));
         }
         metrics.retain(|_, value| value.is_finite());
         let publish = Publish {
@@ -530,8 +532,10 @@ impl Run {
                 {
                     return None;
                 }
+                let perplexity = self.job.spec.method.perplexity(report.loss);
                 let progress = &mut self.progress;
                 progress.evaluated_step = Some(report.step);
+                progress.valid_perplexity = perplexity;
                 progress.valid_loss = Some(finite(report.loss));
                 progress.valid_accuracy = Some(finite(report.accuracy));
                 if report.best {
@@ -541,6 +545,7 @@ impl Run {
                     step: report.step,
                     loss: finite(report.loss),
                     accuracy: finite(report.accuracy),
+                    perplexity,
                     best: report.best,
                 })
             }

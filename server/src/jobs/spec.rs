@@ -6,11 +6,13 @@
 
 use espalier_adapters::config::{LoraConfig, Modules, Site};
 use espalier_adapters::profile::ServingProfile;
-use espalier_adapters::train::dataset::{ColumnNames, Format};
+use espalier_adapters::train::dataset::{ColumnNames, Format, Kind};
+use espalier_adapters::train::examples::TrainOn;
 use espalier_adapters::train::schedule::Decay;
 use espalier_engine::model::Family;
 use espalier_engine::train::trainer::HyperParameters;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::JobError;
 use crate::names::{AdapterName, AdapterRef, Alias, DatasetName};
@@ -53,8 +55,17 @@ pub enum ValidationInput {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JobMethod {
-    /// Completions and assistant turns.
-    Supervised,
+    /// Completions and turns of chats.
+    Supervised {
+        /// Which turns.
+        #[serde(default)]
+        train_on: TrainOn,
+    },
+    /// Raw text.
+    Unsupervised {
+        /// Tokens of a window; `None` in a request alone.
+        window_tokens: Option<usize>,
+    },
     /// Labels, by a head on the last token's state.
     Classification {
         /// The head alone, on cached states of the frozen base.
@@ -62,6 +73,33 @@ pub enum JobMethod {
         /// The labels that may appear; empty is those of the data.
         labels: Vec<String>,
     },
+}
+
+impl JobMethod {
+    /// The kinds of rows that it learns from.
+    pub(super) fn kinds(&self) -> &'static [Kind] {
+        match self {
+            Self::Supervised { .. } => &[Kind::Completion, Kind::Chat, Kind::Instruction],
+            Self::Unsupervised { .. } => &[Kind::Text],
+            Self::Classification { .. } => &[Kind::Class],
+        }
+    }
+
+    /// What a mean loss in nats a token says as perplexity, for the method that is measured by it.
+    pub(super) fn perplexity(&self, loss: f64) -> Option<f64> {
+        matches!(self, Self::Unsupervised { .. }).then(|| loss.exp().min(f64::MAX))
+    }
+}
+
+/// A stored method; the first jobs wrote the supervised one as a bare word.
+fn stored_method<'de, D: Deserializer<'de>>(from: D) -> Result<JobMethod, D::Error> {
+    let value = serde_json::Value::deserialize(from)?;
+    if value == "supervised" {
+        return Ok(JobMethod::Supervised {
+            train_on: TrainOn::default(),
+        });
+    }
+    serde_json::from_value(value).map_err(D::Error::custom)
 }
 
 /// Hyperparameters as a request names them; what is `None` gets a default.
@@ -219,6 +257,7 @@ pub struct JobSpec {
     /// Digest of that version, hex.
     pub from_digest: Option<String>,
     /// What is learned.
+    #[serde(deserialize_with = "stored_method")]
     pub method: JobMethod,
     /// The classes in the order of the head's rows; empty without a head.
     pub labels: Vec<String>,

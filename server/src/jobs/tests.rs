@@ -630,7 +630,12 @@ async fn what_cannot_work_is_refused_before_it_starts() {
     };
     let lines: Vec<u64> = report.errors.iter().map(|finding| finding.line).collect();
     assert_eq!((field.as_str(), lines), ("spec.data", vec![2, 3]));
-    let error = refused(|job| job.method = JobMethod::Supervised).await;
+    let error = refused(|job| {
+        job.method = JobMethod::Supervised {
+            train_on: espalier_adapters::train::examples::TrainOn::All,
+        }
+    })
+    .await;
     assert!(
         matches!(&error, JobError::InvalidField { field, .. } if field == "spec.data"),
         "{error}"

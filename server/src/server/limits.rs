@@ -113,6 +113,7 @@ pub(super) fn dataset_limits(config: &Config) -> DatasetLimits {
         data: DataLimits {
             max_bytes: training.max_dataset_bytes.as_usize(),
             max_line_bytes: training.max_row_bytes.as_usize(),
+            max_document_bytes: training.max_document_bytes.as_usize(),
             max_rows: training.max_dataset_rows,
             max_labels: config.adapters.max_head_labels,
             max_label_bytes: config.limits.max_label_bytes,

@@ -16,8 +16,9 @@ pub fn from_rows(rows: Vec<Row>, limits: &DataLimits) -> Result<Dataset, DataRep
         if !collector.room(line) {
             break;
         }
-        if bytes(&row) > limits.max_line_bytes {
-            let reason = format!("has {} bytes, limit {}", bytes(&row), limits.max_line_bytes);
+        let limit = limits.row_bytes(row.kind());
+        if bytes(&row) > limit {
+            let reason = format!("has {} bytes, limit {limit}", bytes(&row));
             collector.error(line, "", DataRule::Limit, reason);
         } else {
             collector.add(line, row);
@@ -31,6 +32,12 @@ fn bytes(row: &Row) -> usize {
         Row::Completion { prompt, completion } => prompt.len() + completion.len(),
         Row::Chat { messages } => messages.iter().map(|m| m.content.len()).sum(),
         Row::Class { text, label } => text.len() + label.len(),
+        Row::Text { text } => text.len(),
+        Row::Instruction {
+            instruction,
+            input,
+            output,
+        } => instruction.len() + input.len() + output.len(),
     }
 }
 
@@ -84,6 +91,11 @@ impl<'a> Collector<'a> {
             reason,
         };
         self.report.warning(finding, self.limits.max_findings);
+    }
+
+    /// What the first row was.
+    pub(super) fn kind(&self) -> Option<Kind> {
+        self.kind
     }
 
     /// Counts a field that this row has and training does not use.
@@ -142,6 +154,22 @@ impl<'a> Collector<'a> {
             }
             Row::Completion { .. } => {}
             Row::Class { text, label } => self.class(line, text, label),
+            Row::Text { text } if text.trim().is_empty() => {
+                let reason = "holds nothing but white space: there is nothing to learn";
+                self.error(line, "text", DataRule::Empty, reason);
+            }
+            Row::Text { .. } => {}
+            Row::Instruction {
+                instruction,
+                output,
+                ..
+            } => {
+                for (field, part) in [("instruction", instruction), ("output", output)] {
+                    if part.is_empty() {
+                        self.error(line, field, DataRule::Empty, "is empty");
+                    }
+                }
+            }
             Row::Chat { messages } => self.chat(line, messages),
         }
         self.report.error_count() == before

@@ -1,10 +1,11 @@
-//! Files to rows: JSONL, CSV and TSV, line by line, each bad line with its number.
+//! Files to rows: JSONL line by line, each bad line with its number; a text that is one row as a whole; and what kind a row is.
 //!
 //! Bytes are untrusted. This file must not know what makes a row good beyond its form.
 
 use serde_json::{Map, Value};
 
 use super::check::Collector;
+use super::table;
 use super::{
     ChatMessage, ColumnNames, DataLimits, DataReport, DataRule, Dataset, Format, Kind, Role, Row,
 };
@@ -38,10 +39,33 @@ pub fn parse(
             label_type: None,
         }
         .read(bytes, limits),
-        Format::Csv => table(bytes, b',', columns, limits, &mut collector),
-        Format::Tsv => table(bytes, b'\t', columns, limits, &mut collector),
+        Format::Csv => table::read(bytes, b',', columns, limits, &mut collector),
+        Format::Tsv => table::read(bytes, b'\t', columns, limits, &mut collector),
+        Format::Text => document(bytes, limits, &mut collector),
     }
     collector.finish()
+}
+
+/// The whole file is one row.
+fn document(bytes: &[u8], limits: &DataLimits, collector: &mut Collector) {
+    let limit = limits.max_document_bytes;
+    if bytes.len() > limit {
+        let reason = format!(
+            "the document has {} bytes, limit {limit}; split it in several, one a row",
+            bytes.len()
+        );
+        return collector.error(0, "text", DataRule::Limit, reason);
+    }
+    match std::str::from_utf8(bytes) {
+        Ok(text) => {
+            let text = text.to_owned();
+            collector.add(1, Row::Text { text });
+        }
+        Err(e) => {
+            let reason = format!("is not UTF-8 from byte {}", e.valid_up_to() + 1);
+            collector.error(0, "text", DataRule::Utf8, reason);
+        }
+    }
 }
 
 struct Jsonl<'a, 'b> {
@@ -61,17 +85,30 @@ impl Jsonl<'_, '_> {
             if !self.collector.room(line) {
                 return;
             }
-            if text.len() > limits.max_line_bytes {
-                let reason = format!("has {} bytes, limit {}", text.len(), limits.max_line_bytes);
-                self.collector.error(line, "", DataRule::Limit, reason);
+            // A document may be longer than other rows, and what a line is shows once it is read.
+            if self.is_over(
+                line,
+                text,
+                limits.max_line_bytes.max(limits.max_document_bytes),
+            ) {
                 continue;
             }
             if let Some(object) = self.object(line, text)
                 && let Some(row) = self.row(line, &object)
+                && !self.is_over(line, text, limits.row_bytes(row.kind()))
             {
                 self.collector.add(line, row);
             }
         }
+    }
+
+    fn is_over(&mut self, line: u64, text: &[u8], limit: usize) -> bool {
+        let over = text.len() > limit;
+        if over {
+            let reason = format!("has {} bytes, limit {limit}", text.len());
+            self.collector.error(line, "", DataRule::Limit, reason);
+        }
+        over
     }
 
     fn object(&mut self, line: u64, text: &[u8]) -> Option<Map<String, Value>> {
@@ -97,6 +134,8 @@ impl Jsonl<'_, '_> {
     fn row(&mut self, line: u64, object: &Map<String, Value>) -> Option<Row> {
         let names = object.keys().map(String::as_str);
         let kind = match kind_of(&names.collect::<Vec<_>>(), self.columns) {
+            // Among labelled rows a text alone is a row whose label was forgotten.
+            Ok(Kind::Text) if self.collector.kind() == Some(Kind::Class) => Kind::Class,
             Ok(kind) => kind,
             Err((rule, reason)) => {
                 self.collector.error(line, "", rule, reason);
@@ -121,6 +160,9 @@ impl Jsonl<'_, '_> {
             prompt,
             completion,
             messages,
+            instruction,
+            input,
+            output,
         } = self.columns;
         Some(match kind {
             Kind::Completion => {
@@ -142,6 +184,22 @@ impl Jsonl<'_, '_> {
             Kind::Chat => Row::Chat {
                 messages: self.messages(line, object, messages)?,
             },
+            Kind::Text => Row::Text {
+                text: self.string(line, object, text)?,
+            },
+            Kind::Instruction => {
+                let instruction = self.string(line, object, instruction);
+                let input = match object.get(input) {
+                    None | Some(Value::Null) => Some(String::new()),
+                    Some(_) => self.string(line, object, input),
+                };
+                let output = self.string(line, object, output);
+                Row::Instruction {
+                    instruction: instruction?,
+                    input: input?,
+                    output: output?,
+                }
+            }
         })
     }
 
@@ -270,7 +328,7 @@ impl Jsonl<'_, '_> {
         None
     }
 
-    /// Answers are learned unless their weight is 0; nobody else's words are.
+    /// Weight 0 is for every message; weight 1 for answers alone, because it would promise that the words of others are learned.
     fn learn(
         &mut self,
         line: u64,
@@ -279,13 +337,16 @@ impl Jsonl<'_, '_> {
         weight: Option<&Value>,
     ) -> Option<bool> {
         let number = match weight {
-            None | Some(Value::Null) => return Some(role == Role::Assistant),
+            None | Some(Value::Null) => return Some(true),
             Some(weight) => weight.as_f64(),
         };
         let reason = match (number, role) {
             (Some(0.0), _) => return Some(false),
             (Some(1.0), Role::Assistant) => return Some(true),
-            (Some(1.0), _) => "is 1, but only the assistant's messages can be learned".to_owned(),
+            (Some(1.0), _) => {
+                "is 1, but only the assistant's messages have one; to learn every turn, train on all"
+                    .to_owned()
+            }
             _ => "is neither 0 nor 1".to_owned(),
         };
         self.collector
@@ -305,16 +366,18 @@ fn type_of(value: &Value) -> &'static str {
     }
 }
 
-fn used(kind: Kind, columns: &ColumnNames) -> Vec<&str> {
+pub(super) fn used(kind: Kind, columns: &ColumnNames) -> Vec<&str> {
     match kind {
         Kind::Completion => vec![&columns.prompt, &columns.completion],
         Kind::Class => vec![&columns.text, &columns.label],
         Kind::Chat => vec![&columns.messages],
+        Kind::Text => vec![&columns.text],
+        Kind::Instruction => vec![&columns.instruction, &columns.input, &columns.output],
     }
 }
 
 /// What kind of row has these fields. A row that could be of two kinds is refused: which one is meant changes what is learned.
-fn kind_of(names: &[&str], columns: &ColumnNames) -> Result<Kind, (DataRule, String)> {
+pub(super) fn kind_of(names: &[&str], columns: &ColumnNames) -> Result<Kind, (DataRule, String)> {
     let has = |name: &String| names.contains(&name.as_str());
     let completion = has(&columns.prompt) || has(&columns.completion);
     let class = has(&columns.text) || has(&columns.label);
@@ -325,15 +388,28 @@ fn kind_of(names: &[&str], columns: &ColumnNames) -> Result<Kind, (DataRule, Str
         );
         return Err((DataRule::Unsupported, reason));
     }
-    match (has(&columns.messages), completion, class) {
-        (true, false, false) => Ok(Kind::Chat),
-        (false, true, false) => Ok(Kind::Completion),
-        (false, false, true) => Ok(Kind::Class),
-        (false, false, false) => {
+    let instruction = has(&columns.instruction);
+    match (has(&columns.messages), completion, class, instruction) {
+        (true, false, false, false) => Ok(Kind::Chat),
+        (false, true, false, false) => Ok(Kind::Completion),
+        (false, false, true, false) if has(&columns.label) => Ok(Kind::Class),
+        (false, false, true, false) => Ok(Kind::Text),
+        (false, false, false, true) => Ok(Kind::Instruction),
+        (false, false, false, false) => {
             let found: String = names.join(", ").chars().take(200).collect();
+            let ColumnNames {
+                text,
+                label,
+                prompt,
+                completion,
+                messages,
+                instruction,
+                output,
+                ..
+            } = columns;
             let reason = format!(
-                "needs {} and {}, or {} and {}, or {} (JSONL only); found: {found}. Other names can be given",
-                columns.text, columns.label, columns.prompt, columns.completion, columns.messages
+                "needs {text} and {label}, or {text} alone, or {prompt} and {completion}, or {instruction} and {output}, \
+                 or {messages} (JSONL only); found: {found}. Other names can be given"
             );
             Err((DataRule::MissingField, reason))
         }
@@ -343,165 +419,4 @@ fn kind_of(names: &[&str], columns: &ColumnNames) -> Result<Kind, (DataRule, Str
             Err((DataRule::MixedKinds, reason))
         }
     }
-}
-
-/// The two columns of a table: their kind, and where they stand.
-struct Columns {
-    kind: Kind,
-    places: [usize; 2],
-    width: usize,
-}
-
-fn table(
-    bytes: &[u8],
-    delimiter: u8,
-    columns: &ColumnNames,
-    limits: &DataLimits,
-    collector: &mut Collector,
-) {
-    let mut reader = csv::ReaderBuilder::new()
-        .delimiter(delimiter)
-        .has_headers(false)
-        .flexible(true)
-        .from_reader(bytes);
-    let mut header: Option<Columns> = None;
-    let mut record = csv::ByteRecord::new();
-    loop {
-        let begin = usize::try_from(reader.position().byte()).unwrap_or(usize::MAX);
-        // Reading from memory into bytes has no way to fail; a reader that stops early must still be told.
-        match reader.read_byte_record(&mut record) {
-            Ok(true) => {}
-            Ok(false) => return,
-            Err(e) => return collector.error(0, "", DataRule::Record, e.to_string()),
-        }
-        let end = usize::try_from(reader.position().byte()).unwrap_or(usize::MAX);
-        let raw = bytes.get(begin..end).unwrap_or_default();
-        // Blank lines before the record, and the end of CR LF behind the last one, belong to the span that was read.
-        let blank = raw
-            .iter()
-            .take_while(|b| matches!(b, b'\n' | b'\r'))
-            .count();
-        let skipped = raw[..blank].iter().filter(|b| **b == b'\n').count() as u64;
-        let line = record.position().map_or(1, csv::Position::line) + skipped;
-        let Some(fields) = record_fields(line, &raw[blank..], &record, limits, collector) else {
-            if header.is_none() {
-                return;
-            }
-            continue;
-        };
-        let Some(columns) = &header else {
-            header = find_columns(line, &fields, columns, collector);
-            if header.is_none() {
-                return;
-            }
-            continue;
-        };
-        if !collector.room(line) {
-            return;
-        }
-        if fields.len() != columns.width {
-            let reason = format!(
-                "has {} columns, the header has {}",
-                fields.len(),
-                columns.width
-            );
-            collector.error(line, "", DataRule::Record, reason);
-            continue;
-        }
-        let [first, second] = columns.places.map(|place| fields[place].to_owned());
-        let row = match columns.kind {
-            Kind::Class => Row::Class {
-                text: first,
-                label: second,
-            },
-            _ => Row::Completion {
-                prompt: first,
-                completion: second,
-            },
-        };
-        collector.add(line, row);
-    }
-}
-
-/// The record's fields as text, or an error for its line.
-fn record_fields<'a>(
-    line: u64,
-    raw: &[u8],
-    record: &'a csv::ByteRecord,
-    limits: &DataLimits,
-    collector: &mut Collector,
-) -> Option<Vec<&'a str>> {
-    if raw.len() > limits.max_line_bytes {
-        let reason = format!(
-            "has {} bytes, limit {}; is a quote not closed?",
-            raw.len(),
-            limits.max_line_bytes
-        );
-        collector.error(line, "", DataRule::Limit, reason);
-        return None;
-    }
-    // The reader forgives a quote that is never closed and would take all that follows for one field.
-    if raw.iter().filter(|b| **b == b'"').count() % 2 == 1 {
-        let reason = "a quote is not closed; write \"\" for a quote inside a quoted field";
-        collector.error(line, "", DataRule::Record, reason);
-        return None;
-    }
-    let fields: Result<Vec<&str>, _> = record.iter().map(std::str::from_utf8).collect();
-    if fields.is_err() {
-        collector.error(line, "", DataRule::Utf8, "is not UTF-8");
-    }
-    fields.ok()
-}
-
-fn find_columns(
-    line: u64,
-    header: &[&str],
-    columns: &ColumnNames,
-    collector: &mut Collector,
-) -> Option<Columns> {
-    let kind = match kind_of(header, columns) {
-        Ok(Kind::Chat) => {
-            let reason = "chats cannot be written as a table; use JSONL";
-            collector.error(line, &columns.messages, DataRule::Header, reason);
-            return None;
-        }
-        Ok(kind) => kind,
-        Err((rule, reason)) => {
-            let rule = if rule == DataRule::Unsupported {
-                rule
-            } else {
-                DataRule::Header
-            };
-            collector.error(line, "", rule, reason);
-            return None;
-        }
-    };
-    let names = used(kind, columns);
-    let mut places = [0; 2];
-    for (place, name) in places.iter_mut().zip(&names) {
-        let mut found = header.iter().enumerate().filter(|(_, h)| *h == name);
-        let reason = match (found.next(), found.next()) {
-            (Some((at, _)), None) => {
-                *place = at;
-                continue;
-            }
-            (Some(_), Some(_)) => "the header has this column twice".to_owned(),
-            (None, _) => {
-                let found: String = header.join(", ").chars().take(200).collect();
-                format!(
-                    "the header does not have this column; it has: {found}. Another name can be given"
-                )
-            }
-        };
-        collector.error(line, name, DataRule::Header, reason);
-        return None;
-    }
-    for name in header.iter().filter(|h| !names.contains(h)) {
-        collector.ignore(name);
-    }
-    Some(Columns {
-        kind,
-        places,
-        width: header.len(),
-    })
 }

@@ -65,7 +65,7 @@ fn the_three_kinds_are_read_with_their_lines() {
         panic!("no chat")
     };
     let learned: Vec<bool> = messages.iter().map(|m| m.learn).collect();
-    assert_eq!(learned, [false, false, false, false, true]);
+    assert_eq!(learned, [true, true, false, true, true]);
     assert_eq!(
         (messages[4].role, messages[4].content.as_str()),
         (Role::Assistant, "b")
@@ -94,6 +94,108 @@ fn tables_are_read_by_column_name_with_quotes_and_line_breaks() {
     assert_eq!(data.rows, [completion("p", "c")]);
 }
 
+fn text(text: &str) -> Row {
+    Row::Text { text: text.into() }
+}
+
+fn instruction(instruction: &str, input: &str, output: &str) -> Row {
+    let [instruction, input, output] = [instruction, input, output].map(str::to_owned);
+    Row::Instruction {
+        instruction,
+        input,
+        output,
+    }
+}
+
+#[test]
+fn a_text_without_label_is_a_document() {
+    let data = jsonl("{\"text\": \"a\\nb\", \"meta\": 1}\n{\"text\": \"c\"}").unwrap();
+    assert_eq!(
+        (data.kind, data.rows),
+        (Kind::Text, vec![text("a\nb"), text("c")])
+    );
+    assert_eq!(data.report.warnings[0].field, "meta");
+    assert_eq!(csv("text\n\"a\n,b\"\n").unwrap().rows, [text("a\n,b")]);
+    let whole = "# Title\r\n\r\n{\"text\": 3}\n";
+    let read = |bytes: &[u8], limits| parse(bytes, Format::Text, &ColumnNames::default(), &limits);
+    let limits = DataLimits {
+        max_document_bytes: whole.len(),
+        max_line_bytes: 2,
+        ..DataLimits::default()
+    };
+    let data = read(whole.as_bytes(), limits).unwrap();
+    assert_eq!((data.rows, data.lines), (vec![text(whole)], vec![1]));
+    let refused = |bytes: &[u8]| {
+        let report = read(bytes, limits).unwrap_err();
+        (report.errors[0].rule, report.error_count())
+    };
+    assert_eq!(
+        refused(format!("{whole}.").as_bytes()),
+        (DataRule::Limit, 1)
+    );
+    assert_eq!(refused(b"a\xff"), (DataRule::Utf8, 1));
+    assert_eq!(refused(b" \n"), (DataRule::Empty, 1));
+    assert_eq!(refused(b""), (DataRule::Empty, 1));
+    // A label that is missing among labelled rows is missing, and a text beside columns of other names may have one.
+    let report = jsonl("{\"text\": \"a\", \"label\": \"x\"}\n{\"text\": \"b\"}").unwrap_err();
+    assert_eq!(errors(&report), [(2, "label", DataRule::MissingField)]);
+    let report = jsonl("{\"text\": \"b\"}\n{\"text\": \"a\", \"label\": \"x\"}").unwrap_err();
+    assert_eq!(errors(&report), [(2, "", DataRule::MixedKinds)]);
+    // A line may be as long as a document when it is one, and only then.
+    let long = DataLimits {
+        max_line_bytes: 40,
+        max_document_bytes: 100,
+        ..DataLimits::default()
+    };
+    let line = |line: String| {
+        parse(
+            line.as_bytes(),
+            Format::Jsonl,
+            &ColumnNames::default(),
+            &long,
+        )
+    };
+    let many = "x".repeat(80);
+    assert!(line(format!("{{\"text\": \"{many}\"}}")).is_ok());
+    let report = line(format!("{{\"text\": \"{many}xxxxxxxxxx\"}}")).unwrap_err();
+    assert_eq!(errors(&report), [(1, "", DataRule::Limit)]);
+    let report = line(format!(
+        "{{\"prompt\": \"\", \"completion\": \"{}\"}}",
+        "x".repeat(20)
+    ));
+    assert_eq!(errors(&report.unwrap_err()), [(1, "", DataRule::Limit)]);
+}
+
+#[test]
+fn instructions_may_have_an_input() {
+    let want = [instruction("a", "", "b"), instruction("c", "d", "e")];
+    let data = jsonl(
+        "{\"instruction\": \"a\", \"output\": \"b\"}\n{\"instruction\": \"c\", \"input\": \"d\", \"output\": \"e\"}",
+    );
+    let data = data.unwrap();
+    assert_eq!((data.kind, &data.rows[..]), (Kind::Instruction, &want[..]));
+    let data = csv("output,instruction,input\nb,a,\ne,c,d\n").unwrap();
+    assert_eq!(
+        (&data.rows[..], data.report),
+        (&want[..], DataReport::default())
+    );
+    assert_eq!(
+        csv("output,instruction\nb,a\n").unwrap().rows[..],
+        want[..1]
+    );
+    let columns = ColumnNames {
+        instruction: "task".into(),
+        input: "given".into(),
+        output: "answer".into(),
+        ..ColumnNames::default()
+    };
+    let tsv = b"task\tgiven\tanswer\nc\td\te\n";
+    let data = parse(tsv, Format::Tsv, &columns, &DataLimits::default()).unwrap();
+    assert_eq!(data.rows[..], want[1..]);
+    let report = csv("instruction,input\na,b\n").unwrap_err();
+    assert_eq!(errors(&report), [(1, "output", DataRule::Header)]);
+}
+
 #[test]
 fn labels_may_be_numbers_or_booleans_but_all_alike() {
     let data = jsonl("{\"text\": \"a\", \"label\": 3}\n{\"text\": \"b\", \"label\": 12}").unwrap();
@@ -119,7 +221,32 @@ fn every_bad_line_is_told_with_its_number_and_field() {
             DataRule::Json,
         ),
         (r#"{"txt": "a"}"#.into(), "", DataRule::MissingField),
-        (r#"{"text": "a"}"#.into(), "label", DataRule::MissingField),
+        (
+            r#"{"text": "a", "label": null}"#.into(),
+            "label",
+            DataRule::MissingField,
+        ),
+        (r#"{"text": " \n"}"#.into(), "text", DataRule::Empty),
+        (
+            r#"{"instruction": "a"}"#.into(),
+            "output",
+            DataRule::MissingField,
+        ),
+        (
+            r#"{"instruction": "a", "output": ""}"#.into(),
+            "output",
+            DataRule::Empty,
+        ),
+        (
+            r#"{"instruction": "a", "output": "b", "input": 3}"#.into(),
+            "input",
+            DataRule::FieldType,
+        ),
+        (
+            r#"{"instruction": "a", "output": "b", "text": "c"}"#.into(),
+            "",
+            DataRule::MixedKinds,
+        ),
         (r#"{"label": "a"}"#.into(), "text", DataRule::MissingField),
         (
             r#"{"text": null, "label": "a"}"#.into(),
@@ -493,10 +620,10 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_are_rows_or_a_report(bytes in any::<Vec<u8>>(), prefix in 0..4_usize) {
-        let starts: [&[u8]; 4] = [b"", b"text,label\n", b"{\"text\": \"a\", \"label\": \"x\"}\n", b"prompt\tcompletion\n\""];
+    fn any_bytes_are_rows_or_a_report(bytes in any::<Vec<u8>>(), prefix in 0..6_usize) {
+        let starts: [&[u8]; 6] = [b"", b"text\n", b"instruction,output\n", b"text,label\n", b"{\"text\": \"a\", \"label\": \"x\"}\n", b"prompt\tcompletion\n\""];
         let bytes = [starts[prefix], &bytes].concat();
-        for format in [Format::Jsonl, Format::Csv, Format::Tsv] {
+        for format in [Format::Jsonl, Format::Csv, Format::Tsv, Format::Text] {
             match parse(&bytes, format, &ColumnNames::default(), &DataLimits::default()) {
                 Ok(data) => prop_assert!(!data.rows.is_empty() && data.rows.len() == data.lines.len()),
                 Err(report) => prop_assert!(report.error_count() > 0),

@@ -4,7 +4,8 @@
 
 use std::collections::BTreeSet;
 
-use super::{Example, Examples};
+use super::window::cut;
+use super::{Example, Examples, TrainOn};
 use crate::profile::ServingProfile;
 use crate::text::{ChatTemplate, Message, TextError, Tokenizer, encode_chat};
 use crate::train::dataset::{
@@ -22,7 +23,9 @@ pub struct Encoding<'a> {
     pub profile: &'a ServingProfile,
     /// Ids that end a generation.
     pub stop_ids: &'a [u32],
-    /// Tokens of one example at most.
+    /// Which turns of completions, chats and instructions are learned.
+    pub train_on: TrainOn,
+    /// Tokens of one example at most; of raw text, the tokens of a window, at least 2.
     pub max_tokens: usize,
     /// The classes in the order of the head's rows, when they are given: the job's, or the training part's for the
     /// validation part. Otherwise the rows' own labels, sorted bytewise.
@@ -38,17 +41,26 @@ type Encoded = Result<Vec<Example>, (DataRule, &'static str, String)>;
 ///
 /// A completion's prompt is encoded as Generate would encode it, and its completion ends with a stop id, so that the model learns to
 /// stop. A chat is encoded as Chat would: each learned answer follows the very ids from which it would be generated. Classes are
-/// encoded as Classify would.
+/// encoded as Classify would. An instruction becomes a chat of two messages. Raw text is encoded as Generate would, ends with a stop
+/// id, and is cut in windows.
 ///
 /// # Errors
 /// The report of every row that cannot be learned whole; none is cut or left out.
 pub fn build(data: &Dataset, encoding: &Encoding) -> Result<Examples, DataReport> {
     let mut report = DataReport::default();
-    if data.kind == Kind::Chat && encoding.template.is_none() {
-        let reason = "this base has no chat template; use prompt/completion rows".to_owned();
+    let rendered = match data.kind {
+        Kind::Chat => Some("messages"),
+        Kind::Instruction => Some("instruction"),
+        _ => None,
+    };
+    if let (Some(field), None) = (rendered, encoding.template) {
+        let reason = format!(
+            "this base has no chat template to render {} rows with; use prompt/completion rows",
+            data.kind.as_str()
+        );
         let finding = DataFinding {
             line: 0,
-            field: "messages".to_owned(),
+            field: field.to_owned(),
             rule: DataRule::Template,
             reason,
         };
@@ -110,7 +122,23 @@ impl Encoding<'_> {
             Row::Completion { prompt, completion } => self.completion(prompt, completion),
             Row::Chat { messages } => self.chat(messages),
             Row::Class { text, label } => self.class(text, label, labels.unwrap_or_default()),
+            Row::Text { text } => self.document(text),
+            Row::Instruction {
+                instruction,
+                input,
+                output,
+            } => self.chat(&conversation(instruction, input, output)),
         }
+    }
+
+    fn document(&self, text: &str) -> Encoded {
+        let mut ids = self.tokenizer.encode(text).map_err(unencodable("text"))?;
+        self.end(&mut ids);
+        if ids.len() < 2 {
+            let reason = "is one token without any before it: there is nothing to learn".to_owned();
+            return Err((DataRule::NothingToLearn, "text", reason));
+        }
+        Ok(cut(&ids, self.max_tokens))
     }
 
     fn class(&self, text: &str, label: &str, labels: &[String]) -> Encoded {
@@ -152,7 +180,11 @@ impl Encoding<'_> {
         ids.extend(tail);
         self.end(&mut ids);
         self.fits("completion", ids.len())?;
-        let learn: Vec<bool> = (0..ids.len()).map(|i| i >= start.max(1)).collect();
+        let first = match self.train_on {
+            TrainOn::Assistant | TrainOn::LastAssistant => start.max(1),
+            TrainOn::All => 1,
+        };
+        let learn: Vec<bool> = (0..ids.len()).map(|i| i >= first).collect();
         if !learn.contains(&true) {
             let reason = "is one token without any before it: there is nothing to learn".to_owned();
             return Err((DataRule::NothingToLearn, "completion", reason));
@@ -160,8 +192,7 @@ impl Encoding<'_> {
         Ok(vec![Example::Lm { ids, learn }])
     }
 
-    /// One example for the conversation when every answer stands in it as it was generated; otherwise (a template that renders
-    /// earlier turns in another way once later ones follow) one example for each learned answer.
+    /// The conversation's ids and what is learned of them, as [`TrainOn`] says.
     fn chat(&self, messages: &[ChatMessage]) -> Encoded {
         let first = messages.first().map(|m| m.role.as_str());
         let system = self
@@ -173,24 +204,35 @@ impl Encoding<'_> {
             .iter()
             .map(|m| Message::new(m.role.as_str(), m.content.as_str()));
         let spoken: Vec<Message> = system.into_iter().chain(spoken).collect();
-        let mut whole = self.rendered(&spoken, false)?;
+        let whole = self.rendered(&spoken, false)?;
         // Before the turns are rendered, each with all that went before it.
         self.fits("messages", whole.len())?;
-
-        let learned = messages
+        if self.train_on == TrainOn::All {
+            return self.every_turn(messages, &spoken, whole);
+        }
+        let answers = messages
             .iter()
             .enumerate()
-            .filter(|(_, m)| m.role == Role::Assistant && m.learn);
-        let turns: Vec<Turn> = learned
+            .filter(|(_, m)| m.role == Role::Assistant);
+        let skipped = match self.train_on {
+            TrainOn::LastAssistant => answers.clone().count().saturating_sub(1),
+            _ => 0,
+        };
+        let turns: Vec<Turn> = answers
+            .skip(skipped)
+            .filter(|(_, m)| m.learn)
             .map(|(i, _)| self.turn(&spoken, i + offset))
             .collect::<Result<_, _>>()?;
         if turns.is_empty() {
-            return Err((
-                DataRule::NothingToLearn,
-                "messages",
-                "there is no answer to learn".to_owned(),
-            ));
+            let reason = "there is no answer to learn: the one to train on has weight 0".to_owned();
+            return Err((DataRule::NothingToLearn, "messages", reason));
         }
+        self.answers(turns, whole)
+    }
+
+    /// One example for the conversation when every answer stands in it as it was generated; otherwise (a template that renders
+    /// earlier turns in another way once later ones follow) one example for each learned answer.
+    fn answers(&self, turns: Vec<Turn>, mut whole: Vec<u32>) -> Encoded {
         if turns.iter().all(|turn| whole.starts_with(&turn.ids)) {
             let mut learn = vec![false; whole.len()];
             for turn in &turns {
@@ -216,6 +258,40 @@ impl Encoding<'_> {
                 })
             })
             .collect()
+    }
+
+    /// The whole conversation, learned from its second token on, but for messages of weight 0.
+    fn every_turn(
+        &self,
+        messages: &[ChatMessage],
+        spoken: &[Message],
+        mut whole: Vec<u32>,
+    ) -> Encoded {
+        let mut learn: Vec<bool> = (0..whole.len()).map(|at| at > 0).collect();
+        let offset = spoken.len() - messages.len();
+        for (i, _) in messages.iter().enumerate().filter(|(_, m)| !m.learn) {
+            let before = self.rendered(&spoken[..i + offset], false)?;
+            let through = self.rendered(&spoken[..=i + offset], false)?;
+            if !whole.starts_with(&through) || !through.starts_with(&before) {
+                let reason = format!(
+                    "the chat template renders message {i} differently once others follow, so that its weight 0 has no place; remove it"
+                );
+                return Err((DataRule::Template, "messages", reason));
+            }
+            learn[before.len()..through.len()].fill(false);
+        }
+        // The checked row ends with an answer, which a stop id follows where the template writes none.
+        let last = self.turn(spoken, spoken.len() - 1)?;
+        if last.ids == whole {
+            learn.resize(last.ended.len(), messages.last().is_some_and(|m| m.learn));
+            whole = last.ended;
+        }
+        self.fits("messages", whole.len())?;
+        if !learn.contains(&true) {
+            let reason = "every message has weight 0: there is nothing to learn".to_owned();
+            return Err((DataRule::NothingToLearn, "messages", reason));
+        }
+        Ok(vec![Example::Lm { ids: whole, learn }])
     }
 
     /// The answer at `i` behind the ids from which it would be generated.
@@ -283,6 +359,19 @@ impl Encoding<'_> {
         let reason = format!("the row has {tokens} tokens, limit {limit}; shorten it or split it");
         Err((DataRule::TooLong, field, reason))
     }
+}
+
+/// An instruction as it is asked in a chat: its input behind a blank line, where it has one.
+fn conversation(instruction: &str, input: &str, output: &str) -> [ChatMessage; 2] {
+    let asked = match input {
+        "" => instruction.to_owned(),
+        input => format!("{instruction}\n\n{input}"),
+    };
+    [(Role::User, asked), (Role::Assistant, output.to_owned())].map(|(role, content)| ChatMessage {
+        role,
+        content,
+        learn: true,
+    })
 }
 
 /// A learned answer.

@@ -12,9 +12,10 @@ use super::{Example, Examples};
 impl Examples {
     /// Holds out about `fraction` of the examples: (for training, for validation). With `stratified` each class gives its share.
     ///
-    /// Examples of one line stay together, and so do examples of the same ids: else validation would measure memory. Training
-    /// keeps at least one example (of each class, if stratified); validation is `None` when nothing is left for it. Both
-    /// keep the order and the labels.
+    /// Examples of one line (the windows of a document) stay together, and so do examples of the same ids: else validation would
+    /// measure memory. Where no such group is small enough for the share, the smallest is held out if it is no more than half.
+    /// Training keeps at least one example (of each class, if stratified); validation is `None` when nothing is left for it.
+    /// Both keep the order and the labels.
     #[must_use]
     #[expect(
         clippy::cast_precision_loss,
@@ -42,14 +43,10 @@ impl Examples {
             // What rounding leaves over goes to the next class, so that many small ones still give their share.
             wanted += size as f64 * fraction.clamp(0.0, 1.0);
             let share = (wanted.round() as usize).saturating_sub(taken);
-            let mut left = share;
-            for group in class.iter().skip(1).filter(|_| share > 0) {
-                if group.len() <= left {
-                    group.iter().for_each(|i| held[*i] = true);
-                    left -= group.len();
-                }
+            for i in held_out(&class, share, size / 2).into_iter().flatten() {
+                held[*i] = true;
+                taken += 1;
             }
-            taken += share - left;
         }
         self.divide(&held)
     }
@@ -96,6 +93,23 @@ impl Examples {
         let some = !valid.items.is_empty();
         (train, some.then_some(valid))
     }
+}
+
+/// The groups behind the first that fill a share, each whole; if none is small enough, the smallest of at most `bound` examples.
+fn held_out<'a>(groups: &[&'a Vec<usize>], share: usize, bound: usize) -> Vec<&'a Vec<usize>> {
+    let mut left = share;
+    let mut chosen = Vec::new();
+    for group in groups.iter().skip(1) {
+        if group.len() <= left {
+            left -= group.len();
+            chosen.push(*group);
+        }
+    }
+    if share > 0 && chosen.is_empty() && groups.len() > 1 {
+        let smallest = groups.iter().min_by_key(|group| group.len());
+        chosen.extend(smallest.filter(|group| group.len() <= bound).copied());
+    }
+    chosen
 }
 
 /// Fisher and Yates, written out so that a seed means the same split with every version of the random library.

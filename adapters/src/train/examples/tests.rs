@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod turns;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -103,7 +105,7 @@ fn chat(messages: &[&str]) -> Row {
         ChatMessage {
             role,
             content: m[1..].to_owned(),
-            learn: m.starts_with('a'),
+            learn: !m.starts_with('n'),
         }
     });
     Row::Chat {
@@ -116,6 +118,7 @@ struct Setup {
     template: Option<ChatTemplate>,
     profile: ServingProfile,
     stop_ids: Vec<u32>,
+    train_on: TrainOn,
     max_tokens: usize,
 }
 
@@ -126,6 +129,7 @@ impl Setup {
             template: Some(template(CHATML)),
             profile: ServingProfile::default(),
             stop_ids: vec![IM_END, EOS],
+            train_on: TrainOn::Assistant,
             max_tokens: 1000,
         }
     }
@@ -136,6 +140,7 @@ impl Setup {
             template: self.template.as_ref(),
             profile: &self.profile,
             stop_ids: &self.stop_ids,
+            train_on: self.train_on,
             max_tokens: self.max_tokens,
             labels,
             max_findings: 10,
@@ -248,29 +253,6 @@ fn a_chat_is_learned_as_it_is_generated() {
         text.starts_with("<|im_start|>system\nown<|im_end|>\n<|im_start|>user"),
         "{text}"
     );
-}
-
-#[test]
-fn the_ids_before_an_answer_are_those_it_is_generated_from() {
-    let setup = Setup::new();
-    let examples = setup
-        .build(&rows(vec![chat(&["uhi ab", "ayo", "uno", "ab"])]), None)
-        .unwrap();
-    let Example::Lm { ids, learn } = &examples.items[0] else {
-        panic!()
-    };
-    let spoken =
-        [("user", "hi ab"), ("assistant", "yo"), ("user", "no")].map(|(r, c)| Message::new(r, c));
-    let served = encode_chat(
-        &setup.tokenizer,
-        setup.template.as_ref().unwrap(),
-        &spoken,
-        &[],
-        true,
-    )
-    .unwrap();
-    assert_eq!(ids[..served.len()], served);
-    assert!(learn[served.len()] && !learn[served.len() - 1]);
 }
 
 #[test]
@@ -512,6 +494,40 @@ fn what_belongs_together_is_not_parted() {
     }
 }
 
+#[test]
+fn a_document_is_held_out_whole() {
+    // Documents of 3 to 5 windows: a tenth of them is 2, and none is so small.
+    let window = |document: u64, number: u32| Example::Lm {
+        ids: vec![u32::try_from(document).unwrap() * 10 + number, 7],
+        learn: vec![false, true],
+    };
+    let documents = |sizes: &[u32]| {
+        let all: Vec<(u64, u32)> = (1..)
+            .zip(sizes)
+            .flat_map(|(line, size)| (0..*size).map(move |number| (line, number)))
+            .collect();
+        Examples {
+            items: all
+                .iter()
+                .map(|(line, number)| window(*line, *number))
+                .collect(),
+            lines: all.iter().map(|(line, _)| *line).collect(),
+            labels: None,
+        }
+    };
+    for seed in 0..20 {
+        let (train, valid) = documents(&[4, 5, 3, 5, 4]).split(seed, 0.1, false);
+        assert_eq!(valid.unwrap().lines, [3; 3], "seed {seed}");
+        assert_eq!(train.items.len(), 18);
+        let (_, valid) = documents(&[9, 4]).split(seed, 0.1, false);
+        assert_eq!(valid.unwrap().lines, [2; 4], "seed {seed}");
+        // One document, or nothing below a half, cannot be divided.
+        assert_eq!(documents(&[9]).split(seed, 0.5, false).1, None);
+        let (_, valid) = documents(&[1, 9, 9, 9, 9]).split(seed, 0.3, false);
+        assert!(valid.unwrap().items.len() <= 11, "seed {seed}");
+    }
+}
+
 proptest! {
     #[test]
     fn every_split_is_a_partition(counts in prop::collection::vec(1..20_usize, 1..8), seed: u64, fraction in 0.0..1.0_f64, stratified: bool) {
@@ -601,6 +617,9 @@ fn the_example_data_of_the_repository_is_good() {
     for (file, format, columns) in [
         ("acme-tickets.csv", Format::Csv, tickets),
         ("globex-style.jsonl", Format::Jsonl, ColumnNames::default()),
+        ("initech-tasks.jsonl", Format::Jsonl, ColumnNames::default()),
+        ("hooli-chats.jsonl", Format::Jsonl, ColumnNames::default()),
+        ("press-letters.md", Format::Text, ColumnNames::default()),
     ] {
         let bytes = std::fs::read(examples.join(file)).unwrap();
         let data =
