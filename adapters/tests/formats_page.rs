@@ -47,7 +47,7 @@ fn the_data_reads_without_a_warning() {
     let files: Vec<_> = files
         .chain(blocks("csv").into_iter().map(|b| (b, Format::Csv)))
         .collect();
-    assert_eq!(files.len(), 4);
+    assert_eq!(files.len(), 6);
     for (text, format) in files {
         let data = rows(text, format).unwrap_or_else(|r| panic!("{text}: {r}"));
         assert_eq!((data.rows.len(), data.report), (2, DataReport::default()));

@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 
 use espalier_adapters::train::dataset::{
-    self, ColumnNames, DataLimits, DataReport, Dataset as Rows, Format, Kind, Row,
+    self, ColumnNames, DataLimits, DataReport, Dataset as Rows, Format, Kind,
 };
+use espalier_adapters::train::statistics::label_counts;
 use rusqlite::{OptionalExtension, Transaction};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -144,18 +145,12 @@ pub fn inspect(
     limits: &DataLimits,
 ) -> Result<(Rows, DataShape), DataReport> {
     let rows = dataset::parse(bytes, format, columns, limits)?;
-    let mut label_counts = BTreeMap::new();
-    for row in &rows.rows {
-        if let Row::Class { label, .. } = row {
-            *label_counts.entry(label.clone()).or_insert(0) += 1;
-        }
-    }
     let shape = DataShape {
         format,
         columns: columns.clone(),
         kind: rows.kind,
         rows: rows.rows.len() as u64,
-        label_counts,
+        label_counts: label_counts(rows.rows.iter()),
         warnings: rows.report.clone(),
     };
     Ok((rows, shape))

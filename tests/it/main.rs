@@ -26,4 +26,5 @@ mod state_api;
 mod tidy;
 mod tools;
 mod training_api;
+mod training_data;
 mod training_ways;

@@ -12,6 +12,7 @@ mod tests;
 use std::fmt;
 
 pub use check::from_rows;
+pub(crate) use check::repeats;
 pub use parse::parse;
 use serde::{Deserialize, Serialize};
 

@@ -10,7 +10,7 @@ mod split;
 mod tests;
 mod window;
 
-pub use encode::{Encoding, build};
+pub use encode::{Encoded, Encoding, TooLong, build, encode};
 pub use window::default_window;
 
 use serde::{Deserialize, Serialize};
@@ -79,6 +79,8 @@ pub struct TokenStats {
     pub shortest: usize,
     /// Tokens of the median example.
     pub median: usize,
+    /// Tokens that 95 % of the examples do not exceed.
+    pub p95: usize,
     /// Tokens of the longest example.
     pub longest: usize,
 }
@@ -106,6 +108,10 @@ impl Examples {
             targets: self.items.iter().map(|e| e.targets() as u64).sum(),
             shortest: lengths.first().copied().unwrap_or(0),
             median: lengths.get(lengths.len() / 2).copied().unwrap_or(0),
+            p95: match (lengths.len() * 95).div_ceil(100) {
+                0 => 0,
+                rank => lengths[rank - 1],
+            },
             longest: lengths.last().copied().unwrap_or(0),
         }
     }

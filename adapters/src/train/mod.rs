@@ -8,3 +8,4 @@ pub mod examples;
 pub mod loss;
 pub mod optimizer;
 pub mod schedule;
+pub mod statistics;

@@ -24,7 +24,7 @@ const SHOWN: usize = 20;
 #[derive(Debug, Subcommand)]
 pub(crate) enum Data {
     /// Upload a file of examples; bad lines are refused with number, field and reason.
-    Push(Push),
+    Push(Box<Push>),
     /// A tenant's datasets.
     #[command(visible_alias = "ls")]
     List(List),

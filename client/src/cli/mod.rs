@@ -18,6 +18,7 @@ mod output;
 mod progress;
 mod residency;
 mod sampling;
+mod statistics;
 mod status;
 mod tenants;
 mod train;

@@ -211,14 +211,17 @@ fn code_name(code: Code) -> String {
     name
 }
 
+/// Rows with aligned columns, below a head unless it is empty.
 pub(crate) fn aligned(head: &[&str], rows: &[Vec<String>]) -> Vec<String> {
     let head: Vec<String> = head.iter().map(|cell| (*cell).to_owned()).collect();
-    let all: Vec<&Vec<String>> = std::iter::once(&head).chain(rows).collect();
+    let heads = (!head.is_empty()).then_some(&head);
+    let all: Vec<&Vec<String>> = heads.into_iter().chain(rows).collect();
+    let columns = all.iter().map(|row| row.len()).max().unwrap_or(0);
     let width = |column: usize| {
         let cells = all.iter().filter_map(|row| row.get(column));
         cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
     };
-    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let widths: Vec<usize> = (0..columns).map(width).collect();
     let line = |row: &Vec<String>| {
         let cells = row
             .iter()

@@ -16,6 +16,7 @@ use crate::{
         documents,
         output::Failure,
         progress::{View, follow, print_job},
+        statistics,
     },
     error::Error,
     transfer::DatasetUpload,
@@ -288,6 +289,9 @@ impl Train {
                 out.document(&reply)?;
             } else {
                 print_report(*out, reply.report.as_ref())?;
+                if let Some(found) = &reply.statistics {
+                    statistics::print(*out, found)?;
+                }
                 match reply.job {
                     Some(job) if !self.dry_run => print_job(*out, &job)?,
                     _ => out.line(if bad == 0 {

@@ -1,8 +1,9 @@
 //! Datasets, jobs and their events between the wire and the job service.
 
 use espalier_adapters::train::dataset::{ColumnNames, DataFinding, DataReport, Format, Kind};
-use espalier_adapters::train::examples::TrainOn;
+use espalier_adapters::train::examples::{TokenStats, TrainOn};
 use espalier_adapters::train::schedule::Decay;
+use espalier_adapters::train::statistics::Statistics;
 use espalier_engine::train::trainer::HyperParameters;
 use espalier_proto::{google, v1};
 use prost_types::Duration;
@@ -177,7 +178,8 @@ pub(crate) fn job_request(
             ValidationInput::Fraction(part)
         }
         Some(v1::training_spec::Validation::ValidationData(given)) => {
-            ValidationInput::Data(self::data("spec.validation_data", tenant, Some(given))?)
+            let rows = self::data("spec.validation_data", tenant, Some(given))?;
+            ValidationInput::Data(Box::new(rows))
         }
     };
     let method = method(spec.method)?;
@@ -361,6 +363,34 @@ pub(crate) fn job(job: Job) -> v1::TrainingJob {
     }
 }
 
+/// What is known of a job's rows, for the wire.
+pub(crate) fn statistics(found: &Statistics) -> v1::DataStatistics {
+    let tokens = |of: &TokenStats| v1::TokenCounts {
+        total: of.tokens,
+        shortest: of.shortest as u64,
+        median: of.median as u64,
+        p95: of.p95 as u64,
+        longest: of.longest as u64,
+    };
+    v1::DataStatistics {
+        examples: found.tokens.examples,
+        tokens: Some(tokens(&found.tokens)),
+        learned_tokens: found.tokens.targets,
+        masked_tokens: found.masked,
+        validation_examples: found.validation.examples,
+        validation_tokens: Some(tokens(&found.validation)),
+        max_example_tokens: found.limit,
+        too_long_rows: found.too_long,
+        longest_refused_tokens: found.longest_refused,
+        prompt_too_long_rows: found.prompt_alone,
+        duplicate_rows: found.duplicates,
+        conflicting_labels: found.conflicting_labels,
+        label_counts: found.label_counts.clone(),
+        leaked_rows: found.leaked,
+        nearly_leaked_rows: found.nearly_leaked,
+    }
+}
+
 fn stats(stats: DataStats) -> v1::TrainingDataStats {
     v1::TrainingDataStats {
         train_examples: stats.train_examples,
@@ -399,7 +429,7 @@ fn spec(spec: JobSpec) -> v1::TrainingSpec {
                 Some(v1::training_spec::Validation::ValidationFraction(part))
             }
             Validation::Data(data) => {
-                Some(v1::training_spec::Validation::ValidationData(source(data)))
+                Some(v1::training_spec::Validation::ValidationData(source(*data)))
             }
         },
         hyper_parameters: Some(hyper_parameters),

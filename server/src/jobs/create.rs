@@ -2,6 +2,7 @@
 
 use espalier_adapters::peft;
 use espalier_adapters::train::dataset::DataReport;
+use espalier_adapters::train::statistics::Statistics;
 use espalier_adapters::weights::AdapterWeights;
 use rusqlite::Transaction;
 
@@ -24,6 +25,8 @@ pub struct Quote {
     pub spec: JobSpec,
     /// Counts of its data.
     pub stats: DataStats,
+    /// What is known of its rows.
+    pub statistics: Statistics,
     /// Its steps.
     pub total_steps: u64,
     /// Doubtful lines that are taken nevertheless.
@@ -80,6 +83,7 @@ impl JobService {
             stats,
             total_steps,
             warnings,
+            ..
         } = prepared.quote;
         let new = NewJob {
             name: JobName::new(adapter.tenant.clone(), job),
@@ -156,7 +160,7 @@ impl JobService {
             }
             ValidationInput::Data(input) => {
                 let (bytes, source) = self.fetch(input, "validation_data").await?;
-                (Some(bytes), Validation::Data(source))
+                (Some(bytes), Validation::Data(Box::new(source)))
             }
         };
         let from = match &request.from {
@@ -348,7 +352,7 @@ fn quote(
     } else {
         Some(spec::lora(&request.lora, &at, limits)?)
     };
-    let stats = material.stats();
+    let (stats, statistics) = (material.stats(), material.statistics(max_example_tokens));
     if let Some(version) = &from {
         fits_shape(version, lora.as_ref(), &stats)?;
     }
@@ -394,6 +398,7 @@ fn quote(
     Ok(Quote {
         spec,
         stats,
+        statistics,
         total_steps,
         warnings: material.warnings,
     })

@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use dashmap::DashMap;
 use espalier_adapters::peft;
 use espalier_adapters::train::dataset::DataReport;
+use espalier_adapters::train::statistics::Statistics;
 use espalier_engine::error::EngineError;
 use espalier_engine::handle::EngineHandle;
 use espalier_engine::train::{JobEvent, TrainingSubmission};
@@ -65,6 +66,8 @@ pub enum JobError {
         field: String,
         /// Every bad line.
         report: Box<DataReport>,
+        /// What the rows are, where they could be read and only some of them cannot be learned.
+        statistics: Option<Box<Statistics>>,
     },
     /// A field outside of its range or against another.
     #[error("{field}: {reason}")]
@@ -135,10 +138,11 @@ impl From<rusqlite::Error> for JobError {
 }
 
 impl JobError {
-    fn data(field: &str, report: DataReport) -> Self {
+    fn data(field: &str, report: DataReport, statistics: Option<Statistics>) -> Self {
         Self::Data {
             field: format!("spec.{field}"),
             report: Box::new(report),
+            statistics: statistics.map(Box::new),
         }
     }
 }

@@ -3,15 +3,19 @@
 //!
 //! This file must not know storage, queues or states.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use espalier_adapters::config::{BaseShape, LoraConfig};
 use espalier_adapters::profile::ServingProfile;
 use espalier_adapters::text::{ChatTemplate, Tokenizer};
 use espalier_adapters::train::dataset::{
-    ColumnNames, DataLimits, DataReport, Dataset, Format, Kind,
+    ColumnNames, DataLimits, DataReport, Dataset, Format, Kind, Row,
 };
-use espalier_adapters::train::examples::{self, Encoding, Examples, TrainOn, default_window};
+use espalier_adapters::train::examples::{
+    self, Encoded, Encoding, Examples, TrainOn, default_window,
+};
+use espalier_adapters::train::statistics::{Part, Statistics};
 use espalier_adapters::weights::AdapterWeights;
 use espalier_engine::model::Family;
 use espalier_engine::train::trainer::{Method, TrainPlan};
@@ -75,6 +79,22 @@ impl Wanted<'_> {
     }
 }
 
+/// Rows of one input and what became of them.
+struct Side {
+    rows: Dataset,
+    encoded: Encoded,
+}
+
+impl Side {
+    fn part(&self) -> Part<'_> {
+        Part {
+            rows: self.rows.rows.iter().collect(),
+            examples: &self.encoded.examples,
+            too_long: &self.encoded.too_long,
+        }
+    }
+}
+
 /// Examples to train on and to measure on.
 pub(super) struct Material {
     pub(super) train: Examples,
@@ -83,6 +103,9 @@ pub(super) struct Material {
     pub(super) window: Option<usize>,
     /// Doubtful lines that were taken.
     pub(super) warnings: DataReport,
+    rows: Dataset,
+    /// Unless the validation part was carved from `rows`.
+    valid_rows: Option<Dataset>,
 }
 
 impl Material {
@@ -97,15 +120,17 @@ impl Material {
         let rows = read(train, "data", wanted.method, limits)?;
         let window = wanted.window(&rows);
         let max_tokens = window.unwrap_or(wanted.max_tokens);
-        let train = tokenize(
-            &rows,
-            "data",
-            wanted,
-            (max_tokens, wanted.labels),
-            base,
-            limits,
-        )?;
-        if let Some(found) = &train.labels
+        let train = tokenize(rows, wanted, (max_tokens, wanted.labels), base, limits);
+        let valid = match valid {
+            None => None,
+            Some(valid) => {
+                let rows = read(valid, "validation_data", wanted.method, limits)?;
+                let given = (max_tokens, train.encoded.examples.labels.as_deref());
+                Some(tokenize(rows, wanted, given, base, limits))
+            }
+        };
+        refuse_bad_rows(&train, valid.as_ref(), wanted.max_tokens)?;
+        if let Some(found) = &train.encoded.examples.labels
             && found.len() < 2
         {
             return Err(JobError::InvalidField {
@@ -116,51 +141,57 @@ impl Material {
                 ),
             });
         }
-        let mut warnings = rows.report;
-        if let Some(valid) = valid {
-            let rows = read(valid, "validation_data", wanted.method, limits)?;
-            let given = (max_tokens, train.labels.as_deref());
-            let valid = tokenize(&rows, "validation_data", wanted, given, base, limits)?;
-            for warning in rows.report.warnings {
+        let mut warnings = train.rows.report.clone();
+        if let Some(valid) = &valid {
+            for warning in valid.rows.report.warnings.iter().cloned() {
                 warnings.warning(warning, limits.max_findings);
             }
-            return Ok(Self {
-                train,
-                valid: Some(valid),
-                window,
-                warnings,
-            });
         }
-        let Some(fraction) = wanted.fraction else {
-            return Ok(Self {
-                train,
-                valid: None,
-                window,
-                warnings,
-            });
+        let (rows, examples) = (train.rows, train.encoded.examples);
+        let (valid_rows, valid) = valid.map(|side| (side.rows, side.encoded.examples)).unzip();
+        let (train, valid) = match wanted.fraction {
+            Some(fraction) if valid.is_none() => carve(examples, &rows, wanted.seed, fraction)?,
+            _ => (examples, valid),
         };
-        let (train, valid) = train.split(wanted.seed, fraction, true);
-        if valid.is_none() {
-            let examples = train.items.len();
-            let reason = match rows.kind {
-                Kind::Text => format!(
-                    "{fraction} of {} documents ({examples} windows) leaves nothing to validate on, because a document is held \
-                     out whole: send more documents, or validation_data",
-                    rows.rows.len()
-                ),
-                _ => format!("{fraction} of {examples} examples leaves nothing to validate on"),
-            };
-            return Err(JobError::InvalidField {
-                field: "spec.validation_fraction".to_owned(),
-                reason,
-            });
-        }
         Ok(Self {
             train,
             valid,
             window,
             warnings,
+            rows,
+            valid_rows,
         })
+    }
+
+    /// What is known of the rows, when an example may have `limit` tokens.
+    pub(super) fn statistics(&self, limit: usize) -> Statistics {
+        let carved: HashSet<u64> = match (&self.valid, &self.valid_rows) {
+            (Some(valid), None) => valid.lines.iter().copied().collect(),
+            _ => HashSet::new(),
+        };
+        let (mut kept, mut held): (Vec<&Row>, Vec<&Row>) = Default::default();
+        for (row, line) in self.rows.rows.iter().zip(&self.rows.lines) {
+            let side = if carved.contains(line) {
+                &mut held
+            } else {
+                &mut kept
+            };
+            side.push(row);
+        }
+        let train = Part {
+            rows: kept,
+            examples: &self.train,
+            too_long: &[],
+        };
+        let valid = self.valid.as_ref().map(|examples| Part {
+            rows: match &self.valid_rows {
+                Some(data) => data.rows.iter().collect(),
+                None => held,
+            },
+            examples,
+            too_long: &[],
+        });
+        Statistics::of(&train, valid.as_ref(), limit)
     }
 
     /// What the defaults depend on.
@@ -226,7 +257,7 @@ fn read(
     limits: &DataLimits,
 ) -> Result<Dataset, JobError> {
     let (rows, _) = inspect(&data.bytes, data.format, &data.columns, limits)
-        .map_err(|report| JobError::data(field, report))?;
+        .map_err(|report| JobError::data(field, report, None))?;
     let kinds = method.kinds();
     if kinds.contains(&rows.kind) {
         return Ok(rows);
@@ -243,13 +274,12 @@ fn read(
 }
 
 fn tokenize(
-    rows: &Dataset,
-    field: &str,
+    rows: Dataset,
     wanted: &Wanted<'_>,
     (max_tokens, labels): (usize, Option<&[String]>),
     base: &Base,
     limits: &DataLimits,
-) -> Result<Examples, JobError> {
+) -> Side {
     let encoding = Encoding {
         tokenizer: &base.tokenizer,
         template: base.template.as_deref(),
@@ -263,5 +293,46 @@ fn tokenize(
         labels,
         max_findings: limits.max_findings,
     };
-    examples::build(rows, &encoding).map_err(|report| JobError::data(field, report))
+    let encoded = examples::encode(&rows, &encoding);
+    Side { rows, encoded }
+}
+
+/// One bad row refuses them all; what is known of the others is told with it.
+fn refuse_bad_rows(train: &Side, valid: Option<&Side>, limit: usize) -> Result<(), JobError> {
+    for (field, side) in [("data", Some(train)), ("validation_data", valid)] {
+        let bad = side.filter(|side| side.encoded.report.error_count() > 0);
+        if let Some(side) = bad {
+            let valid = valid.map(Side::part);
+            let statistics = Statistics::of(&train.part(), valid.as_ref(), limit);
+            let report = side.encoded.report.clone();
+            return Err(JobError::data(field, report, Some(statistics)));
+        }
+    }
+    Ok(())
+}
+
+/// Holds a part of the examples out.
+fn carve(
+    examples: Examples,
+    rows: &Dataset,
+    seed: u64,
+    fraction: f64,
+) -> Result<(Examples, Option<Examples>), JobError> {
+    let (train, valid) = examples.split(seed, fraction, true);
+    if valid.is_some() {
+        return Ok((train, valid));
+    }
+    let count = train.items.len();
+    let reason = match rows.kind {
+        Kind::Text => format!(
+            "{fraction} of {} documents ({count} windows) leaves nothing to validate on, because a document is held out \
+             whole: send more documents, or validation_data",
+            rows.rows.len()
+        ),
+        _ => format!("{fraction} of {count} examples leaves nothing to validate on"),
+    };
+    Err(JobError::InvalidField {
+        field: "spec.validation_fraction".to_owned(),
+        reason,
+    })
 }

@@ -46,7 +46,7 @@ pub enum ValidationInput {
     /// Nothing.
     None,
     /// Rows of their own.
-    Data(DataInput),
+    Data(Box<DataInput>),
     /// A part of the training rows, above 0 and at most 0.5.
     Fraction(f64),
 }
@@ -219,7 +219,7 @@ pub enum Validation {
     /// Nothing.
     None,
     /// Rows of their own.
-    Data(DataSource),
+    Data(Box<DataSource>),
     /// A part of the training rows, carved by the seed.
     Fraction(f64),
 }

@@ -625,7 +625,7 @@ async fn what_cannot_work_is_refused_before_it_starts() {
         }
     })
     .await;
-    let JobError::Data { field, report } = &error else {
+    let JobError::Data { field, report, .. } = &error else {
         panic!("{error}");
     };
     let lines: Vec<u64> = report.errors.iter().map(|finding| finding.line).collect();

@@ -94,6 +94,7 @@ impl TrainingService {
         Ok(v1::CreateTrainingJobResponse {
             job: Some(convert::job(job)),
             report: Some(convert::report(&warnings, rows)),
+            statistics: None,
         })
     }
 
@@ -107,6 +108,7 @@ impl TrainingService {
             Ok(quote) => {
                 let rows = quote.stats.train_examples + quote.stats.valid_examples;
                 let report = convert::report(&quote.warnings, rows);
+                let statistics = convert::statistics(&quote.statistics);
                 let nobody = JobName::new(tenant, JobId::parse("unnamed")?);
                 let job = v1::TrainingJob {
                     name: String::new(),
@@ -116,11 +118,15 @@ impl TrainingService {
                 Ok(v1::CreateTrainingJobResponse {
                     job: Some(job),
                     report: Some(report),
+                    statistics: Some(statistics),
                 })
             }
-            Err(JobError::Data { report, .. }) => Ok(v1::CreateTrainingJobResponse {
+            Err(JobError::Data {
+                report, statistics, ..
+            }) => Ok(v1::CreateTrainingJobResponse {
                 job: None,
                 report: Some(convert::report(&report, 0)),
+                statistics: statistics.as_deref().map(convert::statistics),
             }),
             Err(error) => Err(error.into()),
         }

@@ -74,7 +74,7 @@ impl From<JobError> for Refusal {
             JobError::NotFound { name } => {
                 Refusal::not_found("TRAINING_JOB_NOT_FOUND", "training job", name.to_string())
             }
-            JobError::Data { field, report } => bad_data(&field, &report),
+            JobError::Data { field, report, .. } => bad_data(&field, &report),
             JobError::InvalidField { field, reason } => Refusal::invalid_field(field, reason),
             JobError::Incompatible {
                 version,

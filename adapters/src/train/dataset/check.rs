@@ -41,6 +41,30 @@ fn bytes(row: &Row) -> usize {
     }
 }
 
+/// Pairs of row numbers, from 0: an earlier row and one that comes again.
+pub(crate) struct Repeats {
+    /// The same in full.
+    pub(crate) same: Vec<(usize, usize)>,
+    /// The same text with another label.
+    pub(crate) conflicting: Vec<(usize, usize)>,
+}
+
+/// Rows that are the same, and texts that have two labels.
+pub(crate) fn repeats<'a>(rows: impl Iterator<Item = &'a Row>) -> Repeats {
+    let (mut whole, mut texts) = (HashMap::new(), HashMap::new());
+    let (mut same, mut conflicting) = (Vec::new(), Vec::new());
+    for (number, row) in rows.enumerate() {
+        if let Some(first) = whole.insert(row, number) {
+            same.push((first, number));
+        } else if let Row::Class { text, .. } = row
+            && let Some(first) = texts.insert(text, number)
+        {
+            conflicting.push((first, number));
+        }
+    }
+    Repeats { same, conflicting }
+}
+
 /// Takes rows one by one and keeps what is to be said about them.
 pub(super) struct Collector<'a> {
     limits: &'a DataLimits,
@@ -272,26 +296,21 @@ impl<'a> Collector<'a> {
 
     /// Rows that are the same, and texts that have two labels.
     fn repeated(&mut self) {
-        let (mut whole, mut texts) = (HashMap::new(), HashMap::new());
-        let (mut same, mut conflicts) = (Vec::new(), Vec::new());
-        for (row, line) in self.rows.iter().zip(&self.lines) {
-            if let Some(first) = whole.insert(row, *line) {
-                same.push((first, *line));
-            } else if let Row::Class { text, .. } = row
-                && let Some(first) = texts.insert(text, *line)
-            {
-                conflicts.push((first, *line));
-            }
-        }
-        if let Some((first, line)) = same.first().copied() {
+        let Repeats { same, conflicting } = repeats(self.rows.iter());
+        let lines = |pair: Option<&(usize, usize)>| {
+            let (first, again) = pair?;
+            Some((*self.lines.get(*first)?, *self.lines.get(*again)?))
+        };
+        let (first_same, first_conflict) = (lines(same.first()), lines(conflicting.first()));
+        if let Some((first, line)) = first_same {
             let reason = format!(
                 "{} rows repeat an earlier one, the first that of line {first}",
                 same.len()
             );
             self.warning(line, "", DataRule::Duplicate, reason);
         }
-        if let Some((first, line)) = conflicts.first().copied() {
-            let count = conflicts.len();
+        if let Some((first, line)) = first_conflict {
+            let count = conflicting.len();
             let reason = format!(
                 "{count} texts come again with another label, the first that of line {first}"
             );

@@ -34,19 +34,70 @@ pub struct Encoding<'a> {
     pub max_findings: usize,
 }
 
-/// Ids and what is learned of them, or the rule that the row breaks, its field and the reason.
-type Encoded = Result<Vec<Example>, (DataRule, &'static str, String)>;
+/// A row that has more tokens than allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooLong {
+    /// Its line.
+    pub line: u64,
+    /// Its tokens.
+    pub tokens: usize,
+    /// Its tokens before the first learned one; 0 of classes, and where all is learned.
+    pub prompt: usize,
+}
+
+/// What became of rows.
+#[derive(Clone, Debug)]
+pub struct Encoded {
+    /// The examples of the rows that are good; there may be none.
+    pub examples: Examples,
+    /// Rows that are too long.
+    pub too_long: Vec<TooLong>,
+    /// Every row that is not good, those among them.
+    pub report: DataReport,
+}
+
+/// Why a row cannot be learned: the rule that it breaks, its field and the reason; tokens and prompt where it is too long.
+struct Unfit {
+    rule: DataRule,
+    field: &'static str,
+    reason: String,
+    length: Option<(usize, usize)>,
+}
+
+impl From<(DataRule, &'static str, String)> for Unfit {
+    fn from((rule, field, reason): (DataRule, &'static str, String)) -> Self {
+        Self {
+            rule,
+            field,
+            reason,
+            length: None,
+        }
+    }
+}
+
+/// Ids and what is learned of them.
+type RowExamples = Result<Vec<Example>, Unfit>;
+
+/// Encodes every row, as [`encode`] does, and takes all or none.
+///
+/// # Errors
+/// The report of every row that cannot be learned whole; none is cut or left out.
+pub fn build(data: &Dataset, encoding: &Encoding) -> Result<Examples, DataReport> {
+    let encoded = encode(data, encoding);
+    if encoded.report.error_count() > 0 {
+        return Err(encoded.report);
+    }
+    Ok(encoded.examples)
+}
 
 /// Encodes every row.
 ///
 /// A completion's prompt is encoded as Generate would encode it, and its completion ends with a stop id, so that the model learns to
 /// stop. A chat is encoded as Chat would: each learned answer follows the very ids from which it would be generated. Classes are
 /// encoded as Classify would. An instruction becomes a chat of two messages. Raw text is encoded as Generate would, ends with a stop
-/// id, and is cut in windows.
-///
-/// # Errors
-/// The report of every row that cannot be learned whole; none is cut or left out.
-pub fn build(data: &Dataset, encoding: &Encoding) -> Result<Examples, DataReport> {
+/// id, and is cut in windows. A row that cannot be learned whole is in the report.
+#[must_use]
+pub fn encode(data: &Dataset, encoding: &Encoding) -> Encoded {
     let mut report = DataReport::default();
     let rendered = match data.kind {
         Kind::Chat => Some("messages"),
@@ -65,35 +116,49 @@ pub fn build(data: &Dataset, encoding: &Encoding) -> Result<Examples, DataReport
             reason,
         };
         report.error(finding, encoding.max_findings);
-        return Err(report);
+        return Encoded {
+            examples: Examples {
+                items: Vec::new(),
+                lines: Vec::new(),
+                labels: None,
+            },
+            too_long: Vec::new(),
+            report,
+        };
     }
     let labels = (data.kind == Kind::Class).then(|| labels(data, encoding));
-    let (mut items, mut lines) = (Vec::new(), Vec::new());
+    let (mut items, mut lines, mut too_long) = (Vec::new(), Vec::new(), Vec::new());
     for (row, line) in data.rows.iter().zip(&data.lines) {
         match encoding.row(row, labels.as_deref()) {
             Ok(examples) => {
                 lines.extend(examples.iter().map(|_| *line));
                 items.extend(examples);
             }
-            Err((rule, field, reason)) => {
+            Err(unfit) => {
+                too_long.extend(unfit.length.map(|(tokens, prompt)| TooLong {
+                    line: *line,
+                    tokens,
+                    prompt,
+                }));
                 let finding = DataFinding {
                     line: *line,
-                    field: field.to_owned(),
-                    rule,
-                    reason,
+                    field: unfit.field.to_owned(),
+                    rule: unfit.rule,
+                    reason: unfit.reason,
                 };
                 report.error(finding, encoding.max_findings);
             }
         }
     }
-    if report.error_count() > 0 {
-        return Err(report);
+    Encoded {
+        examples: Examples {
+            items,
+            lines,
+            labels,
+        },
+        too_long,
+        report,
     }
-    Ok(Examples {
-        items,
-        lines,
-        labels,
-    })
 }
 
 fn labels(data: &Dataset, encoding: &Encoding) -> Vec<String> {
@@ -112,12 +177,12 @@ fn labels(data: &Dataset, encoding: &Encoding) -> Vec<String> {
 }
 
 /// A text that the tokenizer cannot encode, or a chat that the template refuses.
-fn unencodable(field: &'static str) -> impl Fn(TextError) -> (DataRule, &'static str, String) {
-    move |error| (DataRule::Template, field, error.to_string())
+fn unencodable(field: &'static str) -> impl Fn(TextError) -> Unfit {
+    move |error| (DataRule::Template, field, error.to_string()).into()
 }
 
 impl Encoding<'_> {
-    fn row(&self, row: &Row, labels: Option<&[String]>) -> Encoded {
+    fn row(&self, row: &Row, labels: Option<&[String]>) -> RowExamples {
         match row {
             Row::Completion { prompt, completion } => self.completion(prompt, completion),
             Row::Chat { messages } => self.chat(messages),
@@ -131,30 +196,30 @@ impl Encoding<'_> {
         }
     }
 
-    fn document(&self, text: &str) -> Encoded {
+    fn document(&self, text: &str) -> RowExamples {
         let mut ids = self.tokenizer.encode(text).map_err(unencodable("text"))?;
         self.end(&mut ids);
         if ids.len() < 2 {
             let reason = "is one token without any before it: there is nothing to learn".to_owned();
-            return Err((DataRule::NothingToLearn, "text", reason));
+            return Err((DataRule::NothingToLearn, "text", reason).into());
         }
         Ok(cut(&ids, self.max_tokens))
     }
 
-    fn class(&self, text: &str, label: &str, labels: &[String]) -> Encoded {
+    fn class(&self, text: &str, label: &str, labels: &[String]) -> RowExamples {
         let Some(label) = labels.iter().position(|l| l == label) else {
             let reason = format!("{label:?} is not among the {} labels", labels.len());
-            return Err((DataRule::UnknownLabel, "label", reason));
+            return Err((DataRule::UnknownLabel, "label", reason).into());
         };
         let ids = self.tokenizer.encode(text).map_err(unencodable("text"))?;
         if ids.is_empty() {
-            return Err((DataRule::Empty, "text", "has no tokens".to_owned()));
+            return Err((DataRule::Empty, "text", "has no tokens".to_owned()).into());
         }
-        self.fits("text", ids.len())?;
+        self.fits("text", ids.len(), || 0)?;
         Ok(vec![Example::Class { ids, label }])
     }
 
-    fn completion(&self, prompt: &str, completion: &str) -> Encoded {
+    fn completion(&self, prompt: &str, completion: &str) -> RowExamples {
         let encode = |text: &str| {
             self.tokenizer
                 .encode(text)
@@ -174,26 +239,26 @@ impl Encoding<'_> {
         };
         if tail.is_empty() {
             let reason = "has no tokens: there is nothing to learn".to_owned();
-            return Err((DataRule::NothingToLearn, "completion", reason));
+            return Err((DataRule::NothingToLearn, "completion", reason).into());
         }
         let start = ids.len();
         ids.extend(tail);
         self.end(&mut ids);
-        self.fits("completion", ids.len())?;
         let first = match self.train_on {
             TrainOn::Assistant | TrainOn::LastAssistant => start.max(1),
             TrainOn::All => 1,
         };
+        self.fits("completion", ids.len(), || first)?;
         let learn: Vec<bool> = (0..ids.len()).map(|i| i >= first).collect();
         if !learn.contains(&true) {
             let reason = "is one token without any before it: there is nothing to learn".to_owned();
-            return Err((DataRule::NothingToLearn, "completion", reason));
+            return Err((DataRule::NothingToLearn, "completion", reason).into());
         }
         Ok(vec![Example::Lm { ids, learn }])
     }
 
     /// The conversation's ids and what is learned of them, as [`TrainOn`] says.
-    fn chat(&self, messages: &[ChatMessage]) -> Encoded {
+    fn chat(&self, messages: &[ChatMessage]) -> RowExamples {
         let first = messages.first().map(|m| m.role.as_str());
         let system = self
             .profile
@@ -205,9 +270,8 @@ impl Encoding<'_> {
             .map(|m| Message::new(m.role.as_str(), m.content.as_str()));
         let spoken: Vec<Message> = system.into_iter().chain(spoken).collect();
         let whole = self.rendered(&spoken, false)?;
-        // Before the turns are rendered, each with all that went before it.
-        self.fits("messages", whole.len())?;
         if self.train_on == TrainOn::All {
+            self.fits("messages", whole.len(), || 0)?;
             return self.every_turn(messages, &spoken, whole);
         }
         let answers = messages
@@ -218,21 +282,30 @@ impl Encoding<'_> {
             TrainOn::LastAssistant => answers.clone().count().saturating_sub(1),
             _ => 0,
         };
-        let turns: Vec<Turn> = answers
+        let learned: Vec<usize> = answers
             .skip(skipped)
             .filter(|(_, m)| m.learn)
-            .map(|(i, _)| self.turn(&spoken, i + offset))
-            .collect::<Result<_, _>>()?;
-        if turns.is_empty() {
+            .map(|(i, _)| i + offset)
+            .collect();
+        let Some(first) = learned.first() else {
             let reason = "there is no answer to learn: the one to train on has weight 0".to_owned();
-            return Err((DataRule::NothingToLearn, "messages", reason));
-        }
+            return Err((DataRule::NothingToLearn, "messages", reason).into());
+        };
+        // Before the turns are rendered, each with all that went before it.
+        self.fits("messages", whole.len(), || {
+            let before = self.rendered(&spoken[..*first], true);
+            before.map_or(0, |ids| ids.len())
+        })?;
+        let turns: Vec<Turn> = learned
+            .iter()
+            .map(|i| self.turn(&spoken, *i))
+            .collect::<Result<_, _>>()?;
         self.answers(turns, whole)
     }
 
     /// One example for the conversation when every answer stands in it as it was generated; otherwise (a template that renders
     /// earlier turns in another way once later ones follow) one example for each learned answer.
-    fn answers(&self, turns: Vec<Turn>, mut whole: Vec<u32>) -> Encoded {
+    fn answers(&self, turns: Vec<Turn>, mut whole: Vec<u32>) -> RowExamples {
         if turns.iter().all(|turn| whole.starts_with(&turn.ids)) {
             let mut learn = vec![false; whole.len()];
             for turn in &turns {
@@ -242,7 +315,8 @@ impl Encoding<'_> {
                 learn.resize(last.ended.len(), true);
                 whole.clone_from(&last.ended);
             }
-            self.fits("messages", whole.len())?;
+            let first = turns.first().map_or(0, |turn| turn.start);
+            self.fits("messages", whole.len(), || first)?;
             return Ok(vec![Example::Lm { ids: whole, learn }]);
         }
         turns
@@ -251,7 +325,7 @@ impl Encoding<'_> {
                 let mut learn = vec![false; turn.ids.len()];
                 learn[turn.start..turn.end].fill(true);
                 learn.resize(turn.ended.len(), true);
-                self.fits("messages", turn.ended.len())?;
+                self.fits("messages", turn.ended.len(), || turn.start)?;
                 Ok(Example::Lm {
                     ids: turn.ended,
                     learn,
@@ -266,7 +340,7 @@ impl Encoding<'_> {
         messages: &[ChatMessage],
         spoken: &[Message],
         mut whole: Vec<u32>,
-    ) -> Encoded {
+    ) -> RowExamples {
         let mut learn: Vec<bool> = (0..whole.len()).map(|at| at > 0).collect();
         let offset = spoken.len() - messages.len();
         for (i, _) in messages.iter().enumerate().filter(|(_, m)| !m.learn) {
@@ -276,7 +350,7 @@ impl Encoding<'_> {
                 let reason = format!(
                     "the chat template renders message {i} differently once others follow, so that its weight 0 has no place; remove it"
                 );
-                return Err((DataRule::Template, "messages", reason));
+                return Err((DataRule::Template, "messages", reason).into());
             }
             learn[before.len()..through.len()].fill(false);
         }
@@ -286,16 +360,16 @@ impl Encoding<'_> {
             learn.resize(last.ended.len(), messages.last().is_some_and(|m| m.learn));
             whole = last.ended;
         }
-        self.fits("messages", whole.len())?;
+        self.fits("messages", whole.len(), || 0)?;
         if !learn.contains(&true) {
             let reason = "every message has weight 0: there is nothing to learn".to_owned();
-            return Err((DataRule::NothingToLearn, "messages", reason));
+            return Err((DataRule::NothingToLearn, "messages", reason).into());
         }
         Ok(vec![Example::Lm { ids: whole, learn }])
     }
 
     /// The answer at `i` behind the ids from which it would be generated.
-    fn turn(&self, spoken: &[Message], i: usize) -> Result<Turn, (DataRule, &'static str, String)> {
+    fn turn(&self, spoken: &[Message], i: usize) -> Result<Turn, Unfit> {
         let before = self.rendered(&spoken[..i], true)?;
         let ids = self.rendered(&spoken[..=i], false)?;
         let start = before.len().max(1);
@@ -303,7 +377,7 @@ impl Encoding<'_> {
             let reason = format!(
                 "the chat template renders message {i} differently from what it is generated after, so that it cannot be learned as it would be served"
             );
-            return Err((DataRule::Template, "messages", reason));
+            return Err((DataRule::Template, "messages", reason).into());
         }
         // What the template writes behind the stop id is never generated.
         let stop = ids[start..]
@@ -322,17 +396,10 @@ impl Encoding<'_> {
         })
     }
 
-    fn rendered(
-        &self,
-        messages: &[Message],
-        open: bool,
-    ) -> Result<Vec<u32>, (DataRule, &'static str, String)> {
+    fn rendered(&self, messages: &[Message], open: bool) -> Result<Vec<u32>, Unfit> {
         let Some(template) = self.template else {
-            return Err((
-                DataRule::Template,
-                "messages",
-                "this base has no chat template".to_owned(),
-            ));
+            let reason = "this base has no chat template".to_owned();
+            return Err((DataRule::Template, "messages", reason).into());
         };
         encode_chat(self.tokenizer, template, messages, &[], open).map_err(unencodable("messages"))
     }
@@ -347,17 +414,23 @@ impl Encoding<'_> {
         ids.extend(stops.or(self.stop_ids.first().copied()));
     }
 
+    /// Refuses more tokens than allowed; `prompt` counts those before the first learned one and is asked only then.
     fn fits(
         &self,
         field: &'static str,
         tokens: usize,
-    ) -> Result<(), (DataRule, &'static str, String)> {
+        prompt: impl FnOnce() -> usize,
+    ) -> Result<(), Unfit> {
         let limit = self.max_tokens;
         if tokens <= limit {
             return Ok(());
         }
-        let reason = format!("the row has {tokens} tokens, limit {limit}; shorten it or split it");
-        Err((DataRule::TooLong, field, reason))
+        Err(Unfit {
+            rule: DataRule::TooLong,
+            field,
+            reason: format!("the row has {tokens} tokens, limit {limit}; shorten it or split it"),
+            length: Some((tokens, prompt())),
+        })
     }
 }
 

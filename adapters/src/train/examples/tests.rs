@@ -414,6 +414,7 @@ fn counts_are_of_tokens() {
         targets: 3 + 2 + 2,
         shortest: 3,
         median: 5,
+        p95: 6,
         longest: 6,
     };
     assert_eq!(stats, want);
