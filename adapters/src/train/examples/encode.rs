@@ -192,7 +192,13 @@ impl Encoding<'_> {
                 instruction,
                 input,
                 output,
-            } => self.chat(&conversation(instruction, input, output)),
+            } => {
+                let examples = self.chat(&conversation(instruction, input, output));
+                examples.map_err(|unfit| Unfit {
+                    field: "instruction",
+                    ..unfit
+                })
+            }
         }
     }
 

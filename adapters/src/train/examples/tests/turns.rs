@@ -148,6 +148,12 @@ fn an_instruction_is_a_chat_of_two_messages() {
         setup.told(instruction("Sum", "1\n2", "3")),
         setup.told(chat(&["uSum\n\n1\n2", "a3"]))
     );
+    setup.max_tokens = 5;
+    let data = rows(vec![instruction("a", "", "b")]);
+    assert_eq!(
+        only(setup.build(&data, None)),
+        (1, "instruction".into(), DataRule::TooLong)
+    );
     setup.template = None;
     let report = setup
         .build(&rows(vec![instruction("a", "", "b")]), None)

@@ -40,6 +40,7 @@ fn plan(number: u64) -> TrainPlan {
     let lora = LoraConfig {
         lora_dropout: if number < 3 { 0.1 } else { 0.0 },
         layers_to_transform: (number == 4).then(|| vec![1]),
+        use_dora: number == 5,
         ..LoraConfig::new(2 + number as usize, 8.0, sites)
     };
     TrainPlan {

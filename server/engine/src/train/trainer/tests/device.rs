@@ -52,8 +52,10 @@ fn a_run_there_is_nearly_the_processors() {
         let plan = short(plan, 7);
         let (losses, before, after) = ran(&beside(), &plan);
         let way = between(&after, &before);
-        for (element, loss_bound, bound) in [(Element::F32, 1e-3, 0.01), (Element::Bf16, 0.02, 0.5)]
-        {
+        for (element, rounding, loss_bound, bound) in [
+            (Element::F32, 1e-6, 1e-3, 0.01),
+            (Element::Bf16, 1.0 / 512.0, 0.02, 0.5),
+        ] {
             let (found, first, last) = ran(&device(element), &plan);
             assert_eq!(found.len(), losses.len());
             for (found, exact) in found.iter().zip(&losses) {
@@ -63,10 +65,10 @@ fn a_run_there_is_nearly_the_processors() {
                     "{element:?}: {found}, not {exact}"
                 );
             }
-            // A magnitude is the norm of a row as the device has it, which rounding to bf16 moves by 2^-9 of it at most.
+            // A magnitude is the norm of a row as the device has it, rounded; all else is drawn, not computed.
             let mut drawn = first.iter().zip(&before);
             assert!(
-                drawn.all(|(f, b)| (f - b).abs() <= b.abs() / 512.0),
+                drawn.all(|(f, b)| (f - b).abs() <= rounding * b.abs()),
                 "drawn alike"
             );
             let off = between(&last, &after);
