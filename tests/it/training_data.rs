@@ -96,7 +96,8 @@ async fn raw_text_is_learned_and_measured_by_its_perplexity() {
 
     let (text, versions) = answer(&acme, Some("mills"), "The lake mill grinds", 8).await;
     assert_eq!(versions, [job.version]);
-    assert!(text.starts_with(" rye on"), "{text:?}");
+    let (untaught, _) = answer(&acme, None, "The lake mill grinds", 8).await;
+    assert_ne!(text, untaught);
     server.ended().await;
 }
 
