@@ -265,13 +265,12 @@ impl JobTurns {
         let _ = self.commands.send(EngineCommand::Wake);
     }
 
-    /// Posts a share while others are on their way, and waits for a turn. `Err` is the share that has come back by then, or
-    /// why there is none; `Ok` is the share as it was: this job is the host.
-    fn post(&self, share: Share) -> Result<Share, Result<Share, Interrupted>> {
+    /// Posts a share while others are on their way, and waits for a turn.
+    fn meet(&self, share: Share) -> Result<Met, Interrupted> {
         let mut state = lock(&self.baton.state);
         state.meeting.leave(self.job);
         if !state.expects() {
-            return Ok(share);
+            return Ok(Met::Nobody(share));
         }
         state.meeting.post(self.job, share);
         self.give_back(&mut state);
@@ -279,14 +278,14 @@ impl JobTurns {
         let mut state = lock(&self.baton.state);
         let posted = state.meeting.withdraw(self.job);
         let back = state.meeting.take_back(self.job);
-        waited.map_err(|stopped| Err(stopped.into()))?;
+        waited?;
         match (posted, back) {
-            (Some(share), _) => Ok(share),
+            (Some(share), _) => Ok(Met::Nobody(share)),
             (None, Some(Some(share))) => {
                 self.book_company(true);
-                Err(Ok(share))
+                Ok(Met::Host(share))
             }
-            (None, _) => Err(Err(Interrupted::Lost)),
+            (None, _) => Err(Interrupted::Lost),
         }
     }
 
@@ -308,6 +307,14 @@ impl JobTurns {
         lock(&self.baton.state).meeting.come(self.job);
         shares.pop().ok_or(Interrupted::Lost)
     }
+}
+
+/// Whom a job has met with its share.
+enum Met {
+    /// No host: the share is as it was, and the job is the host of whoever is there.
+    Nobody(Share),
+    /// A host, whose pass the share has been through.
+    Host(Share),
 }
 
 /// The guests of a pass. Whatever becomes of it, they get something back.
@@ -360,9 +367,9 @@ impl Company for JobTurns {
             let [share] = shares;
             return Ok(share);
         }
-        match self.post(share) {
-            Ok(share) => self.host(share, run),
-            Err(back) => back,
+        match self.meet(share)? {
+            Met::Nobody(share) => self.host(share, run),
+            Met::Host(share) => Ok(share),
         }
     }
 

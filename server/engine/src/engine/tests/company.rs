@@ -29,7 +29,7 @@ fn plan(number: u64) -> TrainPlan {
                 ids,
             },
             false => Example::Lm {
-                learn: (0..ids.len()).map(|p| p >= 1 + i as usize % 2).collect(),
+                learn: (0..ids.len()).map(|p| p > i as usize % 2).collect(),
                 ids,
             },
         }
