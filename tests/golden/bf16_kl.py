@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """How far torch's bf16 strays from its own f32 on the goldens: the mean Kullback-Leibler divergence by adapter.
 
-    python bf16_kl.py MODEL GOLDENS OUT.json     # a Hugging Face directory, a directory of goldens, the file to write
+    python bf16_kl.py MODEL GOLDENS OUT.json TOKENS [ADAPTER...]
 
-Every prompt of at most 64 tokens with its greedy continuation, every position but the last; base and adapters as PEFT
-loads them (adapters in f32). The decoder in bf16 may stray 1.2 times as far (tests/it/golden_inference.rs).
+MODEL is a Hugging Face directory, GOLDENS a directory of goldens, OUT.json the file to write. Every prompt of at most TOKENS
+tokens with its greedy continuation, every position but the last; the base, and the adapters named (all of them without a
+name) as PEFT loads them, in f32. The decoder in bf16 may stray 1.2 times as far (tests/it/golden_inference.rs).
 """
 import json, os, sys
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model, goldens, out = sys.argv[1:]
+model, goldens, out, tokens, *named = sys.argv[1:]
 
 
 def log_probabilities(dtype, adapter, rows):
@@ -23,7 +24,7 @@ def log_probabilities(dtype, adapter, rows):
 
 
 def divergence(adapter, cases):
-    rows = [(c["input_ids"] + c["greedy_ids"])[:-1] for c in cases if len(c["input_ids"]) <= 64]
+    rows = [(c["input_ids"] + c["greedy_ids"])[:-1] for c in cases if len(c["input_ids"]) <= int(tokens)]
     exact, rough = (log_probabilities(dtype, adapter, rows) for dtype in (torch.float32, torch.bfloat16))
     each = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, rough)])
     return dict(mean=float(f"{each.mean().item():.6g}"), positions=each.numel())
@@ -34,7 +35,7 @@ def read(path):
         return json.load(f)
 
 
-names = sorted(os.listdir(f"{goldens}/adapters"))
+names = sorted(named or os.listdir(f"{goldens}/adapters"))
 found = {"base": divergence(None, read(f"{goldens}/base.json"))}
 for name in names:
     cases = read(f"{goldens}/adapters/{name}/expected.json")
