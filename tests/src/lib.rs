@@ -141,8 +141,8 @@ impl Daemon {
             .arg("--ready-file")
             .arg(&ready)
             .args(args)
-            // glibc's arenas, one a thread, keep what each had at its worst; with two, a process's size says what it holds.
-            .env("MALLOC_ARENA_MAX", "2")
+            // glibc's arenas, one a thread, keep what each had at its worst; with one, a process's size says what it holds.
+            .env("MALLOC_ARENA_MAX", "1")
             .stdout(Stdio::null())
             .stderr(Stdio::inherit())
             .spawn()

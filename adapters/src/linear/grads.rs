@@ -7,6 +7,7 @@ use std::panic::panic_any;
 
 use super::ResidentAdapter;
 use super::layout::Place;
+use crate::config::Site;
 use crate::ops::{ArenaSize, Backend, Ops, Real, Span, View, ViewMut};
 
 /// Gradients of an adapter's parameters, in its layout.
@@ -52,6 +53,21 @@ impl<O: Ops> AdapterGrads<O> {
     /// Some of them.
     pub fn part(&self, at: Range<usize>) -> View<'_, O> {
         O::numbers(&self.arena, at)
+    }
+
+    /// The norm of each site's gradients.
+    pub fn norms(&self, ops: &O) -> Vec<((usize, Site), f64)> {
+        let mut norms = Vec::new();
+        for index in 0..self.sites.len() {
+            let Some(SiteGrads { a, bt, magnitude }) = self.site(index) else {
+                continue;
+            };
+            let parts = [Some(a), Some(bt), magnitude].into_iter().flatten();
+            let squares: f64 = parts.map(|at| ops.sum_of_squares(self.part(at))).sum();
+            let count = Site::ALL.len();
+            norms.push(((index / count, Site::ALL[index % count]), squares.sqrt()));
+        }
+        norms
     }
 
     /// All become zero.

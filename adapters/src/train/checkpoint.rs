@@ -48,6 +48,9 @@ pub struct RunState {
     pub evals_without_better: u64,
     /// Early stopping ended the run.
     pub stopped_early: bool,
+    /// Steps in a row with a high loss, up to the last one.
+    #[serde(default)]
+    pub high_losses: u64,
 }
 
 /// The best evaluation of a run.

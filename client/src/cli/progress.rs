@@ -121,6 +121,7 @@ impl Shown {
             Some(Event::Evaluation(found)) => {
                 self.curve.validation.push((found.step as f64, found.loss));
             }
+            Some(Event::Diagnosis(found)) => self.warn(found),
             _ => {}
         }
         let progress = event.progress.unwrap_or_default();
@@ -132,6 +133,14 @@ impl Shown {
         } else if self.is_worth_a_line(event, &progress) {
             let (step, total) = (progress.step, progress.total_steps);
             self.out.remark(format_args!("{step}/{total} {text}"));
+        }
+    }
+
+    fn warn(&self, found: &v1::Diagnosis) {
+        let text = format!("warning: step {}: {}", found.step, found.message);
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => self.out.remark(format_args!("{text}")),
         }
     }
 

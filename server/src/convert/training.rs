@@ -12,9 +12,9 @@ use tonic::Code;
 use super::adapter::{ProfileLimits, aliases, profile, profile_reply, timestamp};
 use crate::datasets::{DataShape, Dataset};
 use crate::jobs::{
-    DataInput, DataSource, DataStats, Event, Happening, HyperRequest, Job, JobFailure, JobMethod,
-    JobRequest, JobSpec, JobState, LoraRequest, LoraSpec, Progress, Validation, ValidationInput,
-    WatchItem,
+    DataInput, DataSource, DataStats, Event, Finding, Happening, HyperRequest, Job, JobFailure,
+    JobMethod, JobRequest, JobSpec, JobState, LoraRequest, LoraSpec, Progress, Validation,
+    ValidationInput, WatchItem,
 };
 use crate::names::{AdapterName, AdapterRef, DatasetName, JobName, TenantId};
 use crate::status::Refusal;
@@ -565,6 +565,19 @@ pub(crate) fn watch_item(job: &JobName, item: WatchItem) -> v1::TrainingEvent {
     }
 }
 
+fn diagnosis(step: u64, finding: Finding, message: String) -> v1::Diagnosis {
+    let (kind, modules) = match finding {
+        Finding::SilentModules(modules) => (v1::DiagnosisKind::SilentModules, modules),
+        Finding::Diverging => (v1::DiagnosisKind::Diverging, Vec::new()),
+    };
+    v1::Diagnosis {
+        step,
+        kind: kind.into(),
+        message,
+        modules,
+    }
+}
+
 fn event(job: &JobName, event: Event) -> v1::TrainingEvent {
     use v1::training_event::Event as Wire;
     let what = match event.happening {
@@ -606,6 +619,11 @@ fn event(job: &JobName, event: Event) -> v1::TrainingEvent {
             best,
             perplexity,
         }),
+        Happening::Diagnosis {
+            step,
+            finding,
+            message,
+        } => Wire::Diagnosis(diagnosis(step, finding, message)),
         Happening::Checkpoint { step, size } => Wire::Checkpoint(v1::CheckpointReport {
             step,
             size_bytes: size,

@@ -97,6 +97,8 @@ pub struct Progress {
     pub best_step: Option<u64>,
     /// The step of the last evaluation.
     pub evaluated_step: Option<u64>,
+    /// The step of the last diagnosis.
+    pub diagnosed_step: Option<u64>,
     /// Tokens so far.
     pub tokens: u64,
     /// Tokens a second over the last steps.
@@ -118,6 +120,16 @@ pub struct DataStats {
     pub train_targets: u64,
     /// Names of the head's rows.
     pub labels: Vec<String>,
+}
+
+/// What a run may notice about itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finding {
+    /// Modules without a gradient, by their paths.
+    SilentModules(Vec<String>),
+    /// A loss that runs away.
+    Diverging,
 }
 
 /// What happened.
@@ -160,6 +172,15 @@ pub enum Happening {
         perplexity: Option<f64>,
         /// Better than all before.
         best: bool,
+    },
+    /// The run noticed something about itself.
+    Diagnosis {
+        /// The step at which.
+        step: u64,
+        /// What.
+        finding: Finding,
+        /// The same in words, with the next step.
+        message: String,
     },
     /// A checkpoint is durable.
     Checkpoint {

@@ -29,7 +29,7 @@ use espalier_engine::train::{JobEvent, TrainingSubmission};
 use tokio::sync::{Notify, mpsc, watch as signal};
 
 pub use create::Quote;
-pub use events::{DataStats, Event, Happening, Job, JobFailure, JobState, Progress};
+pub use events::{DataStats, Event, Finding, Happening, Job, JobFailure, JobState, Progress};
 pub use plan::Base;
 pub use spec::{
     DataInput, DataSource, HyperRequest, JobLimits, JobMethod, JobRequest, JobSpec, LoraRequest,

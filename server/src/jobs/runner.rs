@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use espalier_adapters::peft;
 use espalier_engine::error::EngineError;
-use espalier_engine::train::trainer::{Finished, StepReport, TrainEvent, TrainPlan};
+use espalier_engine::train::trainer::{Diagnosis, Finished, StepReport, TrainEvent, TrainPlan};
 use espalier_engine::train::{JobEvent, TrainingSubmission};
 use tokio::sync::watch as signal;
 
 use super::create::initial_weights;
-use super::events::{Happening, Job, JobFailure, JobState, Progress};
+use super::events::{Finding, Happening, Job, JobFailure, JobState, Progress};
 use super::plan::{DataBytes, Material, Wanted};
 use super::spec::{JobSpec, Validation};
 use super::{JobError, JobKey, JobService, Started, rows};
@@ -549,8 +549,29 @@ impl Run {
                     best: report.best,
                 })
             }
+            TrainEvent::Diagnosis { step, diagnosis } => self.diagnosis(*step, diagnosis),
             _ => None,
         }
+    }
+
+    fn diagnosis(&mut self, step: u64, diagnosis: &Diagnosis) -> Option<Happening> {
+        if self
+            .progress
+            .diagnosed_step
+            .is_some_and(|last| step <= last)
+        {
+            return None;
+        }
+        self.progress.diagnosed_step = Some(step);
+        let finding = match diagnosis {
+            Diagnosis::SilentModules { modules, .. } => Finding::SilentModules(modules.clone()),
+            Diagnosis::Diverging { .. } => Finding::Diverging,
+        };
+        Some(Happening::Diagnosis {
+            step,
+            finding,
+            message: diagnosis.to_string(),
+        })
     }
 
     fn step(&mut self, report: &StepReport) -> Option<Happening> {

@@ -265,11 +265,12 @@ impl JobTurns {
         let _ = self.commands.send(EngineCommand::Wake);
     }
 
-    /// Posts a share while others are on their way, and waits for a turn.
+    /// Posts a share if others are here or on their way, and waits for a turn: who comes last is not who runs the pass, or
+    /// those who do not go with it would wait for ever.
     fn meet(&self, share: Share) -> Result<Met, Interrupted> {
         let mut state = lock(&self.baton.state);
         state.meeting.leave(self.job);
-        if !state.expects() {
+        if !state.expects() && state.meeting.is_empty() {
             return Ok(Met::Nobody(share));
         }
         state.meeting.post(self.job, share);

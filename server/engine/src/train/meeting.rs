@@ -1,7 +1,7 @@
 //! Where jobs with small micro-batches meet, so that one pass over the weights serves several.
 //!
-//! A job that comes to a pass while others are on their way to theirs posts its share and waits; the last one to come runs
-//! the pass for all that go together. A share is posted, or away with its host, or back, and never two of these. The
+//! A job that comes to a pass posts its share if others are here or on their way. When all have come, the one whose turn it is
+//! runs the pass for those that go with it, and the others wait for no more than one such pass of each kind. A share is posted, or away with its host, or back, and never two of these. The
 //! meeting must not know turns, threads or what a pass computes.
 
 use crate::train::trainer::Share;
@@ -57,6 +57,11 @@ impl Meeting {
     pub(super) fn withdraw(&mut self, job: u64) -> Option<Share> {
         let at = self.posted.iter().position(|(posted, _)| *posted == job)?;
         Some(self.posted.remove(at).1)
+    }
+
+    /// Whether nobody has posted a share.
+    pub(super) fn is_empty(&self) -> bool {
+        self.posted.is_empty()
     }
 
     /// Whether a job waits here for a host.

@@ -4,6 +4,7 @@
 //! it goes on. The trainer must not know serving, jobs or storage: it breathes, and it reports.
 
 mod company;
+mod diagnosis;
 mod head;
 mod learner;
 mod passes;
@@ -32,6 +33,7 @@ use learner::Learner;
 use share::Numbered;
 
 pub use company::{Company, Interrupted, RunPass};
+pub use diagnosis::Diagnosis;
 pub use espalier_adapters::pace::{Pace, Stopped};
 pub use espalier_adapters::train::schedule::Decay;
 pub use plan::{
@@ -54,6 +56,8 @@ pub struct Trainer {
     state: RunState,
     best: Option<Vec<f32>>,
     schedule: Schedule,
+    /// At the last step.
+    noticed: Vec<Diagnosis>,
     /// `[examples, hidden]` of the training and validation examples, when the head trains alone; computed when first needed.
     states: Option<(Vec<f32>, Vec<f32>)>,
 }
@@ -101,6 +105,7 @@ impl Trainer {
             state,
             best: None,
             schedule,
+            noticed: Vec::new(),
             states: None,
         })
     }
@@ -170,6 +175,9 @@ impl Trainer {
             let report = self.next_step(pace)?;
             let step = report.step;
             events(TrainEvent::Step(report));
+            for diagnosis in self.noticed.drain(..) {
+                events(TrainEvent::Diagnosis { step, diagnosis });
+            }
             if self.eval_due(step) {
                 pace.alone();
                 let report = self.evaluate(pace)?;
@@ -320,9 +328,26 @@ impl Trainer {
                 return Err(TrainError::NotFinite { what, value, step });
             }
         }
+        self.notice(step, sum.mean(), grad_norm)?;
         let learning_rate = self.update(step, grad_norm, pace);
         let tokens: usize = batch.iter().map(|(_, example)| example.ids().len()).sum();
         Ok(self.advance(step, sum, tokens as u64, (grad_norm, learning_rate)))
+    }
+
+    /// Looks at a step's gradients, if it is the first, and at its loss.
+    fn notice(&mut self, step: u64, loss: f64, grad_norm: f64) -> Result<(), TrainError> {
+        self.noticed.clear();
+        if step == 1 {
+            if diagnosis::is_none(grad_norm, loss) {
+                return Err(TrainError::NoGradient { step });
+            }
+            let silent = diagnosis::silent(&self.learner.module_norms());
+            self.noticed.extend(silent);
+            return Ok(());
+        }
+        let (high, first) = (&mut self.state.high_losses, self.state.first_loss.0);
+        self.noticed.extend(diagnosis::diverging(high, loss, first));
+        Ok(())
     }
 
     /// The optimizer's step. It is not left half done: whether the run was stopped meanwhile is asked again soon.

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use espalier_adapters::batch::Dropout;
+use espalier_adapters::config::Site;
 use espalier_adapters::linear::{AdapterGrads, ResidentAdapter};
 use espalier_adapters::ops::{Backend, Buffer, Ops, View, ViewMut};
 use espalier_adapters::pace::{Pace, Stopped, Unpaced};
@@ -83,6 +84,12 @@ impl Learner {
     pub(super) fn gradient_norm(&self) -> f64 {
         let grads = self.grads.as_ref();
         grads.map_or(0.0, |grads| norm(&self.ops, grads.all()))
+    }
+
+    /// The norm of each module's gradients.
+    pub(super) fn module_norms(&self) -> Vec<((usize, Site), f64)> {
+        let grads = self.grads.as_ref();
+        grads.map_or_else(Vec::new, |grads| grads.norms(&self.ops))
     }
 
     /// The parameters of a range, to be changed, and their gradients.

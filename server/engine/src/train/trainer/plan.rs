@@ -11,6 +11,7 @@ use espalier_adapters::train::optimizer::AdamWConfig;
 use espalier_adapters::train::schedule::Decay;
 use sha2::{Digest, Sha256};
 
+use super::diagnosis::Diagnosis;
 use crate::model::ModelConfig;
 
 /// The numbers of a training run.
@@ -125,6 +126,13 @@ pub enum TrainEvent {
     Step(StepReport),
     /// The validation examples were judged after `step` steps.
     Eval(EvalReport),
+    /// Something was noticed at a step, after its report.
+    Diagnosis {
+        /// The step.
+        step: u64,
+        /// What.
+        diagnosis: Diagnosis,
+    },
     /// All that is needed to go on after `step` steps.
     Checkpoint {
         /// Steps done.
@@ -219,6 +227,14 @@ pub enum TrainError {
     /// The adapter does not fit beside what the device holds.
     #[error(transparent)]
     OutOfMemory(#[from] OutOfMemory),
+    /// The first step gave nothing a gradient, so that no step will change anything.
+    #[error(
+        "no parameter got a gradient at step {step}: nothing can be learned from these rows with these target modules"
+    )]
+    NoGradient {
+        /// Counted from 1.
+        step: u64,
+    },
     /// A loss or gradient is not a number any more.
     #[error("{what} is {value} at step {step}; a lower learning rate may help")]
     NotFinite {

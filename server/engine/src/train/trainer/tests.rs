@@ -583,3 +583,71 @@ fn a_step_whose_share_was_lost_begins_anew() {
     assert_eq!(found.artifact, whole.artifact);
     assert_eq!(steps(&again), steps(&events));
 }
+
+fn diagnoses(events: &[TrainEvent]) -> Vec<(u64, Diagnosis)> {
+    let diagnosis = |event: &TrainEvent| match event {
+        TrainEvent::Diagnosis { step, diagnosis } => Some((*step, diagnosis.clone())),
+        _ => None,
+    };
+    events.iter().filter_map(diagnosis).collect()
+}
+
+/// A token that sees itself alone attends to itself alone, whatever its query and key are.
+#[test]
+fn modules_that_learn_nothing_are_named() {
+    let mut plan = class_plan(false);
+    for example in &mut plan.train.items {
+        if let Example::Class { ids, .. } = example {
+            ids.truncate(1);
+        }
+    }
+    let (_, events) = finish(&mut Trainer::new(model(&host()), plan).unwrap(), &Unpaced);
+    let found = diagnoses(&events);
+    let [(1, Diagnosis::SilentModules { modules, of })] = &found[..] else {
+        panic!("{found:?}");
+    };
+    assert_eq!(*of, 3 * Site::ALL.len());
+    let attention = modules
+        .iter()
+        .filter(|m| m.ends_with("q_proj") || m.ends_with("k_proj"));
+    assert_eq!((modules.len(), attention.count()), (6, 6), "{modules:?}");
+    let (_, events) = finish(
+        &mut Trainer::new(model(&host()), lm_plan()).unwrap(),
+        &Unpaced,
+    );
+    assert_eq!(diagnoses(&events), []);
+}
+
+#[test]
+fn a_run_without_any_gradient_ends() {
+    let mut plan = lm_plan();
+    plan.lora = Some(LoraConfig::new(2, 4.0, &[Site::Q, Site::K]));
+    for example in &mut plan.train.items {
+        if let Example::Lm { ids, learn } = example {
+            ids.truncate(2);
+            *learn = vec![false, true];
+        }
+    }
+    let ended = Trainer::new(model(&host()), plan)
+        .unwrap()
+        .run(&Unpaced, &mut |_| ());
+    let error = ended.unwrap_err();
+    assert!(
+        matches!(error, TrainError::NoGradient { step: 1 }),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_loss_that_runs_away_is_told() {
+    // A head's logits know no bound, as those of the output head do behind the last norm.
+    let mut plan = class_plan(false);
+    plan.hp.learning_rate = Some(1.0);
+    plan.hp.warmup_steps = Some(0);
+    let (_, events) = finish(&mut Trainer::new(model(&host()), plan).unwrap(), &Unpaced);
+    let found = diagnoses(&events);
+    assert!(
+        matches!(&found[..], [(_, Diagnosis::Diverging { .. }), ..]),
+        "{found:?}"
+    );
+}
