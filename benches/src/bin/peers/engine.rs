@@ -111,10 +111,11 @@ pub(crate) fn train(
         rates.push(step.tokens as f64 / began.elapsed().as_secs_f64());
         loss = step.loss;
     }
+    let longest = batches[0].iter().map(|example| example.ids().len()).max();
     println!(
         "{}",
         json!({
-            "peer": "espalier", "shape": [batches[0].len(), tokens], "data": data, "dtype": "float32",
+            "peer": "espalier", "shape": [batches[0].len(), longest], "data": data, "dtype": "float32",
             "last_loss": loss, "train_tok_s": median(&rates[1..]), "peak_rss_gib": peak_rss_gib()?,
         })
     );
