@@ -9,8 +9,8 @@ use crate::train::trainer::Share;
 /// Rows of a pass that is shared: beyond it reading the weights costs little beside computing on them.
 const SHARED_ROWS: usize = 256;
 
-/// A share above this goes alone.
-const LARGEST_GUEST: usize = SHARED_ROWS / 2;
+/// A share above this goes alone: two of 120 rows in a pass took longer than one after the other.
+const LARGEST_GUEST: usize = SHARED_ROWS / 4;
 
 /// Who is where.
 #[derive(Debug, Default)]
