@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use super::meeting::Meeting;
 use crate::command::{CommandSender, EngineCommand};
 use crate::handle::Gauges;
-use crate::train::trainer::{Company, Interrupted, RunPass, Share};
+use crate::train::trainer::{Company, Interrupted, RunPass, Share, by_itself};
 use crate::train::{JobEvent, JobFlags, TrainingImpact};
 
 /// Who may work: the engine, or the job named.
@@ -363,10 +363,7 @@ impl Company for JobTurns {
     fn pass(&self, share: Share, run: RunPass<'_>) -> Result<Share, Interrupted> {
         if !Meeting::is_for(&share) {
             self.alone();
-            let mut shares = [share];
-            run(&mut shares)?;
-            let [share] = shares;
-            return Ok(share);
+            return Ok(by_itself(share, run)?);
         }
         match self.meet(share)? {
             Met::Nobody(share) => self.host(share, run),

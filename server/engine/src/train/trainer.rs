@@ -32,7 +32,7 @@ use crate::model::{Buf, Model};
 use learner::Learner;
 use share::Numbered;
 
-pub use company::{Company, Interrupted, RunPass};
+pub use company::{Company, Interrupted, RunPass, by_itself};
 pub use diagnosis::Diagnosis;
 pub use espalier_adapters::pace::{Pace, Stopped};
 pub use espalier_adapters::train::schedule::Decay;

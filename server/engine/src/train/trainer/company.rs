@@ -28,14 +28,22 @@ pub trait Company: Pace {
     /// # Errors
     /// [`Interrupted`].
     fn pass(&self, share: Share, run: RunPass<'_>) -> Result<Share, Interrupted> {
-        let mut alone = [share];
-        run(&mut alone)?;
-        let [share] = alone;
-        Ok(share)
+        Ok(by_itself(share, run)?)
     }
 
     /// Long work follows that is no pass to share: nobody is to wait for this job.
     fn alone(&self) {}
+}
+
+/// A pass over one share.
+///
+/// # Errors
+/// [`Stopped`] when the pace of `run` says so.
+pub fn by_itself(share: Share, run: RunPass<'_>) -> Result<Share, Stopped> {
+    let mut alone = [share];
+    run(&mut alone)?;
+    let [share] = alone;
+    Ok(share)
 }
 
 impl Company for Unpaced {}
