@@ -48,12 +48,18 @@ pub struct RunState {
     pub evals_without_better: u64,
     /// Early stopping ended the run.
     pub stopped_early: bool,
+    /// The step of the last evaluation.
+    #[serde(default)]
+    pub evaluated: Option<u64>,
+    /// The evaluation of what the run started from.
+    #[serde(default)]
+    pub baseline: Option<BestEval>,
     /// Steps in a row with a high loss, up to the last one.
     #[serde(default)]
     pub high_losses: u64,
 }
 
-/// The best evaluation of a run.
+/// An evaluation of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct BestEval {
     /// After so many steps.

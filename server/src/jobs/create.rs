@@ -6,11 +6,12 @@ use espalier_adapters::train::statistics::Statistics;
 use espalier_adapters::weights::AdapterWeights;
 use rusqlite::Transaction;
 
+use super::defaults::{self, Choices};
 use super::events::{DataStats, Job, JobState, Progress};
 use super::plan::{Base, DataBytes, Material, Wanted};
 use super::rows::{self, NewJob};
 use super::spec::{
-    self, DataInput, DataSource, JobMethod, JobRequest, JobSpec, Validation, ValidationInput,
+    DataInput, DataSource, JobMethod, JobRequest, JobSpec, LoraSpec, Validation, ValidationInput,
 };
 use super::{JobError, JobService, Parts};
 use crate::artifact_store::{BlobDigest, Pin};
@@ -286,8 +287,12 @@ fn quote(
     let (limits, base) = (&parts.limits, &parts.base);
     let mut data_limits = parts.datasets.limits().data;
     let longest = limits.max_example_tokens.min(base.max_tokens);
+    let mut choices = Choices::default();
     let max_example_tokens = match request.hyper.max_example_tokens {
-        None => longest,
+        None => {
+            let why = "the longest that base and server take";
+            choices.make("hyper_parameters.max_example_tokens", longest, why)
+        }
         Some(tokens) if (1..=longest).contains(&(tokens as usize)) => tokens as usize,
         Some(tokens) => {
             return Err(JobError::InvalidField {
@@ -308,7 +313,10 @@ fn quote(
             ),
         });
     }
-    let seed = request.seed.unwrap_or_else(rand::random);
+    let seed = match request.seed {
+        Some(seed) => seed,
+        None => choices.make("seed", rand::random(), "drawn"),
+    };
     let labels = given_labels(&request.method, from.as_ref());
     let wanted = Wanted {
         method: &request.method,
@@ -345,12 +353,23 @@ fn quote(
             ..
         }
     );
-    let (hyper, epochs) = spec::hyper_parameters(&request.hyper, &at, head_only, limits)?;
+    if let (
+        JobMethod::Unsupervised {
+            window_tokens: None,
+        },
+        Some(window),
+    ) = (&request.method, material.window)
+    {
+        let why = "by the size of the text, at most 1024";
+        choices.make("unsupervised.window_tokens", window, why);
+    }
+    let (hyper, epochs) =
+        defaults::hyper_parameters(&request.hyper, &at, head_only, limits, &mut choices)?;
     let total_steps = hyper.max_steps.unwrap_or_default();
     let lora = if head_only {
         None
     } else {
-        Some(spec::lora(&request.lora, &at, limits)?)
+        Some(defaults::lora(&request.lora, &at, limits, &mut choices)?)
     };
     let (stats, statistics) = (material.stats(), material.statistics(max_example_tokens));
     if let Some(version) = &from {
@@ -394,6 +413,7 @@ fn quote(
         aliases,
         description: request.description.clone(),
         base_digest: base.digest.clone(),
+        choices: choices.0,
     };
     Ok(Quote {
         spec,
@@ -442,7 +462,7 @@ fn fits(version: &Version, request: &JobRequest, base: &Base) -> Result<(), JobE
 /// The new adapter has the old one's rank, modules and labels, since training goes on with its very tensors.
 fn fits_shape(
     version: &Version,
-    lora: Option<&spec::LoraSpec>,
+    lora: Option<&LoraSpec>,
     stats: &DataStats,
 ) -> Result<(), JobError> {
     let summary = &version.content.summary;

@@ -7,6 +7,7 @@
 //! know the wire, nor how training is done.
 
 mod create;
+mod defaults;
 mod events;
 mod plan;
 mod rows;
@@ -29,6 +30,7 @@ use espalier_engine::train::{JobEvent, TrainingSubmission};
 use tokio::sync::{Notify, mpsc, watch as signal};
 
 pub use create::Quote;
+pub use defaults::Choice;
 pub use events::{DataStats, Event, Finding, Happening, Job, JobFailure, JobState, Progress};
 pub use plan::Base;
 pub use spec::{

@@ -21,8 +21,9 @@ use espalier_engine::model::Family;
 use espalier_engine::train::trainer::{Method, TrainPlan};
 
 use super::JobError;
+use super::defaults::Circumstances;
 use super::events::DataStats;
-use super::spec::{Circumstances, JobMethod, JobSpec};
+use super::spec::{JobMethod, JobSpec};
 use crate::datasets::inspect;
 
 /// What the server knows of the base model.

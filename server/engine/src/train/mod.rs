@@ -13,6 +13,7 @@ use crate::error::EngineError;
 use crate::handle::{EngineHandle, Gauges};
 
 mod baton;
+mod budget;
 mod meeting;
 pub mod trainer;
 pub(crate) mod worker;

@@ -171,6 +171,7 @@ impl Trainer {
             pace.alone();
         }
         self.embed(pace, events)?;
+        self.evaluate_if_due(pace, events)?;
         while self.state.step < self.schedule.total && !self.state.stopped_early {
             let report = self.next_step(pace)?;
             let step = report.step;
@@ -178,11 +179,7 @@ impl Trainer {
             for diagnosis in self.noticed.drain(..) {
                 events(TrainEvent::Diagnosis { step, diagnosis });
             }
-            if self.eval_due(step) {
-                pace.alone();
-                let report = self.evaluate(pace)?;
-                events(TrainEvent::Eval(report));
-            }
+            self.evaluate_if_due(pace, events)?;
             let every = self.plan.hp.checkpoint_steps.unwrap_or(CHECKPOINT_STEPS);
             let running = step < self.schedule.total && !self.state.stopped_early;
             if every > 0 && step.is_multiple_of(every) && running {
@@ -272,12 +269,15 @@ impl Trainer {
         Ok(())
     }
 
-    /// The examples of step `step`, counted from 0, in order: each epoch is a permutation of its own, drawn by seed.
+    /// The examples of step `step`, counted from 0, in order: each epoch is a permutation of its own, drawn by seed, unless the
+    /// plan keeps that of the data.
     fn batch(&self, step: u64) -> Vec<usize> {
         let count = self.plan.train.items.len();
         let (epoch, first) = position(&self.plan, step);
         let mut order: Vec<usize> = (0..count).collect();
-        order.shuffle(&mut start::order(self.plan.seed, epoch));
+        if self.plan.hp.shuffle {
+            order.shuffle(&mut start::order(self.plan.seed, epoch));
+        }
         order[first..(first + self.plan.hp.batch_size).min(count)].to_vec()
     }
 
@@ -417,6 +417,23 @@ impl Trainer {
         }
     }
 
+    /// Judges what the run is at now, unless that was done before a break.
+    fn evaluate_if_due(
+        &mut self,
+        pace: &dyn Company,
+        events: &mut dyn FnMut(TrainEvent),
+    ) -> Result<(), TrainError> {
+        let step = self.state.step;
+        if self.eval_due(step) && self.state.evaluated.is_none_or(|last| last < step) {
+            pace.alone();
+            let report = self.evaluate(pace)?;
+            self.state.evaluated = Some(step);
+            events(TrainEvent::Eval(report));
+        }
+        Ok(())
+    }
+
+    /// At the start, every so many steps, and at the end.
     fn eval_due(&self, step: u64) -> bool {
         let every = self
             .plan
@@ -426,7 +443,8 @@ impl Trainer {
         self.plan.valid.is_some() && (step.is_multiple_of(every) || step == self.schedule.total)
     }
 
-    /// Judges the validation examples, keeps the weights if they are the best so far, and says when patience has run out.
+    /// Judges the validation examples, keeps the weights if they are the best so far, and says when patience has run out. What
+    /// the run starts from is measured, not kept: who asks for training gets what was trained.
     fn evaluate(&mut self, pace: &dyn Pace) -> Result<EvalReport, TrainError> {
         let plan = Arc::clone(&self.plan);
         let items = plan.valid.as_ref().map_or(&[][..], |valid| &valid.items);
@@ -447,13 +465,16 @@ impl Trainer {
                 step,
             });
         }
-        let best = self.state.best.is_none_or(|best| loss < best.loss.0);
-        if best {
-            self.state.best = Some(BestEval {
-                step,
-                loss: Bits(loss),
-                accuracy: Bits(accuracy),
-            });
+        let found = BestEval {
+            step,
+            loss: Bits(loss),
+            accuracy: Bits(accuracy),
+        };
+        let best = step > 0 && self.state.best.is_none_or(|best| loss < best.loss.0);
+        if step == 0 {
+            self.state.baseline = Some(found);
+        } else if best {
+            self.state.best = Some(found);
             self.best = Some(self.learner.parameters());
             self.state.evals_without_better = 0;
         } else {
@@ -484,12 +505,13 @@ impl Trainer {
         };
         let artifact = peft::write(&config, &weights)
             .map_err(|error| TrainError::plan("lora", error.to_string()))?;
-        let best = self.state.best.map(|best| EvalReport {
-            step: best.step,
-            loss: best.loss.0,
-            accuracy: best.accuracy.0,
-            best: true,
-        });
+        let report = |found: BestEval, best: bool| EvalReport {
+            step: found.step,
+            loss: found.loss.0,
+            accuracy: found.accuracy.0,
+            best,
+        };
+        let best = self.state.best.map(|found| report(found, true));
         let summary = Summary {
             steps: self.state.step,
             tokens: self.state.tokens,
@@ -497,6 +519,7 @@ impl Trainer {
             last_loss: self.state.last_loss.0,
             kept_step: best.map_or(self.state.step, |best| best.step),
             best,
+            baseline: self.state.baseline.map(|found| report(found, false)),
             stopped_early: self.state.stopped_early,
         };
         Ok(Finished { artifact, summary })

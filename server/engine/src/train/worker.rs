@@ -1,9 +1,8 @@
 //! When training may run: whom the engine thread lends the baton between its steps, and for how long.
 //!
 //! While no request runs, quanta follow one another, each ending early when a command arrives. Beside running requests
-//! training lives on credit: every step earns it `training_max_tpot_impact` of the step's time, and a quantum takes
-//! place only when the credit covers it, so the mean time per output token grows by no more than that share. Tenants
-//! take turns, and a tenant's jobs take turns within its own. The worker knows nothing of what a trainer computes.
+//! training lives within its [`Budget`]. Tenants take turns, and a tenant's jobs take turns within its own. The worker knows
+//! nothing of what a trainer computes.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -17,6 +16,7 @@ use espalier_adapters::ops::OutOfMemory;
 use tokio::sync::mpsc;
 
 use super::baton::{Baton, JobTurns, lock};
+use super::budget::Budget;
 use crate::command::CommandSender;
 use crate::config::EngineConfig;
 use crate::error::EngineError;
@@ -25,9 +25,6 @@ use crate::metrics;
 use crate::model::Model;
 use crate::train::trainer::{Finished, TrainError, TrainEvent, Trainer};
 use crate::train::{JobEvent, JobFlags, TrainingImpact, TrainingStart, TrainingSubmission};
-
-/// Beside running requests a quantum shorter than this share of the configured one costs more in hand-overs than it does.
-const LEAST_QUANTUM_SHARE: u32 = 4;
 
 /// Time spent in steps of running requests, and in training between them.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,10 +41,7 @@ pub(crate) struct TrainingWorker {
     tenants: HashMap<Arc<str>, u64>,
     next_job: u64,
     turns: u64,
-    quantum: Duration,
-    max_impact: f64,
-    /// Seconds that training may take beside running requests; below zero when a quantum ran over.
-    credit: f64,
+    budget: Budget,
     busy: Arc<Mutex<BusyTime>>,
     gauges: Arc<Gauges>,
     commands: CommandSender,
@@ -69,9 +63,7 @@ impl TrainingWorker {
             tenants: HashMap::new(),
             next_job: 0,
             turns: 0,
-            quantum: config.training_quantum,
-            max_impact: config.training_max_tpot_impact,
-            credit: 0.0,
+            budget: Budget::new(config.training_quantum, config.training_max_tpot_impact),
             busy: Arc::default(),
             gauges,
             commands,
@@ -137,22 +129,17 @@ impl TrainingWorker {
     /// Books a step of running requests.
     pub(crate) fn after_step(&mut self, step: Duration) {
         lock(&self.busy).steps += step;
-        // Unused credit is worth two quanta at most: a long quiet time must not be made up for at once.
-        let most = 2.0 * self.quantum.as_secs_f64();
-        self.credit = (self.credit + step.as_secs_f64() * self.max_impact).min(most);
+        self.budget.earn(step);
     }
 
     /// Lends the baton for one quantum, if a job wants it and the policy allows. `busy`: requests run beside.
     pub(crate) fn turn(&mut self, busy: bool) {
         let quantum = if busy {
-            let affordable = Duration::from_secs_f64(self.credit.max(0.0)).min(self.quantum);
-            if affordable < self.quantum / LEAST_QUANTUM_SHARE {
-                return;
-            }
-            affordable
+            self.budget.busy()
         } else {
-            self.quantum
+            Some(self.budget.idle())
         };
+        let Some(quantum) = quantum else { return };
         let Some(job) = self.next() else { return };
         self.turns += 1;
         if let Some(book) = self.jobs.get_mut(&job) {
@@ -162,7 +149,7 @@ impl TrainingWorker {
         let held = self.baton.lend(job, quantum);
         metrics::training_quantum(held);
         if busy {
-            self.credit -= held.as_secs_f64();
+            self.budget.spend(held);
             lock(&self.busy).training += held;
         }
         self.look();

@@ -117,6 +117,7 @@ fn training_and_serving_go_on_together_and_do_not_meet() {
             assert_eq!(collect(receiver).results(), expected_reply.results());
         }
     }
+    let (mut held, mut quanta) = (Duration::ZERO, 0);
     for job in &mut jobs {
         let (steps, _, last) = to_end(job);
         let Some(JobEvent::Finished { finished, impact }) = last else {
@@ -127,16 +128,13 @@ fn training_and_serving_go_on_together_and_do_not_meet() {
             finished.artifact, expected.artifact,
             "the same adapter, bit for bit"
         );
-        assert!(
-            impact.quanta > 1 && impact.held > Duration::ZERO && impact.waited > Duration::ZERO
-        );
+        // A job that was the other's guest from its first pass to its last held nothing of its own.
+        assert!(impact.shared_passes > 0 || impact.held > Duration::ZERO);
+        assert!(impact.waited > Duration::ZERO, "{impact:?}");
+        held += impact.held;
+        quanta += impact.quanta;
     }
-    // The bound, with room for one quantum that ran over: the run is short.
-    assert!(
-        busy.engine.stats().training_impact < 0.5,
-        "{}",
-        busy.engine.stats().training_impact
-    );
+    assert!(held > Duration::ZERO && quanta > 1, "{held:?}, {quanta}");
     eventually("jobs gone", || busy.engine.stats().training_jobs == 0);
 }
 

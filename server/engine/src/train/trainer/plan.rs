@@ -44,6 +44,8 @@ pub struct HyperParameters {
     pub max_steps: Option<u64>,
     /// Examples of one optimizer step.
     pub batch_size: usize,
+    /// Every epoch has an order of its own, drawn by the seed; else all have that of the data.
+    pub shuffle: bool,
     /// Steps between two evaluations; `None` is once an epoch. Nothing is evaluated without validation examples.
     pub eval_steps: Option<u64>,
     /// Evaluations without a better one after which training stops; `None` never stops early.
@@ -70,6 +72,7 @@ impl Default for HyperParameters {
             epochs: None,
             max_steps: None,
             batch_size: 8,
+            shuffle: true,
             eval_steps: None,
             early_stopping_patience: None,
             checkpoint_steps: None,
@@ -165,7 +168,7 @@ pub struct StepReport {
     pub total_tokens: u64,
 }
 
-/// One evaluation.
+/// One evaluation. The one at step 0 is of what training starts from.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct EvalReport {
     /// Steps done.
@@ -202,6 +205,8 @@ pub struct Summary {
     pub kept_step: u64,
     /// Its evaluation.
     pub best: Option<EvalReport>,
+    /// The evaluation of what training started from.
+    pub baseline: Option<EvalReport>,
     /// Patience ran out.
     pub stopped_early: bool,
 }

@@ -299,6 +299,69 @@ pub(crate) fn stopped_runs_go_on(on: &Under<Backend>) {
 }
 
 #[test]
+fn a_run_stopped_in_an_evaluation_makes_up_for_it() {
+    let on = &host();
+    let mut plan = class_plan(false);
+    plan.hp.early_stopping_patience = Some(2);
+    let evaluations = |events: &[TrainEvent]| {
+        let of = |event: &TrainEvent| match event {
+            TrainEvent::Eval(report) => Some(*report),
+            _ => None,
+        };
+        events.iter().filter_map(of).collect::<Vec<_>>()
+    };
+    let mut trainer = Trainer::new(model(on), plan.clone()).unwrap();
+    let (whole, events) = finish(&mut trainer, &Unpaced);
+    let expected = evaluations(&events);
+    assert_eq!(expected[0].step, 0, "what it starts from is measured");
+    assert!(!expected[0].best);
+    let baseline = whole.summary.baseline.unwrap();
+    assert_eq!(baseline.loss, expected[0].loss);
+
+    let mut seen = Vec::new();
+    let mut trainer = Trainer::new(model(on), plan.clone()).unwrap();
+    let (mut stops, mut in_evaluations) = (0, 0);
+    let end = loop {
+        let run = trainer.run(&StopsAt(Cell::new(150 + 7 * stops)), &mut |event| {
+            seen.push(event)
+        });
+        match run {
+            Err(TrainError::Stopped(_)) => {
+                stops += 1;
+                let due = trainer.eval_due(trainer.steps_done());
+                let done = trainer.state.evaluated == Some(trainer.steps_done());
+                in_evaluations += usize::from(due && !done);
+                let bytes = trainer.checkpoint().unwrap();
+                trainer = Trainer::resume(model(on), plan.clone(), &bytes).unwrap();
+            }
+            end => break end.unwrap(),
+        }
+    };
+    assert!(in_evaluations > 0, "{stops} stops, none in an evaluation");
+    assert_eq!(evaluations(&seen), expected);
+    assert_eq!(end.artifact, whole.artifact);
+    assert_eq!(end.summary, whole.summary);
+}
+
+#[test]
+fn without_shuffling_every_epoch_has_the_order_of_the_data() {
+    let mut plan = lm_plan();
+    plan.hp.batch_size = 2;
+    let order = |plan: &TrainPlan| {
+        let trainer = Trainer::new(model(&host()), plan.clone()).unwrap();
+        let epoch = plan.train.items.len().div_ceil(2) as u64;
+        (0..2 * epoch)
+            .flat_map(|step| trainer.batch(step))
+            .collect::<Vec<_>>()
+    };
+    let shuffled = order(&plan);
+    plan.hp.shuffle = false;
+    let count = plan.train.items.len();
+    assert_eq!(order(&plan), (0..count).chain(0..count).collect::<Vec<_>>());
+    assert_ne!(shuffled, order(&plan));
+}
+
+#[test]
 fn heads_and_adapters_learn_and_the_best_is_kept() {
     runs_learn_and_keep_the_best(&host());
 }

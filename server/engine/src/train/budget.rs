@@ -1,0 +1,111 @@
+//! What training may take of the time of running requests.
+//!
+//! Every step earns a share of its own time, and a quantum takes place only when what was earned covers it. One that runs
+//! over is paid for by those that follow, so however long quanta are, the mean time per output token grows by no more than
+//! the share. The budget knows no clock: it is told what steps and quanta took.
+
+use std::time::Duration;
+
+/// Beside running requests a quantum shorter than this share of the configured one costs more in hand-overs than it does.
+const LEAST_QUANTUM_SHARE: u32 = 4;
+
+/// Unused credit is worth so many quanta at most: a long quiet time must not be made up for at once.
+const MOST_QUANTA: f64 = 2.0;
+
+/// Seconds that training may take beside running requests.
+#[derive(Debug)]
+pub(super) struct Budget {
+    quantum: Duration,
+    max_impact: f64,
+    /// Below zero when a quantum ran over.
+    credit: f64,
+}
+
+// === impl Budget ===
+
+impl Budget {
+    pub(super) fn new(quantum: Duration, max_impact: f64) -> Self {
+        Self {
+            quantum,
+            max_impact,
+            credit: 0.0,
+        }
+    }
+
+    /// A quantum beside nothing.
+    pub(super) fn idle(&self) -> Duration {
+        self.quantum
+    }
+
+    /// A quantum beside running requests, if what was earned covers one that is worth its hand-over.
+    pub(super) fn busy(&self) -> Option<Duration> {
+        let affordable = Duration::from_secs_f64(self.credit.max(0.0)).min(self.quantum);
+        (affordable >= self.quantum / LEAST_QUANTUM_SHARE).then_some(affordable)
+    }
+
+    /// Books a step of running requests.
+    pub(super) fn earn(&mut self, step: Duration) {
+        let most = MOST_QUANTA * self.quantum.as_secs_f64();
+        self.credit = (self.credit + step.as_secs_f64() * self.max_impact).min(most);
+    }
+
+    /// Books a quantum beside running requests.
+    pub(super) fn spend(&mut self, held: Duration) {
+        self.credit -= held.as_secs_f64();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const QUANTUM: Duration = Duration::from_millis(10);
+
+    /// Seconds in training and in steps, when each quantum takes `overrun` times what it was given.
+    fn seconds(max_impact: f64, step: Duration, overrun: f64) -> (f64, f64) {
+        let mut budget = Budget::new(QUANTUM, max_impact);
+        let (mut steps, mut training) = (Duration::ZERO, Duration::ZERO);
+        for _ in 0..20_000 {
+            budget.earn(step);
+            steps += step;
+            if let Some(quantum) = budget.busy() {
+                let held = quantum.mul_f64(overrun);
+                budget.spend(held);
+                training += held;
+            }
+        }
+        (training.as_secs_f64(), steps.as_secs_f64())
+    }
+
+    #[test]
+    fn training_takes_its_share_however_long_quanta_are() {
+        let quantum = QUANTUM.as_secs_f64();
+        for share in [0.05, 0.25, 1.0] {
+            for step in [50, 3_000, 15_000].map(Duration::from_micros) {
+                for overrun in [0.3, 1.0, 7.0] {
+                    let (training, steps) = seconds(share, step, overrun);
+                    // The last quantum that ran over is still to be paid for.
+                    let most = share * steps + overrun * quantum;
+                    assert!(training <= most, "{training} of {most}");
+                    // Short quanta, or a step that earns more than credit can hold, leave some of it.
+                    let whole = step.as_secs_f64() * share <= quantum && overrun >= 1.0;
+                    let least = share * steps - quantum;
+                    assert!(!whole || training >= least, "{training} of {least}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_share_is_no_training_and_a_quiet_time_is_not_made_up_for() {
+        assert_eq!(seconds(0.0, QUANTUM, 1.0).0, 0.0);
+        let mut budget = Budget::new(QUANTUM, 0.5);
+        budget.earn(Duration::from_secs(3600));
+        let mut quanta = 0;
+        while let Some(quantum) = budget.busy() {
+            budget.spend(quantum);
+            quanta += 1;
+        }
+        assert_eq!(quanta, 2);
+    }
+}
