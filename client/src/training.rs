@@ -80,6 +80,28 @@ impl Client {
             .await
     }
 
+    /// Puts a job aside, until it is resumed.
+    pub async fn pause_training_job(&self, name: &str) -> Result<v1::TrainingJob, Error> {
+        let request = v1::PauseTrainingJobRequest {
+            name: name.to_owned(),
+        };
+        let call =
+            |channel, request| async move { stub(channel).pause_training_job(request).await };
+        self.unary(self.timeouts().control, Repeat::Safe, request, call)
+            .await
+    }
+
+    /// Lets a paused job go on.
+    pub async fn resume_training_job(&self, name: &str) -> Result<v1::TrainingJob, Error> {
+        let request = v1::ResumeTrainingJobRequest {
+            name: name.to_owned(),
+        };
+        let call =
+            |channel, request| async move { stub(channel).resume_training_job(request).await };
+        self.unary(self.timeouts().control, Repeat::Never, request, call)
+            .await
+    }
+
     /// One connection's worth of a job's events.
     pub async fn watch_training_job_once(
         &self,

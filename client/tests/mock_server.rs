@@ -275,6 +275,8 @@ service!(TrainingService {
     get_training_job(v1::GetTrainingJobRequest) -> v1::TrainingJob;
     list_training_jobs(v1::ListTrainingJobsRequest) -> v1::ListTrainingJobsResponse;
     cancel_training_job(v1::CancelTrainingJobRequest) -> v1::TrainingJob;
+    pause_training_job(v1::PauseTrainingJobRequest) -> v1::TrainingJob;
+    resume_training_job(v1::ResumeTrainingJobRequest) -> v1::TrainingJob;
     upload_dataset(Streaming<v1::UploadDatasetRequest>) -> v1::UploadDatasetResponse;
     get_dataset(v1::GetDatasetRequest) -> v1::Dataset;
     list_datasets(v1::ListDatasetsRequest) -> v1::ListDatasetsResponse;

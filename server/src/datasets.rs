@@ -253,7 +253,7 @@ impl DatasetStore {
                 let dataset = read(tx, &name)?;
                 let job: Option<String> = tx
                     .query_row(
-                        "SELECT job FROM jobs WHERE tenant = ?1 AND state IN ('queued', 'preparing', 'running') \
+                        "SELECT job FROM unfinished_jobs WHERE tenant = ?1 \
                          AND (train_digest = ?2 OR valid_digest = ?2) LIMIT 1",
                         (name.tenant.as_str(), dataset.digest.0.as_slice()),
                         |row| row.get(0),

@@ -12,7 +12,7 @@ use crate::client_side::{
 };
 
 const STEPS: u64 = 240;
-const KILLS: u64 = 4;
+const KILLS: u64 = 20;
 
 fn daemon(data: &Path) -> Daemon {
     let flags = ["--model", TINY, "--kv-cache-bytes", "16MiB"];

@@ -14,6 +14,7 @@ mod golden_inference;
 mod golden_training;
 mod gpu_check;
 mod inference_api;
+mod job_life;
 mod kernels;
 mod kill_resume;
 mod mixture_api;

@@ -21,7 +21,7 @@ const MARK: char = '●';
 
 /// The range of an axis, never empty.
 #[derive(Clone, Copy, Debug)]
-struct Range {
+pub(crate) struct Range {
     low: f64,
     high: f64,
 }
@@ -29,7 +29,7 @@ struct Range {
 // === impl Range ===
 
 impl Range {
-    fn of(values: impl Iterator<Item = f64>) -> Option<Self> {
+    pub(crate) fn of(values: impl Iterator<Item = f64>) -> Option<Self> {
         let mut range: Option<Self> = None;
         for value in values {
             let old = range.unwrap_or(Self {
@@ -61,8 +61,17 @@ impl Range {
     )]
     fn place(self, value: f64, count: usize) -> usize {
         let last = count.saturating_sub(1) as f64;
-        let part = (value - self.low) / (self.high - self.low);
-        (part * last).round().clamp(0.0, last) as usize
+        (self.part(value) * last).round().clamp(0.0, last) as usize
+    }
+
+    /// Where a value lies: 0 at the low end, 1 at the high one.
+    pub(crate) fn part(self, value: f64) -> f64 {
+        (value - self.low) / (self.high - self.low)
+    }
+
+    /// The value at a part of the way.
+    pub(crate) fn at(self, part: f64) -> f64 {
+        self.low + part * (self.high - self.low)
     }
 
     fn middle(self) -> f64 {
@@ -70,16 +79,28 @@ impl Range {
     }
 }
 
+// === impl Curve ===
+
+impl Curve {
+    /// The points that can be drawn.
+    pub(crate) fn finite(&self) -> Self {
+        let finite = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
+            points
+                .iter()
+                .copied()
+                .filter(|(x, y)| x.is_finite() && y.is_finite())
+                .collect()
+        };
+        Self {
+            train: finite(&self.train),
+            validation: finite(&self.validation),
+        }
+    }
+}
+
 /// The curve as lines of text; `None` with fewer than two points.
 pub(crate) fn render(curve: &Curve) -> Option<String> {
-    let finite = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
-        points
-            .iter()
-            .copied()
-            .filter(|(x, y)| x.is_finite() && y.is_finite())
-            .collect()
-    };
-    let (train, validation) = (finite(&curve.train), finite(&curve.validation));
+    let Curve { train, validation } = curve.finite();
     if train.len() + validation.len() < 2 {
         return None;
     }
@@ -196,7 +217,7 @@ fn with_axes(rows: &[Vec<char>], x: Range, y: Range, train: bool, validation: bo
 }
 
 /// A number in at most nine characters.
-fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     match value.abs() {
         0.0 => "0".to_owned(),
         0.001..10000.0 => format!("{value:.4}").chars().take(7).collect(),

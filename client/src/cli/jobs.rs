@@ -1,19 +1,20 @@
-//! `espalier jobs`: training jobs, listed, followed and stopped.
+//! `espalier jobs`: training jobs, listed, followed, put aside, stopped and reported on.
 
 use clap::{Args, Subcommand};
 
 use crate::{
     cli::{
         PAGE, Session, all_pages,
-        output::{Failure, age},
+        output::{Failure, Out, age},
         progress::{View, follow, print_job},
+        report::Report,
     },
     names::short,
     training::is_final,
     v1,
 };
 
-/// List, watch and cancel training jobs.
+/// List, watch, pause, cancel and report on training jobs.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Jobs {
     /// A tenant's jobs, newest first.
@@ -25,6 +26,12 @@ pub(crate) enum Jobs {
     Watch(Watch),
     /// Stop a job.
     Cancel(Name),
+    /// Put a job aside; its steps so far are kept.
+    Pause(Name),
+    /// Let a paused job go on.
+    Resume(Name),
+    /// What a job learned from, how it went and what it cost, as a page with its curve.
+    Report(Report),
 }
 
 /// A tenant's jobs.
@@ -61,12 +68,8 @@ impl Jobs {
         match self {
             Self::List(command) => command.run(session).await,
             Self::Get(Name { job }) => {
-                let job = client.get_training_job(&client.names().job(&job)?).await?;
-                if out.is_json() {
-                    out.document(&job)
-                } else {
-                    print_job(*out, &job)
-                }
+                let name = client.names().job(&job)?;
+                show(*out, &client.get_training_job(&name).await?)
             }
             Self::Watch(Watch {
                 job,
@@ -77,16 +80,27 @@ impl Jobs {
                 follow(session, &job, from, View { no_chart }).await
             }
             Self::Cancel(Name { job }) => {
-                let job = client
-                    .cancel_training_job(&client.names().job(&job)?)
-                    .await?;
-                if out.is_json() {
-                    out.document(&job)
-                } else {
-                    print_job(*out, &job)
-                }
+                let name = client.names().job(&job)?;
+                show(*out, &client.cancel_training_job(&name).await?)
             }
+            Self::Pause(Name { job }) => {
+                let name = client.names().job(&job)?;
+                show(*out, &client.pause_training_job(&name).await?)
+            }
+            Self::Resume(Name { job }) => {
+                let name = client.names().job(&job)?;
+                show(*out, &client.resume_training_job(&name).await?)
+            }
+            Self::Report(command) => command.run(session).await,
         }
+    }
+}
+
+fn show(out: Out, job: &v1::TrainingJob) -> Result<(), Failure> {
+    if out.is_json() {
+        out.document(job)
+    } else {
+        print_job(out, job)
     }
 }
 

@@ -16,10 +16,12 @@ mod jobs;
 pub(crate) mod json;
 mod output;
 mod progress;
+mod report;
 mod residency;
 mod sampling;
 mod statistics;
 mod status;
+mod svg;
 mod tenants;
 mod train;
 

@@ -115,14 +115,9 @@ impl Shown {
     }
 
     fn add(&mut self, event: &TrainingEvent) {
-        #[allow(clippy::cast_precision_loss, reason = "an axis of a chart")]
-        match &event.event {
-            Some(Event::Step(step)) => self.curve.train.push((step.step as f64, step.loss)),
-            Some(Event::Evaluation(found)) => {
-                self.curve.validation.push((found.step as f64, found.loss));
-            }
-            Some(Event::Diagnosis(found)) => self.warn(found),
-            _ => {}
+        self.curve.add(event);
+        if let Some(Event::Diagnosis(found)) = &event.event {
+            self.warn(found);
         }
         let progress = event.progress.unwrap_or_default();
         let text = progress_text(event.state(), &progress);
@@ -162,7 +157,7 @@ impl Shown {
     }
 }
 
-fn state_name(state: TrainingJobState) -> String {
+pub(crate) fn state_name(state: TrainingJobState) -> String {
     state
         .as_str_name()
         .trim_start_matches("TRAINING_JOB_STATE_")
@@ -247,6 +242,11 @@ pub(crate) fn print_job(out: Out, job: &v1::TrainingJob) -> Result<(), Failure> 
             stats.train_examples, stats.validation_examples,
         ))?;
     }
+    if let Some((before, after)) = compared(job) {
+        out.line(format_args!(
+            "held-out loss {before:.4} before, {after:.4} after"
+        ))?;
+    }
     if !job.version.is_empty() {
         out.line(format_args!("live as {}", job.version))?;
     }
@@ -254,6 +254,15 @@ pub(crate) fn print_job(out: Out, job: &v1::TrainingJob) -> Result<(), Failure> 
         out.line(format_args!("failed: {}", error.message))?;
     }
     Ok(())
+}
+
+/// The held-out losses of what training started from and of what it came to.
+fn compared(job: &v1::TrainingJob) -> Option<(f64, f64)> {
+    let outcome = job.outcome.as_ref()?;
+    Some((
+        outcome.baseline.as_ref()?.loss,
+        outcome.result.as_ref()?.loss,
+    ))
 }
 
 #[cfg(test)]

@@ -1,19 +1,55 @@
-//! What a dry run says of the rows, as a small table.
+//! What a dry run says of the rows and of the job, as a small table.
 
 use crate::{
-    cli::output::{Failure, Out, aligned},
-    v1::{DataStatistics, TokenCounts},
+    cli::output::{Failure, Out, aligned, bytes, seconds_of, span},
+    v1::{DataStatistics, TokenCounts, TrainingEstimate},
 };
 
 /// Labels that are shown; JSON has them all.
 const SHOWN: usize = 20;
 
-/// Prints what is known of a job's rows; nothing that is nothing.
-pub(crate) fn print(out: Out, found: &DataStatistics) -> Result<(), Failure> {
-    for line in aligned(&[], &lines(found)) {
+/// Prints what is known of a job's rows, and what it would take; nothing that is nothing.
+pub(crate) fn print(
+    out: Out,
+    found: &DataStatistics,
+    estimate: Option<&TrainingEstimate>,
+) -> Result<(), Failure> {
+    let mut rows = lines(found);
+    rows.extend(estimate.into_iter().flat_map(prospects));
+    for line in aligned(&[], &rows) {
         out.line(line)?;
     }
     Ok(())
+}
+
+/// What a job would take.
+fn prospects(estimate: &TrainingEstimate) -> Vec<Vec<String>> {
+    let mut rows = Vec::new();
+    let mut row = |name: &str, text: String| rows.push(vec![name.to_owned(), text]);
+    match &estimate.duration {
+        Some(duration) => row(
+            "would take",
+            format!(
+                "{} at {:.0} tokens a second, as tried just now",
+                span(seconds_of(duration)),
+                estimate.tokens_per_second
+            ),
+        ),
+        None => row("would take", format!("not known: {}", estimate.unmeasured)),
+    }
+    if estimate.trained_parameters > 0 {
+        let text = format!(
+            "{} parameters, in {} at most",
+            estimate.trained_parameters,
+            bytes(estimate.peak_bytes)
+        );
+        row("would train", text);
+    }
+    match estimate.queue_position {
+        0 => row("would start", "at once".to_owned()),
+        jobs => row("would start", format!("after {jobs} others")),
+    }
+    rows
 }
 
 fn lines(found: &DataStatistics) -> Vec<Vec<String>> {
@@ -113,6 +149,27 @@ mod tests {
             ..Default::default()
         };
         let told = |found: &DataStatistics| aligned(&[], &lines(found));
+        let mut estimate = TrainingEstimate {
+            duration: Some(prost_types::Duration {
+                seconds: 75,
+                nanos: 0,
+            }),
+            tokens_per_second: 512.4,
+            trained_parameters: 2_442_240,
+            peak_bytes: 100 << 20,
+            ..Default::default()
+        };
+        let prospect = |estimate: &TrainingEstimate| aligned(&[], &prospects(estimate)).join("\n");
+        assert_eq!(
+            prospect(&estimate),
+            "would take   1m15s at 512 tokens a second, as tried just now\n\
+             would train  2442240 parameters, in 100.0 MiB at most\n\
+             would start  at once"
+        );
+        (estimate.duration, estimate.queue_position) = (None, 3);
+        estimate.unmeasured = "the engine is full".to_owned();
+        assert!(prospect(&estimate).starts_with("would take   not known: the engine is full"));
+        assert!(prospect(&estimate).ends_with("would start  after 3 others"));
         assert_eq!(
             told(&found),
             [

@@ -290,7 +290,7 @@ impl Train {
             } else {
                 print_report(*out, reply.report.as_ref())?;
                 if let Some(found) = &reply.statistics {
-                    statistics::print(*out, found)?;
+                    statistics::print(*out, found, reply.estimate.as_ref())?;
                 }
                 match reply.job {
                     Some(job) if !self.dry_run => print_job(*out, &job)?,

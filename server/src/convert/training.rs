@@ -10,6 +10,7 @@ use prost_types::Duration;
 use tonic::Code;
 
 use super::adapter::{ProfileLimits, aliases, profile, profile_reply, timestamp};
+use super::outcome;
 use crate::datasets::{DataShape, Dataset};
 use crate::jobs::{
     DataInput, DataSource, DataStats, Event, Finding, Happening, HyperRequest, Job, JobFailure,
@@ -349,6 +350,9 @@ fn lora_request(given: v1::LoraConfig) -> LoraRequest {
 pub(crate) fn job(job: Job) -> v1::TrainingJob {
     v1::TrainingJob {
         name: job.name.to_string(),
+        choices: job.spec.choices.iter().map(outcome::choice).collect(),
+        lineage: Some(outcome::lineage(&job.spec)),
+        outcome: job.outcome.map(outcome::outcome),
         spec: Some(spec(job.spec)),
         state: state(job.state),
         progress: Some(progress(&job.progress)),
@@ -473,7 +477,7 @@ fn hyper_reply(spec: &JobSpec) -> v1::HyperParameters {
         ),
         checkpoint_every_steps: hyper.checkpoint_steps,
         max_example_tokens: u32::try_from(spec.max_example_tokens).ok(),
-        shuffle: Some(true),
+        shuffle: Some(hyper.shuffle),
         lora_plus_ratio: Some(hyper.lora_plus_ratio),
     }
 }
@@ -505,6 +509,7 @@ pub(crate) fn state(state: JobState) -> i32 {
         JobState::Succeeded => v1::TrainingJobState::Succeeded,
         JobState::Failed => v1::TrainingJobState::Failed,
         JobState::Cancelled => v1::TrainingJobState::Cancelled,
+        JobState::Paused => v1::TrainingJobState::Paused,
     }
     .into()
 }
@@ -521,6 +526,8 @@ fn progress(progress: &Progress) -> v1::TrainingProgress {
         validation_loss: progress.valid_loss,
         validation_accuracy: progress.valid_accuracy,
         validation_perplexity: progress.valid_perplexity,
+        baseline_loss: progress.baseline_loss,
+        baseline_accuracy: progress.baseline_accuracy,
         best_step: progress.best_step,
         tokens: progress.tokens,
         tokens_per_second: progress.tokens_per_second,

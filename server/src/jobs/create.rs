@@ -7,6 +7,7 @@ use espalier_adapters::weights::AdapterWeights;
 use rusqlite::Transaction;
 
 use super::defaults::{self, Choices};
+use super::estimate::Estimate;
 use super::events::{DataStats, Job, JobState, Progress};
 use super::plan::{Base, DataBytes, Material, Wanted};
 use super::rows::{self, NewJob};
@@ -36,14 +37,32 @@ pub struct Quote {
 
 struct Prepared {
     quote: Quote,
+    material: Material,
     train: DataBytes,
     valid: Option<DataBytes>,
 }
 
 impl JobService {
-    /// Checks a job and says what it would do; stores nothing.
-    pub async fn quote(&self, request: JobRequest) -> Result<Quote, JobError> {
-        Ok(self.prepare(request).await?.quote)
+    /// Checks a job and says what it would do and take; stores nothing.
+    pub async fn quote(&self, request: JobRequest) -> Result<(Quote, Estimate), JobError> {
+        let tenant = request.adapter.tenant.clone();
+        let Prepared {
+            quote, material, ..
+        } = self.prepare(request).await?;
+        let (service, spec) = (self.clone(), quote.spec.clone());
+        let plan = self
+            .inner
+            .parts
+            .store
+            .run(move |_| {
+                let parts = &service.inner.parts;
+                Ok(initial_weights(&spec, parts)
+                    .map(|init| (material.plan(&spec, &parts.base, init), spec)))
+            })
+            .await?;
+        let (plan, spec) = plan?;
+        let estimate = self.estimate(tenant, &spec, plan).await?;
+        Ok((quote, estimate))
     }
 
     /// Checks a job, stores it and queues it. Durable when this returns. The same request id and payload gives the first job.
@@ -179,13 +198,14 @@ impl JobService {
                 let sources = Sources { data, validation };
                 let parts = &service.inner.parts;
                 Ok(
-                    quote(&request, sources, from, &train, valid.as_ref(), parts).map(|quote| {
-                        Prepared {
+                    quote(&request, sources, from, &train, valid.as_ref(), parts).map(
+                        |(quote, material)| Prepared {
                             quote,
+                            material,
                             train,
                             valid,
-                        }
-                    }),
+                        },
+                    ),
                 )
             })
             .await?
@@ -283,7 +303,7 @@ fn quote(
     train: &DataBytes,
     valid: Option<&DataBytes>,
     parts: &Parts,
-) -> Result<Quote, JobError> {
+) -> Result<(Quote, Material), JobError> {
     let (limits, base) = (&parts.limits, &parts.base);
     let mut data_limits = parts.datasets.limits().data;
     let longest = limits.max_example_tokens.min(base.max_tokens);
@@ -415,13 +435,14 @@ fn quote(
         base_digest: base.digest.clone(),
         choices: choices.0,
     };
-    Ok(Quote {
+    let quote = Quote {
         spec,
         stats,
         statistics,
         total_steps,
-        warnings: material.warnings,
-    })
+        warnings: material.warnings.clone(),
+    };
+    Ok((quote, material))
 }
 
 /// The version to go on from is usable and made for this base.
@@ -551,6 +572,8 @@ impl Quote {
             last_sequence: 0,
             attempt: 0,
             cancel_asked: false,
+            pause_asked: false,
+            outcome: None,
             create_time: now_ms(),
             start_time: None,
             end_time: None,

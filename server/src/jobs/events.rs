@@ -23,6 +23,8 @@ pub enum JobState {
     Failed,
     /// Ended by a call of Cancel.
     Cancelled,
+    /// Put aside by a call of Pause.
+    Paused,
 }
 
 impl JobState {
@@ -35,6 +37,7 @@ impl JobState {
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",
             Self::Cancelled => "cancelled",
+            Self::Paused => "paused",
         }
     }
 
@@ -47,6 +50,7 @@ impl JobState {
             Self::Succeeded,
             Self::Failed,
             Self::Cancelled,
+            Self::Paused,
         ]
         .into_iter()
         .find(|state| state.as_str() == word)
@@ -95,6 +99,10 @@ pub struct Progress {
     pub valid_perplexity: Option<f64>,
     /// The step of the best evaluation.
     pub best_step: Option<u64>,
+    /// The loss of what training starts from.
+    pub baseline_loss: Option<f64>,
+    /// Its accuracy.
+    pub baseline_accuracy: Option<f64>,
     /// The step of the last evaluation.
     pub evaluated_step: Option<u64>,
     /// The step of the last diagnosis.
@@ -105,6 +113,51 @@ pub struct Progress {
     pub tokens_per_second: f64,
     /// Estimated seconds to the end.
     pub eta_seconds: Option<f64>,
+}
+
+/// An evaluation of a job's result, or of what it started from.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// The step after which it was made.
+    pub step: u64,
+    /// Its loss.
+    pub loss: f64,
+    /// Its accuracy.
+    pub accuracy: f64,
+    /// Its perplexity, of raw text.
+    pub perplexity: Option<f64>,
+}
+
+/// What came of a job and what it cost. Times are those since its last start.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Outcome {
+    /// What training started from.
+    pub baseline: Option<Measured>,
+    /// What the version holds.
+    pub result: Option<Measured>,
+    /// The step whose weights the version holds.
+    pub kept_step: u64,
+    /// Evaluations without improvement ended it.
+    pub stopped_early: bool,
+    /// Numbers that were trained.
+    pub trained_parameters: u64,
+    /// Bytes of the version's files.
+    pub size_bytes: u64,
+    /// Bytes that it held at most, beside the base.
+    pub peak_bytes: u64,
+    /// Seconds in which it held the machine.
+    pub held_seconds: f64,
+    /// Seconds in which it waited while others had it.
+    pub waited_seconds: f64,
+    /// Turns.
+    pub quanta: u64,
+    /// Seconds of the longest.
+    pub longest_quantum_seconds: f64,
+    /// Passes that it shared with other jobs.
+    pub shared_passes: u64,
+    /// What training added to the time of running requests' steps, as a share of it.
+    pub tpot_impact: f64,
 }
 
 /// Counts of a job's data.
@@ -240,6 +293,10 @@ pub struct Job {
     pub attempt: u32,
     /// Whether it was told to end.
     pub cancel_asked: bool,
+    /// Whether it was told to pause.
+    pub pause_asked: bool,
+    /// What came of it and what it cost.
+    pub outcome: Option<Outcome>,
     /// Unix milliseconds.
     pub create_time: i64,
     /// When it first ran.

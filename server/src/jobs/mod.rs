@@ -8,6 +8,7 @@
 
 mod create;
 mod defaults;
+mod estimate;
 mod events;
 mod plan;
 mod rows;
@@ -31,7 +32,10 @@ use tokio::sync::{Notify, mpsc, watch as signal};
 
 pub use create::Quote;
 pub use defaults::Choice;
-pub use events::{DataStats, Event, Finding, Happening, Job, JobFailure, JobState, Progress};
+pub use estimate::Estimate;
+pub use events::{
+    DataStats, Event, Finding, Happening, Job, JobFailure, JobState, Measured, Outcome, Progress,
+};
 pub use plan::Base;
 pub use spec::{
     DataInput, DataSource, HyperRequest, JobLimits, JobMethod, JobRequest, JobSpec, LoraRequest,
@@ -157,8 +161,19 @@ pub(crate) struct JobKey(pub(crate) i64);
 pub struct Started {
     /// What happens, in order; closed without a last event when the engine died.
     pub events: mpsc::Receiver<JobEvent>,
-    /// Ends the job soon; its last event is `Cancelled`.
-    pub cancel: Box<dyn Fn() + Send + Sync>,
+    /// Ends the job soon.
+    pub end: Box<dyn Fn(Wish) + Send + Sync>,
+}
+
+/// How a job at work is to go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// As it is.
+    GoOn,
+    /// It ends at a checkpoint; its last event is `Suspended`.
+    Pause,
+    /// It ends; its last event is `Cancelled`.
+    Cancel,
 }
 
 /// Whoever trains: the engine, or in tests something that behaves like it.
@@ -176,7 +191,11 @@ impl Trainers for EngineHandle {
         let control = job.control;
         Ok(Started {
             events: job.events,
-            cancel: Box::new(move || control.cancel()),
+            end: Box::new(move |wish| match wish {
+                Wish::GoOn => {}
+                Wish::Pause => control.suspend(),
+                Wish::Cancel => control.cancel(),
+            }),
         })
     }
 }
@@ -213,7 +232,7 @@ struct Inner {
     /// By job: the number of its last event, for watchers.
     signals: DashMap<JobKey, signal::Sender<u64>>,
     /// Jobs at work, and how to tell them to end.
-    at_work: Mutex<HashMap<JobKey, signal::Sender<bool>>>,
+    at_work: Mutex<HashMap<JobKey, signal::Sender<Wish>>>,
     stopping: signal::Sender<bool>,
 }
 
@@ -283,40 +302,109 @@ impl JobService {
                     });
                 }
                 rows::ask_cancel(tx, key)?;
-                if job.state == JobState::Queued {
-                    rows::change_state(
-                        tx,
-                        key,
-                        JobState::Cancelled,
-                        "cancelled before it ran",
-                        None,
-                    )?;
+                let (state, why) = (JobState::Cancelled, "cancelled while it did not run");
+                if matches!(job.state, JobState::Queued | JobState::Paused) {
+                    rows::change_state(tx, key, state, why, None)?;
                 }
                 Ok(key)
             })
             .await?;
         if let Some(ends) = self.at_work().get(&key) {
-            ends.send_replace(true);
+            ends.send_replace(Wish::Cancel);
         }
         self.ring(key).await?;
-        let ended = async {
+        self.settled(key, name, JobState::is_final).await
+    }
+
+    /// Puts a job aside, until [`JobService::resume`]. One that waits is put aside at once, one at work at its next breath: its
+    /// steps so far are in a checkpoint, and it holds no memory. It waits for that briefly.
+    pub async fn pause(&self, name: JobName) -> Result<Job, JobError> {
+        let wanted = name.clone();
+        let key = self
+            .inner
+            .parts
+            .database
+            .write(move |tx| {
+                let (key, job) = rows::by_name(tx, &wanted)?;
+                if job.state.is_final() {
+                    return Err(JobError::InvalidState {
+                        name: wanted,
+                        state: job.state,
+                    });
+                }
+                rows::ask_pause(tx, key, true)?;
+                if job.state == JobState::Queued {
+                    rows::set_aside(tx, key, "paused")?;
+                }
+                Ok(key)
+            })
+            .await?;
+        if let Some(wish) = self.at_work().get(&key) {
+            wish.send_if_modified(|wish| match wish {
+                Wish::GoOn => {
+                    *wish = Wish::Pause;
+                    true
+                }
+                Wish::Pause | Wish::Cancel => false,
+            });
+        }
+        self.ring(key).await?;
+        let rests = |state: JobState| state == JobState::Paused || state.is_final();
+        self.settled(key, name, rests).await
+    }
+
+    /// Queues a paused job. One that is about to be put aside goes on after that.
+    pub async fn resume(&self, name: JobName) -> Result<Job, JobError> {
+        let wanted = name.clone();
+        let key = self
+            .inner
+            .parts
+            .database
+            .write(move |tx| {
+                let (key, job) = rows::by_name(tx, &wanted)?;
+                if !job.pause_asked || job.state.is_final() {
+                    return Err(JobError::InvalidState {
+                        name: wanted,
+                        state: job.state,
+                    });
+                }
+                rows::ask_pause(tx, key, false)?;
+                if job.state == JobState::Paused {
+                    rows::set_aside(tx, key, "resumed")?;
+                }
+                Ok(key)
+            })
+            .await?;
+        self.ring(key).await?;
+        self.inner.bell.notify_one();
+        self.get(name).await
+    }
+
+    /// The job once its state is as wanted, or as it is after a short while.
+    async fn settled(
+        &self,
+        key: JobKey,
+        name: JobName,
+        wanted: impl Fn(JobState) -> bool,
+    ) -> Result<Job, JobError> {
+        let settled = async {
             loop {
                 let mut changed = self.signal_of(key).subscribe();
                 let job = self.get(name.clone()).await?;
-                if job.state.is_final() {
+                if wanted(job.state) {
                     return Ok(job);
                 }
                 // A closed signal means that the job has ended; the next look tells.
                 let _ = changed.changed().await;
             }
         };
-        match tokio::time::timeout(std::time::Duration::from_secs(5), ended).await {
+        match tokio::time::timeout(std::time::Duration::from_secs(5), settled).await {
             Ok(job) => job,
             Err(_) => self.get(name).await,
         }
     }
 
-    fn at_work(&self) -> std::sync::MutexGuard<'_, HashMap<JobKey, signal::Sender<bool>>> {
+    fn at_work(&self) -> std::sync::MutexGuard<'_, HashMap<JobKey, signal::Sender<Wish>>> {
         self.inner
             .at_work
             .lock()

@@ -5,16 +5,13 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
-use super::events::{DataStats, Event, Happening, Job, JobFailure, JobState, Progress};
+use super::events::{DataStats, Event, Happening, Job, JobFailure, JobState, Outcome, Progress};
 use super::spec::JobSpec;
 use super::{JobError, JobKey};
 use crate::artifact_store::BlobDigest;
 use crate::database::{DatabaseError, now_ms};
 use crate::names::{AdapterName, JobId, JobName, TenantId, TenantName};
 use crate::paging::PageRequest;
-
-/// The states of jobs that have not ended, as SQL.
-const UNFINISHED: &str = "('queued', 'preparing', 'running')";
 
 pub(super) fn damaged(column: &'static str, reason: impl std::fmt::Display) -> JobError {
     JobError::Database(DatabaseError::Damaged {
@@ -143,21 +140,22 @@ pub(super) fn change_state(
     Ok(())
 }
 
-/// Names the version that a job made.
-pub(super) fn set_version(
+/// Names the version that a job made, and what it cost.
+pub(super) fn set_result(
     tx: &Transaction<'_>,
     key: JobKey,
     version: &str,
+    outcome: &Outcome,
 ) -> Result<(), JobError> {
     tx.execute(
-        "UPDATE jobs SET version = ?2 WHERE id = ?1",
-        (key.0, version),
+        "UPDATE jobs SET version = ?2, outcome = ?3 WHERE id = ?1",
+        (key.0, version, to_json("jobs.outcome", outcome)?),
     )?;
     Ok(())
 }
 
 const COLUMNS: &str = "id, tenant, job, state, error, spec, stats, progress, version, next_seq, attempt, cancel_asked, \
-     create_time, start_time, end_time";
+     create_time, start_time, end_time, pause_asked, outcome";
 
 fn job_row(row: &Row<'_>) -> Result<(JobKey, Job), JobError> {
     let text = |index: usize| row.get::<_, String>(index);
@@ -166,6 +164,7 @@ fn job_row(row: &Row<'_>) -> Result<(JobKey, Job), JobError> {
     let state = text(3)?;
     let error: Option<String> = row.get(4)?;
     let next: u64 = row.get(9)?;
+    let outcome: Option<String> = row.get(16)?;
     let job = Job {
         name: JobName::new(tenant, id),
         state: JobState::parse(&state).ok_or_else(|| damaged("jobs.state", state))?,
@@ -180,6 +179,10 @@ fn job_row(row: &Row<'_>) -> Result<(JobKey, Job), JobError> {
         create_time: row.get(12)?,
         start_time: row.get(13)?,
         end_time: row.get(14)?,
+        pause_asked: row.get(15)?,
+        outcome: outcome
+            .map(|outcome| from_json("jobs.outcome", &outcome))
+            .transpose()?,
     };
     Ok((JobKey(row.get(0)?), job))
 }
@@ -248,13 +251,13 @@ pub(super) fn list(
 
 /// Jobs of a tenant that have not ended.
 pub(super) fn unfinished_of(tx: &Transaction<'_>, tenant: &TenantId) -> Result<usize, JobError> {
-    let sql = format!("SELECT count(*) FROM jobs WHERE tenant = ?1 AND state IN {UNFINISHED}");
-    Ok(tx.query_row(&sql, [tenant.as_str()], |row| row.get(0))?)
+    let sql = "SELECT count(*) FROM unfinished_jobs WHERE tenant = ?1";
+    Ok(tx.query_row(sql, [tenant.as_str()], |row| row.get(0))?)
 }
 
 /// All jobs that have not ended, oldest first.
 pub(super) fn unfinished(tx: &Transaction<'_>) -> Result<Vec<(JobKey, Job)>, JobError> {
-    let sql = format!("SELECT {COLUMNS} FROM jobs WHERE state IN {UNFINISHED} ORDER BY id");
+    let sql = format!("SELECT {COLUMNS} FROM unfinished_jobs ORDER BY id");
     let mut query = tx.prepare(&sql)?;
     let rows = query
         .query_map([], |row| Ok(job_row(row)))?
@@ -283,6 +286,40 @@ pub(super) fn claim(tx: &Transaction<'_>) -> Result<Option<(JobKey, Job)>, JobEr
     )?;
     change_state(tx, key, JobState::Preparing, "its turn came", None)?;
     Ok(Some((key, by_key(tx, key)?)))
+}
+
+/// Puts a job that has not ended back in the queue, or aside when it was told to pause.
+pub(super) fn set_aside(tx: &Transaction<'_>, key: JobKey, reason: &str) -> Result<(), JobError> {
+    let (_, pause) = asked(tx, key)?;
+    if pause {
+        change_state(tx, key, JobState::Paused, "paused", None)
+    } else {
+        change_state(tx, key, JobState::Queued, reason, None)
+    }
+}
+
+/// Whether a job was told to end, and to pause.
+pub(super) fn asked(tx: &Transaction<'_>, key: JobKey) -> Result<(bool, bool), JobError> {
+    Ok(tx.query_row(
+        "SELECT cancel_asked, pause_asked FROM jobs WHERE id = ?1",
+        [key.0],
+        |row| Ok((row.get(0)?, row.get(1)?)),
+    )?)
+}
+
+/// Notes whether a job is to be put aside.
+pub(super) fn ask_pause(tx: &Transaction<'_>, key: JobKey, pause: bool) -> Result<(), JobError> {
+    tx.execute(
+        "UPDATE jobs SET pause_asked = ?2 WHERE id = ?1",
+        (key.0, pause),
+    )?;
+    Ok(())
+}
+
+/// Jobs that wait for a place.
+pub(super) fn queued(tx: &Transaction<'_>) -> Result<u32, JobError> {
+    let sql = "SELECT count(*) FROM jobs WHERE state = 'queued'";
+    Ok(tx.query_row(sql, [], |row| row.get(0))?)
 }
 
 /// Notes that a job is to end.

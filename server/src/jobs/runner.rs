@@ -9,15 +9,17 @@ use std::time::{Duration, Instant};
 
 use espalier_adapters::peft;
 use espalier_engine::error::EngineError;
-use espalier_engine::train::trainer::{Diagnosis, Finished, StepReport, TrainEvent, TrainPlan};
-use espalier_engine::train::{JobEvent, TrainingSubmission};
+use espalier_engine::train::trainer::{
+    Diagnosis, EvalReport, Finished, StepReport, Summary, TrainEvent, TrainPlan,
+};
+use espalier_engine::train::{JobEvent, TrainingImpact, TrainingSubmission};
 use tokio::sync::watch as signal;
 
 use super::create::initial_weights;
-use super::events::{Finding, Happening, Job, JobFailure, JobState, Progress};
+use super::events::{Finding, Happening, Job, JobFailure, JobState, Measured, Outcome, Progress};
 use super::plan::{DataBytes, Material, Wanted};
 use super::spec::{JobSpec, Validation};
-use super::{JobError, JobKey, JobService, Started, rows};
+use super::{JobError, JobKey, JobService, Started, Wish, rows};
 use crate::artifact_store::BlobDigest;
 use crate::names::{AdapterName, Alias, VersionName};
 use crate::registry::{self, AliasPlan, NewVersion, Provenance, Publish, RegistryError};
@@ -51,11 +53,11 @@ struct Run {
     progress: Progress,
     /// When and at how many tokens the rate was last measured.
     measured: Option<(Instant, u64, u64)>,
-    cancel: signal::Receiver<bool>,
+    wish: signal::Receiver<Wish>,
 }
 
 impl JobService {
-    /// Puts every job that had not ended back in the queue; ends those that were told to.
+    /// Puts every job that was at work back in the queue, or aside if it was told to pause; ends those that were told to.
     pub(super) async fn recover(&self) -> Result<(), JobError> {
         self.inner
             .parts
@@ -65,10 +67,10 @@ impl JobService {
                     if job.cancel_asked {
                         let why = "cancelled before the server stopped";
                         rows::change_state(tx, key, JobState::Cancelled, why, None)?;
-                    } else if job.state != JobState::Queued {
+                    } else if matches!(job.state, JobState::Preparing | JobState::Running) {
                         let why =
                             "the server was restarted; the job goes on from its last checkpoint";
-                        rows::change_state(tx, key, JobState::Queued, why, None)?;
+                        rows::set_aside(tx, key, why)?;
                     }
                 }
                 Ok(())
@@ -99,7 +101,7 @@ impl JobService {
     }
 
     fn launch(self, key: JobKey, job: Job) {
-        let (sender, cancel) = signal::channel(job.cancel_asked);
+        let (sender, wish) = signal::channel(Wish::GoOn);
         self.at_work().insert(key, sender);
         let progress = job.progress.clone();
         let name = job.name.to_string();
@@ -108,7 +110,7 @@ impl JobService {
             job,
             progress,
             measured: None,
-            cancel,
+            wish,
         };
         tokio::spawn(async move {
             tracing::info!(job = name, "a training job starts");
@@ -136,7 +138,9 @@ impl JobService {
             Ending::Done => return self.after(&run).await,
             Ending::Later { reason, pause } => {
                 tokio::time::sleep(pause).await;
-                (JobState::Queued, reason.to_owned(), None)
+                self.write(move |tx| rows::set_aside(tx, key, reason))
+                    .await?;
+                return self.after(&run).await;
             }
             Ending::Failed(failure) => (JobState::Failed, failure.message.clone(), Some(failure)),
             Ending::Cancelled => (JobState::Cancelled, "cancelled".to_owned(), None),
@@ -162,8 +166,10 @@ impl JobService {
 
     async fn train(&self, run: &mut Run) -> Result<Ending, JobError> {
         let submission = self.prepare_run(run).await?;
-        if *run.cancel.borrow() {
-            return Ok(Ending::Cancelled);
+        match self.wish_of(run).await? {
+            Wish::GoOn => {}
+            Wish::Pause => return Ok(aside()),
+            Wish::Cancel => return Ok(Ending::Cancelled),
         }
         let started = match self.inner.trainers.start(submission) {
             Ok(started) => started,
@@ -177,6 +183,17 @@ impl JobService {
             Err(error) => return Err(error.into()),
         };
         self.follow(run, started).await
+    }
+
+    /// What the job was told up to now, before it could hear of it.
+    async fn wish_of(&self, run: &Run) -> Result<Wish, JobError> {
+        let (key, database) = (run.key, &self.inner.parts.database);
+        let asked = database.read(move |tx| rows::asked(tx, key)).await?;
+        Ok(match asked {
+            (true, _) => Wish::Cancel,
+            (false, true) => Wish::Pause,
+            (false, false) => Wish::GoOn,
+        })
     }
 
     /// Reads what the job needs and builds the trainer's plan, beside the runtime.
@@ -254,15 +271,13 @@ impl JobService {
 
     /// Stores what the trainer reports until it has ended.
     async fn follow(&self, run: &mut Run, mut started: Started) -> Result<Ending, JobError> {
-        let mut told = false;
+        let mut told = Wish::GoOn;
         loop {
             let event = tokio::select! {
                 event = started.events.recv() => event,
-                asked = run.cancel.wait_for(|cancel| *cancel), if !told => {
-                    told = true;
-                    if asked.is_ok() {
-                        (started.cancel)();
-                    }
+                Ok(wish) = run.wish.wait_for(|wish| *wish != told) => {
+                    told = *wish;
+                    (started.end)(told);
                     continue;
                 }
             };
@@ -305,7 +320,7 @@ impl JobService {
     /// What an event that is no progress means; `None` when the job goes on.
     async fn end(&self, run: &mut Run, event: JobEvent) -> Result<Option<Ending>, JobError> {
         Ok(match event {
-            JobEvent::Started => {
+            JobEvent::Started(_) => {
                 let key = run.key;
                 self.write(move |tx| {
                     rows::change_state(tx, key, JobState::Running, "training began", None)
@@ -315,7 +330,9 @@ impl JobService {
                 None
             }
             JobEvent::Progress(_) => None,
-            JobEvent::Finished { finished, .. } => Some(self.publish(run, *finished).await?),
+            JobEvent::Finished { finished, impact } => {
+                Some(self.publish(run, *finished, impact).await?)
+            }
             JobEvent::Cancelled => Some(Ending::Cancelled),
             JobEvent::Suspended => Some(draining()),
             JobEvent::Failed(error) => return Err(error.into()),
@@ -366,10 +383,16 @@ impl JobService {
     }
 
     /// Stores the result and, in one transaction, publishes it and ends the job.
-    async fn publish(&self, run: &mut Run, finished: Finished) -> Result<Ending, JobError> {
+    async fn publish(
+        &self,
+        run: &mut Run,
+        finished: Finished,
+        impact: TrainingImpact,
+    ) -> Result<Ending, JobError> {
         let service = self.clone();
         let summary = finished.summary;
         let artifact = finished.artifact;
+        let outcome = outcome(&run.job.spec, &summary, impact, artifact.bytes() as u64);
         let (pin, version) = self
             .inner
             .parts
@@ -418,6 +441,10 @@ impl JobService {
             let perplexity = spec.method.perplexity(best.loss);
             metrics.extend(perplexity.map(|value| ("perplexity".to_owned(), value)));
         }
+        if let Some(baseline) = summary.baseline {
+            metrics.insert("baseline_loss".to_owned(), baseline.loss);
+            metrics.insert("baseline_accuracy".to_owned(), baseline.accuracy);
+        }
         metrics.retain(|_, value| value.is_finite());
         let publish = Publish {
             adapter: adapter.clone(),
@@ -440,7 +467,7 @@ impl JobService {
                     return Ok(None);
                 }
                 let name = registry::publish_in(tx, &publish, &names)?;
-                rows::set_version(tx, key, &name.to_string())?;
+                rows::set_result(tx, key, &name.to_string(), &outcome)?;
                 let happening = Happening::Published {
                     version: name.to_string(),
                     digest: publish.version.digest.to_string(),
@@ -481,6 +508,39 @@ impl JobService {
                 answer => return answer,
             }
         }
+    }
+}
+
+/// A job that is put aside: its row says that it was told to pause.
+fn aside() -> Ending {
+    Ending::Later {
+        reason: "paused",
+        pause: Duration::ZERO,
+    }
+}
+
+/// What came of a run and what it cost.
+fn outcome(spec: &JobSpec, summary: &Summary, impact: TrainingImpact, size_bytes: u64) -> Outcome {
+    let measured = |report: EvalReport| Measured {
+        step: report.step,
+        loss: finite(report.loss),
+        accuracy: finite(report.accuracy),
+        perplexity: spec.method.perplexity(report.loss),
+    };
+    Outcome {
+        baseline: summary.baseline.map(measured),
+        result: summary.best.map(measured),
+        kept_step: summary.kept_step,
+        stopped_early: summary.stopped_early,
+        trained_parameters: summary.footprint.parameters,
+        size_bytes,
+        peak_bytes: summary.footprint.bytes,
+        held_seconds: impact.held.as_secs_f64(),
+        waited_seconds: impact.waited.as_secs_f64(),
+        quanta: impact.quanta,
+        longest_quantum_seconds: impact.longest_quantum.as_secs_f64(),
+        shared_passes: impact.shared_passes,
+        tpot_impact: finite(impact.tpot_impact),
     }
 }
 
@@ -535,6 +595,10 @@ impl Run {
                 let perplexity = self.job.spec.method.perplexity(report.loss);
                 let progress = &mut self.progress;
                 progress.evaluated_step = Some(report.step);
+                if report.step == 0 {
+                    progress.baseline_loss = Some(finite(report.loss));
+                    progress.baseline_accuracy = Some(finite(report.accuracy));
+                }
                 progress.valid_perplexity = perplexity;
                 progress.valid_loss = Some(finite(report.loss));
                 progress.valid_accuracy = Some(finite(report.accuracy));

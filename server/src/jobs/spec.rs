@@ -65,6 +65,19 @@ pub enum JobMethod {
     },
 }
 
+impl JobSpec {
+    /// Whether a head is all that is trained.
+    pub(super) fn head_only(&self) -> bool {
+        matches!(
+            self.method,
+            JobMethod::Classification {
+                head_only: true,
+                ..
+            }
+        )
+    }
+}
+
 impl JobMethod {
     /// The kinds of rows that it learns from.
     pub(super) fn kinds(&self) -> &'static [Kind] {

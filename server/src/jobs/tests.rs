@@ -10,7 +10,9 @@ use espalier_adapters::profile::ServingProfile;
 use espalier_adapters::train::dataset::{ColumnNames, DataLimits, Format};
 use espalier_adapters::weights::{AdapterWeights, ScoreHead};
 use espalier_engine::model;
-use espalier_engine::train::trainer::{EvalReport, Finished, StepReport, Summary, TrainEvent};
+use espalier_engine::train::trainer::{
+    EvalReport, Finished, Footprint, StepReport, Summary, TrainEvent,
+};
 
 use super::*;
 use crate::database::RequestKey;
@@ -21,6 +23,9 @@ use crate::registry::RegistryLimits;
 
 /// Steps of a job here; a checkpoint comes after every fourth.
 const STEPS: u64 = 10;
+
+/// Steps that a held trainer does.
+const HELD: u64 = 5;
 
 /// Takes jobs as the engine does: a pure function of plan and checkpoint. It stops dead after `die_after` steps, as a killed
 /// process would, and waits before each step while `hold` is set.
@@ -64,10 +69,16 @@ fn write(
     peft::write(config, weights).unwrap()
 }
 
+fn checkpoint(step: u64, seed: u64) -> TrainEvent {
+    let mut bytes = step.to_le_bytes().to_vec();
+    bytes.extend(seed.to_le_bytes());
+    TrainEvent::Checkpoint { step, bytes }
+}
+
 impl Trainers for Fake {
     fn start(&self, submission: TrainingSubmission) -> Result<Started, EngineError> {
         let (sender, events) = mpsc::channel(4);
-        let cancelled = Arc::new(AtomicBool::new(false));
+        let told = Arc::new(Mutex::new(Wish::GoOn));
         let first = submission.checkpoint.as_ref().map_or(0, |bytes| {
             u64::from_le_bytes(bytes[..8].try_into().unwrap())
         });
@@ -77,22 +88,27 @@ impl Trainers for Fake {
             .push((submission.job.clone(), first));
         let busy = self.busy.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(busy, Ordering::SeqCst);
-        let (stop, hold, die) = (
-            Arc::clone(&cancelled),
-            Arc::clone(&self.hold),
-            self.die_after,
-        );
+        let (stop, hold, die) = (Arc::clone(&told), Arc::clone(&self.hold), self.die_after);
         let count = Arc::clone(&self.busy);
         tokio::spawn(async move {
             let seed = submission.plan.seed;
-            let _ = sender.send(JobEvent::Started).await;
+            let _ = sender.send(JobEvent::Started(Footprint::default())).await;
             for step in first + 1..=STEPS {
-                while hold.load(Ordering::SeqCst) && !stop.load(Ordering::SeqCst) {
+                let wish = || *stop.lock().unwrap();
+                while step > HELD && hold.load(Ordering::SeqCst) && wish() == Wish::GoOn {
                     tokio::time::sleep(Duration::from_millis(2)).await;
                 }
-                if stop.load(Ordering::SeqCst) {
+                if wish() != Wish::GoOn {
                     count.fetch_sub(1, Ordering::SeqCst);
-                    let _ = sender.send(JobEvent::Cancelled).await;
+                    let last = match wish() {
+                        Wish::Pause => {
+                            let event = checkpoint(step - 1, seed);
+                            let _ = sender.send(JobEvent::Progress(event)).await;
+                            JobEvent::Suspended
+                        }
+                        _ => JobEvent::Cancelled,
+                    };
+                    let _ = sender.send(last).await;
                     return;
                 }
                 let report = StepReport {
@@ -106,9 +122,7 @@ impl Trainers for Fake {
                     .send(JobEvent::Progress(TrainEvent::Step(report)))
                     .await;
                 if step % 4 == 0 {
-                    let mut bytes = step.to_le_bytes().to_vec();
-                    bytes.extend(seed.to_le_bytes());
-                    let event = TrainEvent::Checkpoint { step, bytes };
+                    let event = checkpoint(step, seed);
                     let _ = sender.send(JobEvent::Progress(event)).await;
                 }
                 if die == Some(step) {
@@ -144,7 +158,7 @@ impl Trainers for Fake {
         });
         Ok(Started {
             events,
-            cancel: Box::new(move || cancelled.store(true, Ordering::SeqCst)),
+            end: Box::new(move |wish| *told.lock().unwrap() = wish),
         })
     }
 }
@@ -440,6 +454,62 @@ async fn a_cancelled_job_never_publishes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_job_holds_nothing_and_goes_on_where_it_was() {
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let hold = Arc::new(AtomicBool::new(true));
+    let started: Arc<Mutex<Vec<(String, u64)>>> = Arc::default();
+    let fake = || Fake {
+        hold: Arc::clone(&hold),
+        started: Arc::clone(&started),
+        ..Fake::default()
+    };
+    let bench = open(&dir, fake()).await;
+    let mut names = Vec::new();
+    for seed in 0..3 {
+        let job = request("acme", "tickets", seed);
+        names.push(bench.jobs.create(job, None).await.unwrap().0.name);
+    }
+    until(&bench, &names[0], |job| job.state == JobState::Running).await;
+    let unasked = bench.jobs.resume(names[0].clone()).await;
+    assert!(matches!(unasked, Err(JobError::InvalidState { .. })));
+    // The first is at work, the third waits for a place; pausing twice changes nothing.
+    for name in [&names[2], &names[0], &names[0]] {
+        let job = bench.jobs.pause(name.clone()).await.unwrap();
+        assert_eq!((job.state, job.end_time), (JobState::Paused, None));
+    }
+    // A paused job that is cancelled ends at once.
+    let ended = bench.jobs.cancel(names[2].clone()).await.unwrap();
+    assert_eq!(ended.state, JobState::Cancelled);
+    let late = bench.jobs.pause(names[2].clone()).await;
+    assert!(matches!(late, Err(JobError::InvalidState { .. })));
+
+    // It stays aside over a restart.
+    drop(bench);
+    hold.store(false, Ordering::SeqCst);
+    let bench = open(&dir, fake()).await;
+    until(&bench, &names[1], |job| job.state.is_final()).await;
+    let still = bench.jobs.get(names[0].clone()).await.unwrap();
+    assert_eq!(still.state, JobState::Paused);
+    let queued = bench.jobs.resume(names[0].clone()).await.unwrap();
+    assert!(!queued.pause_asked);
+    let done = until(&bench, &names[0], |job| job.state.is_final()).await;
+    assert_eq!(done.state, JobState::Succeeded);
+    let story = watched(&bench, &names[0], 0).await;
+    let steps: Vec<u64> = story
+        .iter()
+        .filter_map(|event| match event.happening {
+            Happening::Step { step, .. } => Some(step),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>());
+    let first_steps = started.lock().unwrap();
+    let of_first = |(name, _): &&(String, u64)| *name == names[0].to_string();
+    let began: Vec<u64> = first_steps.iter().filter(of_first).map(|s| s.1).collect();
+    assert_eq!(began, [0, HELD]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancel_that_was_answered_survives_a_crash() {
     let dir = Arc::new(tempfile::tempdir().unwrap());
     let fake = Fake {
@@ -669,8 +739,13 @@ async fn what_cannot_work_is_refused_before_it_starts() {
     .await;
     assert!(matches!(error, JobError::TenantNotFound { .. }));
     // A dry run of a good job stores nothing either.
-    let quote = bench.jobs.quote(request("acme", "a", 1)).await.unwrap();
+    let (quote, estimate) = bench.jobs.quote(request("acme", "a", 1)).await.unwrap();
     assert_eq!(quote.stats.labels, ["no", "yes"]);
+    assert_eq!(
+        (estimate.queue_position, estimate.unmeasured.as_str()),
+        (0, "")
+    );
+    assert!(estimate.seconds.unwrap() > 0.0 && estimate.tokens_per_second > 0.0);
     let page = PageRequest {
         size: 9,
         after: None,

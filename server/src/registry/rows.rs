@@ -203,7 +203,7 @@ pub(super) fn refuse_if_in_job(
     );
     let job: Option<String> = tx
         .query_row(
-            "SELECT job FROM jobs WHERE tenant = ?1 AND state IN ('queued', 'preparing', 'running') \
+            "SELECT job FROM unfinished_jobs WHERE tenant = ?1 \
              AND (from_version LIKE ?2 OR (?3 AND adapter = (SELECT id FROM adapters WHERE tenant = ?1 AND adapter = ?4))) \
              LIMIT 1",
             (name.tenant.as_str(), &source, version.is_none(), name.adapter.as_str()),

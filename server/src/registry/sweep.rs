@@ -51,8 +51,7 @@ fn is_needed(tx: &Transaction<'_>, digest: BlobDigest) -> Result<bool, DatabaseE
     let mut query = tx.prepare_cached(
         "SELECT EXISTS (SELECT 1 FROM versions WHERE digest = ?1) OR EXISTS (SELECT 1 FROM datasets WHERE digest = ?1) \
          OR EXISTS (SELECT 1 FROM checkpoints WHERE digest = ?1) \
-         OR EXISTS (SELECT 1 FROM jobs WHERE state IN ('queued', 'preparing', 'running') \
-                    AND (train_digest = ?1 OR valid_digest = ?1))",
+         OR EXISTS (SELECT 1 FROM unfinished_jobs WHERE train_digest = ?1 OR valid_digest = ?1)",
     )?;
     Ok(query.query_row([digest.0.as_slice()], |row| row.get(0))?)
 }
@@ -74,9 +73,8 @@ fn sweep(
 fn needed(tx: &Transaction<'_>) -> Result<HashSet<BlobDigest>, DatabaseError> {
     let mut query = tx.prepare_cached(
         "SELECT digest FROM versions UNION SELECT digest FROM datasets UNION SELECT digest FROM checkpoints \
-         UNION SELECT train_digest FROM jobs WHERE state IN ('queued', 'preparing', 'running') \
-         UNION SELECT valid_digest FROM jobs \
-               WHERE state IN ('queued', 'preparing', 'running') AND valid_digest IS NOT NULL",
+         UNION SELECT train_digest FROM unfinished_jobs \
+         UNION SELECT valid_digest FROM unfinished_jobs WHERE valid_digest IS NOT NULL",
     )?;
     let rows = query
         .query_map([], |row| row.get::<_, [u8; 32]>(0))?

@@ -13,7 +13,7 @@ use super::adapter::profile_limits;
 use super::control::{Incoming, next_message, page, request_key};
 use crate::artifact_store::BlobDigest;
 use crate::config::Config;
-use crate::convert::training as convert;
+use crate::convert::{outcome, training as convert};
 use crate::datasets::{DatasetError, DatasetStore};
 use crate::jobs::{JobError, JobService};
 use crate::names::{DatasetId, DatasetName, JobId, JobName, TenantId, TenantName};
@@ -95,6 +95,7 @@ impl TrainingService {
             job: Some(convert::job(job)),
             report: Some(convert::report(&warnings, rows)),
             statistics: None,
+            estimate: None,
         })
     }
 
@@ -105,7 +106,7 @@ impl TrainingService {
         wanted: crate::jobs::JobRequest,
     ) -> Result<v1::CreateTrainingJobResponse, Refusal> {
         match self.jobs.quote(wanted).await {
-            Ok(quote) => {
+            Ok((quote, estimate)) => {
                 let rows = quote.stats.train_examples + quote.stats.valid_examples;
                 let report = convert::report(&quote.warnings, rows);
                 let statistics = convert::statistics(&quote.statistics);
@@ -119,6 +120,7 @@ impl TrainingService {
                     job: Some(job),
                     report: Some(report),
                     statistics: Some(statistics),
+                    estimate: Some(outcome::estimate(estimate)),
                 })
             }
             Err(JobError::Data {
@@ -127,6 +129,7 @@ impl TrainingService {
                 job: None,
                 report: Some(convert::report(&report, 0)),
                 statistics: statistics.as_deref().map(convert::statistics),
+                estimate: None,
             }),
             Err(error) => Err(error.into()),
         }
@@ -324,6 +327,26 @@ impl v1::training_service_server::TrainingService for TrainingService {
         let (call, message) = Call::of(request)?;
         let name = Self::job_name(&call, &message.name)?;
         let job = self.jobs.cancel(name).await.map_err(Refusal::from)?;
+        Ok(Response::new(convert::job(job)))
+    }
+
+    async fn pause_training_job(
+        &self,
+        request: Request<v1::PauseTrainingJobRequest>,
+    ) -> Result<Response<v1::TrainingJob>, Status> {
+        let (call, message) = Call::of(request)?;
+        let name = Self::job_name(&call, &message.name)?;
+        let job = self.jobs.pause(name).await.map_err(Refusal::from)?;
+        Ok(Response::new(convert::job(job)))
+    }
+
+    async fn resume_training_job(
+        &self,
+        request: Request<v1::ResumeTrainingJobRequest>,
+    ) -> Result<Response<v1::TrainingJob>, Status> {
+        let (call, message) = Call::of(request)?;
+        let name = Self::job_name(&call, &message.name)?;
+        let job = self.jobs.resume(name).await.map_err(Refusal::from)?;
         Ok(Response::new(convert::job(job)))
     }
 

@@ -170,6 +170,16 @@ impl<O: Ops> Scratch<O> {
 // === impl Workspace ===
 
 impl<O: Ops> Workspace<O> {
+    /// Bytes for each row of a pass that goes back too: a layer's activations, what its products make on both ways, the widest
+    /// input after dropout and DoRA's widest two outputs, and four rows of states.
+    pub fn row_bytes(ops: &O, config: &ModelConfig) -> usize {
+        let widest = config.hidden.max(config.q_width()).max(config.intermediate);
+        let both_ways = 2 * (config.hidden + config.q_width() + config.kv_width());
+        let back = config.q_width() + config.kv_width() + 2 * config.intermediate;
+        let numbers = both_ways + back + 3 * widest + 4 * config.hidden;
+        Activations::row_bytes(ops, config) + numbers * ops.working_bytes()
+    }
+
     /// Empty buffers; they grow with the first passes.
     pub fn new(ops: &O) -> Self {
         Self {

@@ -18,7 +18,7 @@ mod meeting;
 pub mod trainer;
 pub(crate) mod worker;
 
-pub use trainer::{Finished, TrainEvent, TrainPlan};
+pub use trainer::{Finished, Footprint, TrainEvent, TrainPlan};
 
 /// Events that a job may have unread. The trainer pauses, without holding the machine, when they are not taken.
 const EVENT_BUFFER: usize = 64;
@@ -50,7 +50,7 @@ pub struct TrainingJob {
 #[derive(Debug)]
 pub enum JobEvent {
     /// The trainer exists and has had its first turn.
-    Started,
+    Started(Footprint),
     /// Steps, evaluations, checkpoints: the trainer's own events, in order. A checkpoint is to be stored before it is
     /// relied on.
     Progress(TrainEvent),
@@ -63,7 +63,7 @@ pub enum JobEvent {
     },
     /// [`TrainingControl::cancel`] was called or the receiver dropped.
     Cancelled,
-    /// The engine drains; the job goes on from its last checkpoint after a restart.
+    /// [`TrainingControl::suspend`] was called, or the engine drains; the job goes on from its last checkpoint.
     Suspended,
     /// The trainer refused the plan or failed. Texts hold no data of the job.
     Failed(EngineError),
@@ -121,6 +121,12 @@ impl Drop for JobTicket {
 // === impl TrainingControl ===
 
 impl TrainingControl {
+    /// Ends the job within one quantum at a checkpoint, to go on from later; its last event is [`JobEvent::Suspended`].
+    pub fn suspend(&self) {
+        self.flags.suspended.store(true, Ordering::SeqCst);
+        self.engine.wake();
+    }
+
     /// Ends the job within one quantum; its last event is [`JobEvent::Cancelled`]. Cancelling twice does nothing.
     pub fn cancel(&self) {
         self.flags.cancelled.store(true, Ordering::SeqCst);

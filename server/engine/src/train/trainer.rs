@@ -5,6 +5,7 @@
 
 mod company;
 mod diagnosis;
+mod footprint;
 mod head;
 mod learner;
 mod passes;
@@ -36,6 +37,7 @@ pub use company::{Company, Interrupted, RunPass, by_itself};
 pub use diagnosis::Diagnosis;
 pub use espalier_adapters::pace::{Pace, Stopped};
 pub use espalier_adapters::train::schedule::Decay;
+pub use footprint::Footprint;
 pub use plan::{
     EvalReport, Finished, HyperParameters, Method, StepReport, Summary, TrainError, TrainEvent,
     TrainPlan,
@@ -55,6 +57,7 @@ pub struct Trainer {
     optimizer: AdamW<Backend>,
     state: RunState,
     best: Option<Vec<f32>>,
+    footprint: Footprint,
     schedule: Schedule,
     /// At the last step.
     noticed: Vec<Diagnosis>,
@@ -95,7 +98,8 @@ impl Trainer {
             .as_ref()
             .map_or(0.0, |lora| lora.lora_dropout as f32);
         let limits = (plan.hp.activation_bytes, dropout);
-        let learner = Learner::new(model, adapter, limits, plan.seed);
+        let learner = Learner::new(Arc::clone(&model), adapter, limits, plan.seed);
+        let footprint = Footprint::of(&plan, &learner, model.config());
         let optimizer = AdamW::new(&learner.ops, learner.adapter.parameter_count());
         let schedule = schedule(&plan);
         Ok(Self {
@@ -104,6 +108,7 @@ impl Trainer {
             optimizer,
             state,
             best: None,
+            footprint,
             schedule,
             noticed: Vec::new(),
             states: None,
@@ -145,6 +150,11 @@ impl Trainer {
     /// Steps done.
     pub fn steps_done(&self) -> u64 {
         self.state.step
+    }
+
+    /// What it trains and holds.
+    pub fn footprint(&self) -> Footprint {
+        self.footprint
     }
 
     /// Steps in all, without early stopping.
@@ -521,6 +531,7 @@ impl Trainer {
             best,
             baseline: self.state.baseline.map(|found| report(found, false)),
             stopped_early: self.state.stopped_early,
+            footprint: self.footprint,
         };
         Ok(Finished { artifact, summary })
     }

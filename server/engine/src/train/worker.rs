@@ -255,7 +255,7 @@ fn train(
         Some(bytes) => Trainer::resume(model, plan, &bytes),
         None => Trainer::new(model, plan),
     })?;
-    turns.report(events, JobEvent::Started);
+    turns.report(events, JobEvent::Started(trainer.footprint()));
     let result = caught(|| {
         trainer.run(turns, &mut |event| {
             if let TrainEvent::Step(step) = &event {

@@ -20,7 +20,7 @@ use super::share::{Numbered, Share};
 use crate::model::{Model, Saved};
 
 /// Rows of a micro-batch that keeps nothing: enough for the matrix products, little memory.
-const FORWARD_ROWS: usize = 512;
+pub(super) const FORWARD_ROWS: usize = 512;
 
 /// Whoever changes the adapter is the only one who holds it: passes give it back when they end.
 const ALONE: &str = "no pass holds the adapter";
@@ -133,8 +133,13 @@ impl Learner {
         Ok(sum)
     }
 
+    /// Layers of the base.
+    pub(super) fn layers(&self) -> usize {
+        self.passes.model.config().layers
+    }
+
     /// Rows whose saved activations fit.
-    fn row_budget(&self) -> usize {
+    pub(super) fn row_budget(&self) -> usize {
         let config = self.passes.model.config();
         let row_bytes = self.adapter.lowest_layer().map_or(0, |lowest| {
             Saved::row_bytes(&self.ops, config, config.layers - lowest)

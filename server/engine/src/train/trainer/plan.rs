@@ -12,6 +12,7 @@ use espalier_adapters::train::schedule::Decay;
 use sha2::{Digest, Sha256};
 
 use super::diagnosis::Diagnosis;
+use super::footprint::Footprint;
 use crate::model::ModelConfig;
 
 /// The numbers of a training run.
@@ -209,6 +210,8 @@ pub struct Summary {
     pub baseline: Option<EvalReport>,
     /// Patience ran out.
     pub stopped_early: bool,
+    /// What it trained and held.
+    pub footprint: Footprint,
 }
 
 /// Why a run cannot start or go on.
