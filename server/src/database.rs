@@ -19,6 +19,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema.sql"),
     include_str!("schema_serving.sql"),
     include_str!("schema_bulk.sql"),
+    include_str!("schema_classification.sql"),
 ];
 
 /// Request ids are remembered this long.

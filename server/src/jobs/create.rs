@@ -1,11 +1,13 @@
 //! Accepting a job: everything that can be known to go wrong is found before the reply.
 
+use espalier_adapters::head::Problem;
 use espalier_adapters::peft;
 use espalier_adapters::train::dataset::DataReport;
 use espalier_adapters::train::statistics::Statistics;
 use espalier_adapters::weights::AdapterWeights;
 use rusqlite::Transaction;
 
+use super::classification::{ClassOptions, problem_of};
 use super::events::{DataStats, Job, JobState, Progress};
 use super::plan::{Base, DataBytes, Material, Wanted};
 use super::rows::{self, NewJob};
@@ -338,6 +340,16 @@ fn quote(
         });
     }
     let at = material.circumstances(base);
+    let options = match &request.method {
+        JobMethod::Classification { options, .. } => {
+            let options = options.settled(problem_of(material.kind()), at.validated)?;
+            let labels = material.train.labels.as_deref().unwrap_or_default();
+            // Found to be wrong now rather than when the job begins.
+            options.head(labels, &material.train)?;
+            options
+        }
+        _ => ClassOptions::default(),
+    };
     let head_only = matches!(
         request.method,
         JobMethod::Classification {
@@ -354,7 +366,7 @@ fn quote(
     };
     let (stats, statistics) = (material.stats(), material.statistics(max_example_tokens));
     if let Some(version) = &from {
-        fits_shape(version, lora.as_ref(), &stats)?;
+        fits_shape(version, lora.as_ref(), &stats, options.problem)?;
     }
     let aliases = match (request.keep_aliases, request.aliases.as_slice()) {
         (true, []) => Vec::new(),
@@ -372,6 +384,13 @@ fn quote(
         from_version: from.as_ref().map(|v| v.name.to_string()),
         from_digest: from.as_ref().map(|v| v.content.digest.to_string()),
         method: match &request.method {
+            JobMethod::Classification {
+                head_only, labels, ..
+            } => JobMethod::Classification {
+                head_only: *head_only,
+                labels: labels.clone(),
+                options,
+            },
             JobMethod::Unsupervised { .. } => JobMethod::Unsupervised {
                 window_tokens: material.window,
             },
@@ -444,6 +463,7 @@ fn fits_shape(
     version: &Version,
     lora: Option<&spec::LoraSpec>,
     stats: &DataStats,
+    problem: Problem,
 ) -> Result<(), JobError> {
     let summary = &version.content.summary;
     let refuse = |expected: String, found: String| {
@@ -482,6 +502,12 @@ fn fits_shape(
                 format!("rank {} on {}", summary.rank, modules.1.join(", ")),
             );
         }
+    }
+    if !summary.labels.is_empty() && summary.problem != problem {
+        return refuse(
+            format!("a head of {}", problem.as_str()),
+            format!("a head of {}", summary.problem.as_str()),
+        );
     }
     if !summary.labels.is_empty() && summary.labels != stats.labels {
         return refuse(
@@ -528,6 +554,7 @@ impl Quote {
             stats: self.stats,
             version: None,
             error: None,
+            result: None,
             last_sequence: 0,
             attempt: 0,
             cancel_asked: false,

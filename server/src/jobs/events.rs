@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::classification::ClassificationResult;
 use super::spec::JobSpec;
 use crate::names::JobName;
 
@@ -166,8 +167,12 @@ pub enum Happening {
         step: u64,
         /// Its loss.
         loss: f64,
-        /// Its accuracy.
-        accuracy: f64,
+        /// Its accuracy; regression has none.
+        #[serde(default)]
+        accuracy: Option<f64>,
+        /// Its macro F1, of a head that chooses labels.
+        #[serde(default)]
+        macro_f1: Option<f64>,
         /// Its perplexity, of raw text.
         perplexity: Option<f64>,
         /// Better than all before.
@@ -234,6 +239,8 @@ pub struct Job {
     pub version: Option<String>,
     /// Why it failed.
     pub error: Option<JobFailure>,
+    /// What its head is worth, once it has succeeded.
+    pub result: Option<ClassificationResult>,
     /// Number of its last event.
     pub last_sequence: u64,
     /// How often it was started.

@@ -6,6 +6,7 @@
 //! on from its last checkpoint, and since training is a pure function of the job, its result is the same. This file must not
 //! know the wire, nor how training is done.
 
+mod classification;
 mod create;
 mod events;
 mod plan;
@@ -28,6 +29,7 @@ use espalier_engine::handle::EngineHandle;
 use espalier_engine::train::{JobEvent, TrainingSubmission};
 use tokio::sync::{Notify, mpsc, watch as signal};
 
+pub use classification::{ClassOptions, ClassificationResult};
 pub use create::Quote;
 pub use events::{DataStats, Event, Finding, Happening, Job, JobFailure, JobState, Progress};
 pub use plan::Base;

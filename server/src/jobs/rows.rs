@@ -5,6 +5,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
+use super::classification::ClassificationResult;
 use super::events::{DataStats, Event, Happening, Job, JobFailure, JobState, Progress};
 use super::spec::JobSpec;
 use super::{JobError, JobKey};
@@ -143,21 +144,23 @@ pub(super) fn change_state(
     Ok(())
 }
 
-/// Names the version that a job made.
+/// Names the version that a job made, and notes what its head is worth.
 pub(super) fn set_version(
     tx: &Transaction<'_>,
     key: JobKey,
     version: &str,
+    result: Option<&ClassificationResult>,
 ) -> Result<(), JobError> {
+    let result = result.map(|r| to_json("jobs.result", r)).transpose()?;
     tx.execute(
-        "UPDATE jobs SET version = ?2 WHERE id = ?1",
-        (key.0, version),
+        "UPDATE jobs SET version = ?2, result = ?3 WHERE id = ?1",
+        (key.0, version, result),
     )?;
     Ok(())
 }
 
 const COLUMNS: &str = "id, tenant, job, state, error, spec, stats, progress, version, next_seq, attempt, cancel_asked, \
-     create_time, start_time, end_time";
+     create_time, start_time, end_time, result";
 
 fn job_row(row: &Row<'_>) -> Result<(JobKey, Job), JobError> {
     let text = |index: usize| row.get::<_, String>(index);
@@ -165,6 +168,7 @@ fn job_row(row: &Row<'_>) -> Result<(JobKey, Job), JobError> {
     let id = JobId::parse(&text(2)?).map_err(|e| damaged("jobs.job", e))?;
     let state = text(3)?;
     let error: Option<String> = row.get(4)?;
+    let result: Option<String> = row.get(15)?;
     let next: u64 = row.get(9)?;
     let job = Job {
         name: JobName::new(tenant, id),
@@ -174,6 +178,7 @@ fn job_row(row: &Row<'_>) -> Result<(JobKey, Job), JobError> {
         stats: from_json("jobs.stats", &text(6)?)?,
         progress: from_json("jobs.progress", &text(7)?)?,
         version: row.get(8)?,
+        result: result.map(|r| from_json("jobs.result", &r)).transpose()?,
         last_sequence: next - 1,
         attempt: row.get(10)?,
         cancel_asked: row.get(11)?,

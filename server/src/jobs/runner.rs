@@ -13,6 +13,7 @@ use espalier_engine::train::trainer::{Diagnosis, Finished, StepReport, TrainEven
 use espalier_engine::train::{JobEvent, TrainingSubmission};
 use tokio::sync::watch as signal;
 
+use super::classification::ClassificationResult;
 use super::create::initial_weights;
 use super::events::{Finding, Happening, Job, JobFailure, JobState, Progress};
 use super::plan::{DataBytes, Material, Wanted};
@@ -249,7 +250,7 @@ impl JobService {
         let limits = parts.datasets.limits().data;
         let material = Material::build(&wanted, &train, valid.as_ref(), &parts.base, &limits)?;
         let init = initial_weights(spec, parts)?;
-        Ok(material.plan(spec, &parts.base, init))
+        material.plan(spec, &parts.base, init)
     }
 
     /// Stores what the trainer reports until it has ended.
@@ -414,10 +415,15 @@ impl JobService {
         ]);
         if let Some(best) = summary.best {
             metrics.insert("loss".to_owned(), best.loss);
-            metrics.insert("accuracy".to_owned(), best.accuracy);
+            let accuracy = spec.method.accuracy(best.accuracy);
+            metrics.extend(accuracy.map(|value| ("accuracy".to_owned(), value)));
             let perplexity = spec.method.perplexity(best.loss);
             metrics.extend(perplexity.map(|value| ("perplexity".to_owned(), value)));
         }
+        let held = summary.held_out.as_ref();
+        let result = held.map(|held| ClassificationResult::of(held, &spec.labels));
+        let found = result.iter().flat_map(ClassificationResult::metrics);
+        metrics.extend(found.map(|(name, value)| (name.to_owned(), value)));
         metrics.retain(|_, value| value.is_finite());
         let publish = Publish {
             adapter: adapter.clone(),
@@ -440,7 +446,7 @@ impl JobService {
                     return Ok(None);
                 }
                 let name = registry::publish_in(tx, &publish, &names)?;
-                rows::set_version(tx, key, &name.to_string())?;
+                rows::set_version(tx, key, &name.to_string(), result.as_ref())?;
                 let happening = Happening::Published {
                     version: name.to_string(),
                     digest: publish.version.digest.to_string(),
@@ -537,14 +543,16 @@ impl Run {
                 progress.evaluated_step = Some(report.step);
                 progress.valid_perplexity = perplexity;
                 progress.valid_loss = Some(finite(report.loss));
-                progress.valid_accuracy = Some(finite(report.accuracy));
+                let accuracy = self.job.spec.method.accuracy(finite(report.accuracy));
+                progress.valid_accuracy = accuracy;
                 if report.best {
                     progress.best_step = Some(report.step);
                 }
                 Some(Happening::Evaluation {
                     step: report.step,
                     loss: finite(report.loss),
-                    accuracy: finite(report.accuracy),
+                    accuracy,
+                    macro_f1: report.macro_f1,
                     perplexity,
                     best: report.best,
                 })

@@ -5,6 +5,7 @@
 //! This file must not know storage or time.
 
 use espalier_adapters::config::{LoraConfig, Modules, Site};
+use espalier_adapters::head::Problem;
 use espalier_adapters::profile::ServingProfile;
 use espalier_adapters::train::dataset::{ColumnNames, Format, Kind};
 use espalier_adapters::train::examples::TrainOn;
@@ -15,6 +16,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::JobError;
+use super::classification::ClassOptions;
 use crate::names::{AdapterName, AdapterRef, Alias, DatasetName};
 
 /// Steps below which a run is too short to settle; the default number of epochs grows until it is reached.
@@ -26,6 +28,7 @@ const PATIENCE: u64 = 5;
 
 /// Where rows come from, as a request says it.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "there is one in a request")]
 pub enum DataInput {
     /// A dataset of the same tenant.
     Dataset(DatasetName),
@@ -52,7 +55,7 @@ pub enum ValidationInput {
 }
 
 /// What is learned.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JobMethod {
     /// Completions and turns of chats.
@@ -66,12 +69,15 @@ pub enum JobMethod {
         /// Tokens of a window; `None` in a request alone.
         window_tokens: Option<usize>,
     },
-    /// Labels, by a head on the last token's state.
+    /// Labels or a number, by a head on the last token's state.
     Classification {
         /// The head alone, on cached states of the frozen base.
         head_only: bool,
         /// The labels that may appear; empty is those of the data.
         labels: Vec<String>,
+        /// How the head learns and answers.
+        #[serde(default)]
+        options: ClassOptions,
     },
 }
 
@@ -81,8 +87,17 @@ impl JobMethod {
         match self {
             Self::Supervised { .. } => &[Kind::Completion, Kind::Chat, Kind::Instruction],
             Self::Unsupervised { .. } => &[Kind::Text],
-            Self::Classification { .. } => &[Kind::Class],
+            Self::Classification { .. } => &[Kind::Class, Kind::Labels, Kind::Score],
         }
+    }
+
+    /// A measured share of right answers, for the methods that have one: regression has none.
+    pub(super) fn accuracy(&self, share: f64) -> Option<f64> {
+        let regression = matches!(
+            self,
+            Self::Classification { options, .. } if options.problem == Problem::Regression
+        );
+        (!regression).then_some(share)
     }
 
     /// What a mean loss in nats a token says as perplexity, for the method that is measured by it.

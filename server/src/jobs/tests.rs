@@ -49,6 +49,7 @@ fn artifact(
     let head = ScoreHead {
         labels: labels.to_vec(),
         weight,
+        ..ScoreHead::default()
     };
     let weights = AdapterWeights {
         sites: std::collections::BTreeMap::new(),
@@ -117,6 +118,7 @@ impl Trainers for Fake {
                 }
             }
             let eval = EvalReport {
+                macro_f1: None,
                 step: STEPS,
                 loss: 0.5,
                 accuracy: 0.75,
@@ -248,6 +250,7 @@ fn request(tenant: &str, adapter: &str, seed: u64) -> JobRequest {
         method: JobMethod::Classification {
             head_only: true,
             labels: vec![],
+            options: ClassOptions::default(),
         },
         data: DataInput::Inline {
             format: Format::Jsonl,

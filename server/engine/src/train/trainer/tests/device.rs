@@ -48,7 +48,7 @@ fn ran(on: &Under<Backend>, plan: &TrainPlan) -> (Vec<f64>, Vec<f64>, Vec<f64>) 
 
 #[test]
 fn a_run_there_is_nearly_the_processors() {
-    for plan in [lm_plan(), dora_plan(), class_plan(false), class_plan(true)] {
+    for plan in every_plan() {
         let plan = short(plan, 7);
         let (losses, before, after) = ran(&beside(), &plan);
         let way = between(&after, &before);
@@ -134,7 +134,7 @@ fn packed_losses_are_those_of_each_alone_there_too() {
 fn resumed_is_uninterrupted_there_too() {
     for element in ELEMENTS {
         let on = device(element);
-        for plan in [lm_plan(), dora_plan(), class_plan(false), class_plan(true)] {
+        for plan in every_plan() {
             let plan = short(plan, 5);
             let (whole, events) = finish(
                 &mut Trainer::new(model(&on), plan.clone()).unwrap(),
