@@ -33,12 +33,12 @@ pub struct HeadSettings {
     /// What it answers.
     #[serde(rename = "problem_type", default)]
     pub problem: Problem,
-    /// Logits are divided by it before the softmax; above 0. `None` is 1.
+    /// Logits are divided by it before the softmax; above 0. `None` is 1. Of f32, because its shortest decimal comes back bit for bit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub temperature: Option<f64>,
+    pub temperature: Option<f32>,
     /// A text whose best label's calibrated probability is below this is out of scope; in 0..=1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub out_of_scope_below: Option<f64>,
+    pub out_of_scope_below: Option<f32>,
 }
 
 /// `head.json` as it is written.
@@ -133,7 +133,7 @@ impl HeadSettings {
     pub fn answer(&self, logits: &[f32]) -> Answer {
         let scores: Vec<f32> = match self.problem {
             Problem::SingleLabel => {
-                let temperature = self.temperature.unwrap_or(1.0);
+                let temperature = f64::from(self.temperature.unwrap_or(1.0));
                 let scaled = logits.iter().map(|logit| f64::from(*logit) / temperature);
                 softmax(&scaled.collect::<Vec<_>>())
                     .into_iter()
@@ -149,7 +149,7 @@ impl HeadSettings {
         let best = scores.iter().copied().fold(0.0, f32::max);
         let below = self.out_of_scope_below;
         Answer {
-            out_of_scope: below.is_some_and(|below| f64::from(best) < below),
+            out_of_scope: below.is_some_and(|below| best < below),
             scores,
         }
     }

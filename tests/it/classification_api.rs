@@ -107,7 +107,7 @@ async fn one_label_is_weighed_calibrated_and_told() {
     let accuracy = diagonal as f64 / result.examples as f64;
     assert!((accuracy - result.accuracy.unwrap()).abs() < 1e-12);
     assert!(result.macro_f1.unwrap() > 0.5 && result.log_loss.is_some());
-    let temperature = result.temperature.unwrap();
+    let temperature = f64::from(result.temperature.unwrap());
     let below = result.out_of_scope_below.unwrap();
     let version = acme.get_adapter_version(&job.version).await.unwrap();
     assert_eq!(version.metrics["macro_f1"], result.macro_f1.unwrap());
@@ -122,7 +122,7 @@ async fn one_label_is_weighed_calibrated_and_told() {
         for (score, weight) in result.scores.iter().zip(weights) {
             assert!((f64::from(score.probability) - weight / total).abs() < 1e-5);
         }
-        let best = f64::from(result.scores[0].probability);
+        let best = result.scores[0].probability;
         assert_eq!(result.out_of_scope, best < below);
         assert_eq!(result.problem_type(), v1::ProblemType::SingleLabel);
     }
@@ -237,7 +237,9 @@ async fn what_cannot_be_learned_is_refused_before_the_job_begins() {
         field == at("balance_classes") && why.contains("a number"),
         "{why}"
     );
-    let weigh = |m: &mut v1::ClassificationMethod| drop(m.class_weights.insert("x".into(), 2.0));
+    let weigh = |m: &mut v1::ClassificationMethod| {
+        m.class_weights.insert("x".into(), 2.0);
+    };
     let (field, why) = refused(lines(one), &weigh, true).await;
     assert!(
         field == at("class_weights") && why.contains("\"x\""),

@@ -56,7 +56,7 @@ pub fn out_of_scope_below(
     settings: &HeadSettings,
     (logits, right, labels): (&[f32], &[u32], usize),
     share: f64,
-) -> Option<f64> {
+) -> Option<f32> {
     let mut scores: Vec<f32> = logits
         .chunks_exact(labels)
         .zip(right)
@@ -65,13 +65,13 @@ pub fn out_of_scope_below(
         .collect();
     scores.sort_by(f32::total_cmp);
     let lost = (share * scores.len() as f64).floor() as usize;
-    scores.get(lost).map(|score| f64::from(*score))
+    scores.get(lost).copied()
 }
 
 /// Mean of `-ln p(right)` under a head's scores.
 #[must_use]
 pub fn log_loss(settings: &HeadSettings, (logits, right, labels): (&[f32], &[u32], usize)) -> f64 {
-    let temperature = settings.temperature.unwrap_or(1.0);
+    let temperature = f64::from(settings.temperature.unwrap_or(1.0));
     let of = |(row, right): (&[f32], &u32)| {
         let scaled: Vec<f64> = row.iter().map(|z| f64::from(*z) / temperature).collect();
         let best = scaled.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -118,9 +118,9 @@ mod tests {
             let found = temperature(&logits, &right, 3).unwrap();
             assert!((found / factor - 1.0).abs() < 0.05, "{found} for {factor}");
             // No neighbour is better.
-            let at = |temperature| {
+            let at = |temperature: f64| {
                 let settings = HeadSettings {
-                    temperature: Some(temperature),
+                    temperature: Some(temperature as f32),
                     ..HeadSettings::default()
                 };
                 log_loss(&settings, (&logits, &right, 3))

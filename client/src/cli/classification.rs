@@ -75,8 +75,11 @@ pub(crate) fn print_result(out: Out, result: &v1::ClassificationResult) -> Resul
         number("mean squared error", result.mean_squared_error),
         number("mean absolute error", result.mean_absolute_error),
         number("R squared", result.r_squared),
-        number("temperature", result.temperature),
-        number("out of scope below", result.out_of_scope_below),
+        number("temperature", result.temperature.map(f64::from)),
+        number(
+            "out of scope below",
+            result.out_of_scope_below.map(f64::from),
+        ),
     ];
     let parts: Vec<String> = parts.into_iter().flatten().collect();
     out.line(format_args!(

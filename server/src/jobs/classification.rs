@@ -48,9 +48,9 @@ pub struct ClassificationResult {
     /// Mean of `-ln p(right label)` under the calibrated scores.
     pub log_loss: Option<f64>,
     /// Its fitted temperature.
-    pub temperature: Option<f64>,
+    pub temperature: Option<f32>,
     /// Its fitted threshold.
-    pub out_of_scope_below: Option<f64>,
+    pub out_of_scope_below: Option<f32>,
 }
 
 fn invalid(field: &str, reason: impl Into<String>) -> JobError {

@@ -99,7 +99,8 @@ impl Trainer {
         if options.problem == Problem::SingleLabel {
             let right: Vec<u32> = judged.wanted.targets.iter().map(|t| t.label).collect();
             let given = (judged.logits.as_slice(), right.as_slice(), labels.len());
-            settings.temperature = calibration::temperature(given.0, given.1, given.2);
+            let fitted = calibration::temperature(given.0, given.1, given.2);
+            settings.temperature = fitted.map(|temperature| temperature as f32);
             settings.out_of_scope_below = options
                 .out_of_scope_share
                 .and_then(|share| calibration::out_of_scope_below(&settings, given, share));

@@ -60,8 +60,9 @@ fn a_run_there_is_nearly_the_processors() {
             assert_eq!(found.len(), losses.len());
             for (found, exact) in found.iter().zip(&losses) {
                 let off = (found - exact).abs();
+                // A squared error near zero has lost its digits to the subtraction.
                 assert!(
-                    off < loss_bound * exact,
+                    off < loss_bound * exact.max(0.5),
                     "{element:?}: {found}, not {exact}"
                 );
             }
