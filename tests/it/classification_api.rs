@@ -219,6 +219,53 @@ async fn the_settings_go_out_and_come_in_again() {
 }
 
 #[tokio::test]
+async fn a_ladder_is_live_before_lora_and_ends_with_the_better_one() {
+    let server = TestServer::start(&[]).await;
+    let acme = tenant(server.addr, "acme").await;
+    // LoRA cannot learn anything at this rate, or learns as it should.
+    for (adapter, rate) in [("stays", 1e-9), ("climbs", 5e-3)] {
+        let mut spec = spec(&acme, adapter, lines(one), |method| {
+            (method.head_only, method.ladder) = (None, true);
+        });
+        let hyper = spec.hyper_parameters.as_mut().unwrap();
+        (hyper.learning_rate, hyper.head_learning_rate) = (Some(rate), Some(rate));
+        hyper.max_steps = Some(40);
+        let job = start(&acme, spec).await;
+        let seen = events(&acme, &job, 0).await;
+        let made: Vec<(usize, String)> = seen
+            .iter()
+            .enumerate()
+            .filter_map(|(at, event)| match &event.event {
+                Some(Event::Published(made)) => Some((at, made.version.clone())),
+                _ => None,
+            })
+            .collect();
+        let job = succeeded(&acme, &job).await;
+        // Steps follow the head's version: it was live while LoRA was trained.
+        let after = &seen[made[0].0..];
+        let steps = after
+            .iter()
+            .filter(|e| matches!(e.event, Some(Event::Step(_))));
+        assert!(steps.count() > 0);
+        assert_eq!(made.last().unwrap().1, job.version);
+        let reply = acme.classify(ask(&acme, adapter)).await.unwrap();
+        assert_eq!(reply.effective.unwrap().adapters[0].version, job.version);
+        let Some(Event::StateChanged(end)) = &seen.last().unwrap().event else {
+            panic!("the last event brings the state")
+        };
+        let stays = made.len() == 1;
+        assert_eq!(end.reason.contains("stays live"), stays, "{}", end.reason);
+        assert!(stays || adapter == "climbs");
+        let version = acme.get_adapter_version(&job.version).await.unwrap();
+        assert_eq!(version.config.unwrap().target_modules.is_empty(), stays);
+        // The result is that of the version that is live.
+        let result = job.classification_result.unwrap();
+        assert_eq!(version.metrics["accuracy"], result.accuracy.unwrap());
+    }
+    server.ended().await;
+}
+
+#[tokio::test]
 async fn what_cannot_be_learned_is_refused_before_the_job_begins() {
     let server = TestServer::start(&[]).await;
     let acme = tenant(server.addr, "acme").await;

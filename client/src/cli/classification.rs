@@ -17,6 +17,9 @@ pub(crate) struct HeadArgs {
     /// Train the head alone, on the frozen base. Ready in seconds.
     #[arg(long)]
     head_only: bool,
+    /// First a head alone, live in seconds; then LoRA, which takes its place when the validation rows say that it is better.
+    #[arg(long, conflicts_with = "head_only")]
+    ladder: bool,
     /// The labels that may appear.
     #[arg(long, value_delimiter = ',')]
     labels: Vec<String>,
@@ -46,14 +49,16 @@ impl HeadArgs {
             balance_classes: self.balance,
             class_weights: self.class_weight.iter().cloned().collect(),
             out_of_scope_share: self.out_of_scope,
+            ladder: self.ladder,
             ..v1::ClassificationMethod::default()
         }
     }
 
     /// The options of heads that are given, by name.
-    pub(crate) fn given(&self) -> [(&'static str, bool); 5] {
+    pub(crate) fn given(&self) -> [(&'static str, bool); 6] {
         [
             ("--head-only", self.head_only),
+            ("--ladder", self.ladder),
             ("--labels", !self.labels.is_empty()),
             ("--balance", self.balance),
             ("--class-weight", !self.class_weight.is_empty()),

@@ -21,6 +21,7 @@ pub(super) fn options(given: &v1::ClassificationMethod) -> Result<ClassOptions, 
         balance: given.balance_classes,
         class_weights: given.class_weights.clone().into_iter().collect(),
         out_of_scope_share: given.out_of_scope_share,
+        ladder: given.ladder,
     })
 }
 
@@ -37,6 +38,7 @@ pub(super) fn method_reply(
         class_weights: options.class_weights.into_iter().collect(),
         out_of_scope_share: options.out_of_scope_share,
         problem_type: problem(options.problem),
+        ladder: options.ladder,
     }
 }
 

@@ -32,6 +32,8 @@ pub struct ClassOptions {
     pub class_weights: BTreeMap<String, f64>,
     /// The share of right answers on validation that the fitted threshold may call out of scope.
     pub out_of_scope_share: Option<f64>,
+    /// Fit and publish a head alone first.
+    pub ladder: bool,
 }
 
 /// What the kept head is worth, on the validation examples.
@@ -53,7 +55,8 @@ pub struct ClassificationResult {
     pub out_of_scope_below: Option<f32>,
 }
 
-fn invalid(field: &str, reason: impl Into<String>) -> JobError {
+/// Refuses a field of the method.
+pub(super) fn invalid(field: &str, reason: impl Into<String>) -> JobError {
     JobError::InvalidField {
         field: format!("spec.classification.{field}"),
         reason: reason.into(),

@@ -9,6 +9,7 @@ use rusqlite::Transaction;
 
 use super::classification::{ClassOptions, problem_of};
 use super::events::{DataStats, Job, JobState, Progress};
+use super::ladder;
 use super::plan::{Base, DataBytes, Material, Wanted};
 use super::rows::{self, NewJob};
 use super::spec::{
@@ -358,6 +359,8 @@ fn quote(
         }
     );
     let (hyper, epochs) = spec::hyper_parameters(&request.hyper, &at, head_only, limits)?;
+    let asked = (&request.method, &options);
+    let first_rung = ladder::first_rung(asked, from.is_some(), &at, limits)?;
     let total_steps = hyper.max_steps.unwrap_or_default();
     let lora = if head_only {
         None
@@ -400,6 +403,7 @@ fn quote(
         data: sources.data,
         validation: sources.validation,
         hyper,
+        first_rung,
         epochs,
         gradient_accumulation_steps: request
             .hyper

@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::classification::ClassificationResult;
+use super::ladder::FirstRung;
 use super::spec::JobSpec;
 use crate::names::JobName;
 
@@ -106,6 +107,8 @@ pub struct Progress {
     pub tokens_per_second: f64,
     /// Estimated seconds to the end.
     pub eta_seconds: Option<f64>,
+    /// The head that a ladder's first rung published.
+    pub first_rung: Option<FirstRung>,
 }
 
 /// Counts of a job's data.

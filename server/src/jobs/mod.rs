@@ -9,6 +9,7 @@
 mod classification;
 mod create;
 mod events;
+mod ladder;
 mod plan;
 mod rows;
 mod runner;
@@ -32,6 +33,7 @@ use tokio::sync::{Notify, mpsc, watch as signal};
 pub use classification::{ClassOptions, ClassificationResult};
 pub use create::Quote;
 pub use events::{DataStats, Event, Finding, Happening, Job, JobFailure, JobState, Progress};
+pub use ladder::FirstRung;
 pub use plan::Base;
 pub use spec::{
     DataInput, DataSource, HyperRequest, JobLimits, JobMethod, JobRequest, JobSpec, LoraRequest,

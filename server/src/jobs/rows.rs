@@ -139,7 +139,7 @@ pub(super) fn change_state(
     };
     append(tx, key, to, &progress, &[happening])?;
     if to.is_final() {
-        tx.execute("DELETE FROM checkpoints WHERE job = ?1", [key.0])?;
+        drop_checkpoint(tx, key)?;
     }
     Ok(())
 }
@@ -339,6 +339,12 @@ pub(super) fn set_checkpoint(
         (key.0, step, digest.0.as_slice(), size, now_ms()),
     )?;
     Ok(before)
+}
+
+/// Forgets a job's checkpoint: what follows begins anew.
+pub(super) fn drop_checkpoint(tx: &Transaction<'_>, key: JobKey) -> Result<(), JobError> {
+    tx.execute("DELETE FROM checkpoints WHERE job = ?1", [key.0])?;
+    Ok(())
 }
 
 /// Events of a job from a number on, in order, at most `count`.

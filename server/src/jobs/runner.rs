@@ -16,6 +16,7 @@ use tokio::sync::watch as signal;
 use super::classification::ClassificationResult;
 use super::create::initial_weights;
 use super::events::{Finding, Happening, Job, JobFailure, JobState, Progress};
+use super::ladder::FirstRung;
 use super::plan::{DataBytes, Material, Wanted};
 use super::spec::{JobSpec, Validation};
 use super::{JobError, JobKey, JobService, Started, rows};
@@ -161,7 +162,19 @@ impl JobService {
         Ok(self.inner.parts.registry.release(digests).await?)
     }
 
+    /// Trains to an ending; on a ladder, a head and then LoRA.
     async fn train(&self, run: &mut Run) -> Result<Ending, JobError> {
+        loop {
+            let first = run.job.spec.on_first_rung(&run.progress);
+            let ending = self.train_rung(run).await?;
+            let climbs = first && !run.job.spec.on_first_rung(&run.progress);
+            if !(climbs && matches!(ending, Ending::Done)) {
+                return Ok(ending);
+            }
+        }
+    }
+
+    async fn train_rung(&self, run: &mut Run) -> Result<Ending, JobError> {
         let submission = self.prepare_run(run).await?;
         if *run.cancel.borrow() {
             return Ok(Ending::Cancelled);
@@ -192,7 +205,8 @@ impl JobService {
             })
             .await?;
         let service = self.clone();
-        let spec = run.job.spec.clone();
+        let first = run.job.spec.on_first_rung(&run.progress);
+        let spec = Material::rung(&run.job.spec, first);
         let built = self
             .inner
             .parts
@@ -308,10 +322,12 @@ impl JobService {
         Ok(match event {
             JobEvent::Started => {
                 let key = run.key;
-                self.write(move |tx| {
-                    rows::change_state(tx, key, JobState::Running, "training began", None)
-                })
-                .await?;
+                let why = match &run.progress.first_rung {
+                    Some(_) => "the head alone is live; training with LoRA began",
+                    None => "training began",
+                };
+                self.write(move |tx| rows::change_state(tx, key, JobState::Running, why, None))
+                    .await?;
                 self.ring(run.key).await?;
                 None
             }
@@ -366,8 +382,14 @@ impl JobService {
         Ok(())
     }
 
-    /// Stores the result and, in one transaction, publishes it and ends the job.
+    /// Stores the result and, in one transaction, publishes it and ends the job, or has it climb to the second rung.
     async fn publish(&self, run: &mut Run, finished: Finished) -> Result<Ending, JobError> {
+        if let Some(head) = &run.progress.first_rung
+            && !head.beaten_by(&run.job.spec.method, &finished.summary)
+        {
+            let why = head.stays(&run.job.spec.method, &finished.summary);
+            return self.keep_first_rung(run.key, why).await;
+        }
         let service = self.clone();
         let summary = finished.summary;
         let artifact = finished.artifact;
@@ -438,9 +460,10 @@ impl JobService {
             request: None,
         };
         run.progress.eta_seconds = Some(0.0);
+        let first = spec.on_first_rung(&run.progress);
         let (key, progress, step) = (run.key, run.progress.clone(), summary.kept_step);
         let names = *self.inner.parts.registry.limits();
-        let published: Option<VersionName> = self
+        let published: Option<(VersionName, Option<Progress>)> = self
             .write(move |tx| {
                 if rows::by_key(tx, key)?.cancel_asked {
                     return Ok(None);
@@ -454,18 +477,52 @@ impl JobService {
                     step,
                 };
                 rows::append(tx, key, JobState::Running, &progress, &[happening])?;
+                if first {
+                    let head = FirstRung::of(name.to_string(), &spec.method, &summary);
+                    let next = Progress {
+                        first_rung: Some(head),
+                        ..Progress::default()
+                    };
+                    rows::append(tx, key, JobState::Running, &next, &[])?;
+                    rows::drop_checkpoint(tx, key)?;
+                    return Ok(Some((name, Some(next))));
+                }
                 let reason = format!("{name} is live");
                 rows::change_state(tx, key, JobState::Succeeded, &reason, None)?;
-                Ok(Some(name))
+                Ok(Some((name, None)))
             })
             .await?;
         drop(pin);
-        let Some(name) = published else {
+        let Some((name, next)) = published else {
             return Ok(Ending::Cancelled);
         };
         self.inner.parts.registry.forget(&adapter);
-        tracing::info!(job = %run.job.name, version = %name, "a training job is done");
+        if let Some(next) = next {
+            (run.progress, run.measured) = (next, None);
+            self.ring(run.key).await?;
+            tracing::info!(job = %run.job.name, version = %name, "a training job's head is live, LoRA follows");
+        } else {
+            tracing::info!(job = %run.job.name, version = %name, "a training job is done");
+        }
         Ok(Ending::Done)
+    }
+
+    /// Ends a job whose second rung is no better than its first.
+    async fn keep_first_rung(&self, key: JobKey, why: String) -> Result<Ending, JobError> {
+        let ended = self
+            .write(move |tx| {
+                if rows::by_key(tx, key)?.cancel_asked {
+                    return Ok(false);
+                }
+                rows::change_state(tx, key, JobState::Succeeded, &why, None)?;
+                Ok(true)
+            })
+            .await?;
+        Ok(if ended {
+            Ending::Done
+        } else {
+            Ending::Cancelled
+        })
     }
 
     /// A write that is tried again when the database itself fails (a full disk, say), not when it refuses.

@@ -282,6 +282,9 @@ pub struct JobSpec {
     pub validation: Validation,
     /// The trainer's numbers, every one decided.
     pub hyper: HyperParameters,
+    /// Those of the head that is fitted first, on a ladder.
+    #[serde(default)]
+    pub first_rung: Option<HyperParameters>,
     /// Passes over the data as asked, a fraction allowed.
     pub epochs: f64,
     /// Micro-batches of a step at least.
