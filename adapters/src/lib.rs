@@ -7,6 +7,7 @@ pub mod checksum;
 pub mod combine;
 pub mod config;
 pub mod error;
+pub mod head;
 pub mod peft;
 pub mod profile;
 pub mod report;

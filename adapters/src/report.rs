@@ -58,6 +58,8 @@ pub enum Rule {
     NotFinite,
     /// `labels.json` does not fit the head.
     Labels,
+    /// `head.json` does not describe the head.
+    Head,
     /// The adapter names a base other than this one.
     BaseModel,
 }
@@ -86,6 +88,7 @@ impl Rule {
             Self::Rank => "rank",
             Self::NotFinite => "not_finite",
             Self::Labels => "labels",
+            Self::Head => "head",
             Self::BaseModel => "base_model",
         }
     }

@@ -1,4 +1,4 @@
-//! What an adapter version is made of and how it is known: three byte strings and the digest over them.
+//! What an adapter version is made of and how it is known: up to four byte strings and the digest over them.
 //!
 //! Bytes are kept exactly as they came, so that what goes out is what came in. This file must not interpret them.
 
@@ -19,6 +19,8 @@ pub struct AdapterArtifact {
     pub safetensors: Vec<u8>,
     /// `labels.json`: an array of strings, index = row of `score`.
     pub labels_json: Option<Vec<u8>>,
+    /// `head.json`: what a head's logits mean, where that is not plain softmax over the labels.
+    pub head_json: Option<Vec<u8>>,
 }
 
 impl AdapterArtifact {
@@ -28,6 +30,10 @@ impl AdapterArtifact {
     pub const WEIGHTS_FILE: &'static str = "adapter_model.safetensors";
     /// Name of the labels in a directory.
     pub const LABELS_FILE: &'static str = "labels.json";
+    /// Name of the head's settings in a directory.
+    pub const HEAD_FILE: &'static str = "head.json";
+    /// Stands for the length of labels that are absent where head settings follow, so that neither is taken for the other.
+    pub const NO_LABELS: u64 = u64::MAX;
 
     /// Bytes of all parts.
     #[must_use]
@@ -35,24 +41,36 @@ impl AdapterArtifact {
         self.config_json.len()
             + self.safetensors.len()
             + self.labels_json.as_ref().map_or(0, Vec::len)
+            + self.head_json.as_ref().map_or(0, Vec::len)
+    }
+
+    /// What the digest covers and the store keeps: each part that exists behind its length, in order.
+    #[must_use]
+    pub fn framed(&self) -> Vec<(u64, &[u8])> {
+        let part = |bytes: &'_ [u8]| bytes.len() as u64;
+        let mut framed: Vec<(u64, &[u8])> = [&self.config_json, &self.safetensors]
+            .into_iter()
+            .chain(&self.labels_json)
+            .map(|bytes| (part(bytes), bytes.as_slice()))
+            .collect();
+        if let Some(head) = &self.head_json {
+            if self.labels_json.is_none() {
+                framed.push((Self::NO_LABELS, &[]));
+            }
+            framed.push((part(head), head.as_slice()));
+        }
+        framed
     }
 
     /// SHA-256 over `espalier-adapter-v1`, a zero byte, and each part that exists, prefixed by its length as a
-    /// little-endian u64: configuration, tensors, labels. Absent labels add nothing, so they differ from empty ones,
-    /// which add a length of zero.
+    /// little-endian u64: configuration, tensors, labels, head settings. Absent labels add nothing, so they differ from
+    /// empty ones, which add a length of zero; before head settings they add [`AdapterArtifact::NO_LABELS`].
     #[must_use]
     pub fn digest(&self) -> VersionDigest {
         let mut hash = Sha256::new();
         hash.update(b"espalier-adapter-v1\0");
-        for part in [
-            Some(&self.config_json),
-            Some(&self.safetensors),
-            self.labels_json.as_ref(),
-        ]
-        .into_iter()
-        .flatten()
-        {
-            hash.update((part.len() as u64).to_le_bytes());
+        for (length, part) in self.framed() {
+            hash.update(length.to_le_bytes());
             hash.update(part);
         }
         VersionDigest(hash.finalize().into())
@@ -65,6 +83,7 @@ impl fmt::Debug for AdapterArtifact {
             .field("config_json", &self.config_json.len())
             .field("safetensors", &self.safetensors.len())
             .field("labels_json", &self.labels_json.as_ref().map(Vec::len))
+            .field("head_json", &self.head_json.as_ref().map(Vec::len))
             .finish()
     }
 }
@@ -142,6 +161,7 @@ mod tests {
             config_json: b"{\"r\": 4}".to_vec(),
             safetensors: b"tensors\x00\xff".to_vec(),
             labels_json: labels.map(<[u8]>::to_vec),
+            head_json: None,
         }
     }
 
@@ -161,6 +181,18 @@ mod tests {
             digest(Some(b"")),
             "f0f60892d103e91008a07564f86aed38b09a0b04c53b874aac76b80ac88bef0e"
         );
+    }
+
+    #[test]
+    fn head_settings_are_covered_and_are_no_labels() {
+        let mut head = artifact(None);
+        head.head_json = Some(b"{}".to_vec());
+        let as_labels = artifact(Some(b"{}")).digest();
+        assert_ne!(head.digest(), artifact(None).digest());
+        assert_ne!(head.digest(), as_labels);
+        let mut both = artifact(Some(b""));
+        both.head_json = Some(b"{}".to_vec());
+        assert_ne!(both.digest(), head.digest());
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use half::{bf16, f16};
 
 use crate::config::{BaseShape, Site};
+use crate::head::HeadSettings;
 
 /// Numbers in the dtype that their file stores.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,12 +37,14 @@ pub struct SiteAdapter {
 }
 
 /// A classification head without bias: logits = weight h, h the last token's state after the final norm.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ScoreHead {
     /// Names of the rows, in their order.
     pub labels: Vec<String>,
     /// [labels, hidden] row-major.
     pub weight: Vec<f32>,
+    /// What its logits mean.
+    pub settings: HeadSettings,
 }
 
 /// Everything an adapter changes in its base.

@@ -5,6 +5,7 @@
 use std::process::Command;
 
 use espalier_adapters::config::{BaseShape, Site};
+use espalier_adapters::head::HeadSettings;
 use espalier_adapters::peft::{Limits, read, to_dir, write};
 use espalier_adapters::profile::ServingProfile;
 use espalier_adapters::train::dataset::{
@@ -47,7 +48,7 @@ fn the_data_reads_without_a_warning() {
     let files: Vec<_> = files
         .chain(blocks("csv").into_iter().map(|b| (b, Format::Csv)))
         .collect();
-    assert_eq!(files.len(), 6);
+    assert_eq!(files.len(), 8);
     for (text, format) in files {
         let data = rows(text, format).unwrap_or_else(|r| panic!("{text}: {r}"));
         assert_eq!((data.rows.len(), data.report), (2, DataReport::default()));
@@ -58,6 +59,15 @@ fn the_data_reads_without_a_warning() {
 fn the_bad_lines_are_answered_as_shown() {
     let report = rows(one("jsonl bad"), Format::Jsonl).unwrap_err();
     assert_eq!(report.to_string(), one("text report").trim_end());
+}
+
+#[test]
+fn the_head_settings_are_read() {
+    let head = HeadSettings::read(one("json head").as_bytes()).unwrap();
+    assert_eq!(
+        (head.temperature, head.out_of_scope_below),
+        (Some(1.37), Some(0.42))
+    );
 }
 
 #[test]
@@ -87,6 +97,7 @@ fn the_configuration_is_read_and_its_digest_is_pythons() {
         config_json,
         safetensors: Vec::new(),
         labels_json: None,
+        head_json: None,
     };
     assert!(read(&empty, &base, &Limits::default()).is_err());
     let mut config =

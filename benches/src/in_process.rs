@@ -125,6 +125,7 @@ fn read_artifact(path: &Path) -> Fallible<(VersionDigest, AdapterArtifact)> {
         config_json: std::fs::read(path.join(AdapterArtifact::CONFIG_FILE))?,
         safetensors: std::fs::read(path.join(AdapterArtifact::WEIGHTS_FILE))?,
         labels_json: None,
+        head_json: None,
     };
     Ok((artifact.digest(), artifact))
 }

@@ -45,6 +45,7 @@ pub fn file_name(part: ArtifactPart) -> &'static str {
         ArtifactPart::Config | ArtifactPart::Unspecified => AdapterArtifact::CONFIG_FILE,
         ArtifactPart::Weights => AdapterArtifact::WEIGHTS_FILE,
         ArtifactPart::Labels => AdapterArtifact::LABELS_FILE,
+        ArtifactPart::Head => AdapterArtifact::HEAD_FILE,
         ArtifactPart::Gguf => "adapter.gguf",
     }
 }
@@ -214,6 +215,9 @@ impl AdapterUpload {
         if let Some(labels) = labels_of(&self.dir)? {
             parts.push((ArtifactPart::Labels, Source::Bytes(labels.into())));
         }
+        if let Some(head) = read_if_there(&self.dir.join(AdapterArtifact::HEAD_FILE))? {
+            parts.push((ArtifactPart::Head, Source::Bytes(head.into())));
+        }
         let mut infos = Vec::new();
         for (part, source) in &parts {
             let (size_bytes, sha256) = source.measure().await?;
@@ -382,6 +386,8 @@ pub(crate) struct Receiver {
     /// The part that is being written, as an index into the header's list.
     index: usize,
     open: Option<(File, Sha256, u64)>,
+    /// Optional files of a version that was here before and that this one does not have: removed at the end.
+    stale: Vec<PathBuf>,
 }
 
 // === impl Receiver ===
@@ -400,8 +406,14 @@ impl Receiver {
         let made = tokio::fs::create_dir_all(dir).await;
         made.map_err(|error| Error::file(dir, &error))?;
         let parts = version.parts.iter();
-        let places = parts.map(|info| dir.join(file_name(info.part()))).collect();
-        Ok(Self::new(version, places))
+        let places: Vec<PathBuf> = parts.map(|info| dir.join(file_name(info.part()))).collect();
+        let optional = [AdapterArtifact::LABELS_FILE, AdapterArtifact::HEAD_FILE];
+        let optional = optional.into_iter().map(|name| dir.join(name));
+        let stale = optional.filter(|path| !places.contains(path)).collect();
+        Ok(Self {
+            stale,
+            ..Self::new(version, places)
+        })
     }
 
     /// The one part that there is goes into a file. A server that does not know the format sends others.
@@ -426,6 +438,7 @@ impl Receiver {
             places,
             index: 0,
             open: None,
+            stale: Vec::new(),
         }
     }
 
@@ -495,6 +508,14 @@ impl Receiver {
         self.close_full_parts().await?;
         if self.index < self.version.parts.len() {
             return Err(Self::disorder("it ended before its last byte"));
+        }
+        for path in &self.stale {
+            match tokio::fs::remove_file(path).await {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::file(path, &error));
+                }
+                _ => {}
+            }
         }
         Ok(self.version)
     }

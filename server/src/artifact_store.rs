@@ -202,17 +202,11 @@ impl ArtifactStore {
 
     /// Keeps an adapter version; the blob's digest is the version's.
     pub fn put_artifact(&self, artifact: &AdapterArtifact) -> Result<Pin, StoreError> {
-        let parts = [
-            Some(&artifact.config_json),
-            Some(&artifact.safetensors),
-            artifact.labels_json.as_ref(),
-        ];
-        let lengths = parts.map(|part| (part.map_or(0, Vec::len) as u64).to_le_bytes());
+        let framed = artifact.framed();
+        let lengths: Vec<[u8; 8]> = framed.iter().map(|(len, _)| len.to_le_bytes()).collect();
         let mut pieces: Vec<&[u8]> = vec![ARTIFACT_MAGIC];
-        for (part, length) in parts.iter().zip(&lengths) {
-            if let Some(part) = part {
-                pieces.extend([length.as_slice(), part.as_slice()]);
-            }
+        for ((_, part), length) in framed.iter().zip(&lengths) {
+            pieces.extend([length.as_slice(), part]);
         }
         let pin = self.put_parts(artifact.digest().into(), &pieces)?;
         let mut sum = Checksum::default();
@@ -401,28 +395,34 @@ fn read_artifact(
     if take(ARTIFACT_MAGIC.len() as u64, Vec::new())?.as_deref() != Some(ARTIFACT_MAGIC) {
         return Ok(None);
     }
-    let mut part = |into: Vec<u8>| -> io::Result<Option<Vec<u8>>> {
+    // The outer `None` is a file that ends too soon, the inner one labels that are absent.
+    let mut part = |into: Vec<u8>| -> io::Result<Option<Option<Vec<u8>>>> {
         let length = take(8, Vec::new())?.and_then(|bytes| bytes.try_into().ok());
-        match length {
-            Some(length) => take(u64::from_le_bytes(length), into),
+        match length.map(u64::from_le_bytes) {
+            Some(AdapterArtifact::NO_LABELS) => Ok(Some(None)),
+            Some(length) => Ok(take(length, into)?.map(Some)),
             None => Ok(None),
         }
     };
-    let (Some(config_json), Some(safetensors)) = (part(Vec::new())?, part(spare)?) else {
+    let mut rest = [None, None];
+    let (Some(Some(config_json)), Some(Some(safetensors))) = (part(Vec::new())?, part(spare)?)
+    else {
         return Ok(None);
     };
-    let labels_json = if left.get() == 0 {
-        None
-    } else {
-        match part(Vec::new())? {
-            Some(labels) => Some(labels),
-            None => return Ok(None),
+    for slot in &mut rest {
+        if left.get() > 0 {
+            match part(Vec::new())? {
+                Some(bytes) => *slot = bytes,
+                None => return Ok(None),
+            }
         }
-    };
+    }
+    let [labels_json, head_json] = rest;
     Ok((left.get() == 0).then_some(AdapterArtifact {
         config_json,
         safetensors,
         labels_json,
+        head_json,
     }))
 }
 
@@ -436,6 +436,7 @@ mod tests {
             config_json: br#"{"r": 8}"#.to_vec(),
             safetensors: (0..=255).cycle().take(10_000).collect(),
             labels_json: labels.map(|l| l.as_bytes().to_vec()),
+            head_json: None,
         }
     }
 
@@ -449,8 +450,14 @@ mod tests {
             assert_eq!(pin.digest(), BlobDigest::from(artifact.digest()));
             assert_eq!(store.get_artifact(&artifact.digest()).unwrap(), artifact);
         }
+        for labels in [None, Some("")] {
+            let mut artifact = artifact(labels);
+            artifact.head_json = Some(b"{}".to_vec());
+            store.put_artifact(&artifact).unwrap();
+            assert_eq!(store.get_artifact(&artifact.digest()).unwrap(), artifact);
+        }
         let again = ArtifactStore::open(dir.path()).unwrap();
-        assert_eq!(again.list().unwrap().len(), 3);
+        assert_eq!(again.list().unwrap().len(), 5);
         assert_eq!(
             again.get_artifact(&artifact(None).digest()).unwrap(),
             artifact(None)

@@ -20,6 +20,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("schema_serving.sql"),
     include_str!("schema_bulk.sql"),
     include_str!("schema_jobs.sql"),
+    include_str!("schema_classification.sql"),
 ];
 
 /// Request ids are remembered this long.

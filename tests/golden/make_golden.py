@@ -185,6 +185,24 @@ def cls_loss(peft, batch):
     return torch.stack(rows).mean()
 
 
+def answered(problem, weights=None):
+    """The loss that transformers computes for a head of this problem; class weights as torch's cross-entropy takes them."""
+    def loss(peft, batch):
+        logits = torch.cat([peft(input_ids=torch.tensor([r["input_ids"]])).logits for r in batch])
+        if weights:
+            return torch.nn.functional.cross_entropy(logits, torch.tensor([r["label"] for r in batch]), weight=torch.tensor(weights))
+        model = peft.base_model.model
+        model.config.problem_type = problem
+        if problem == "regression":
+            wanted = torch.tensor([r["score"] for r in batch])
+        else:
+            wanted = torch.zeros_like(logits)
+            for row, r in zip(wanted, batch):
+                row[r["labels"]] = 1.0
+        return model.loss_function(logits=logits, labels=wanted, pooled_logits=logits, config=model.config)
+    return loss
+
+
 def batches(tok):
     rng = np.random.default_rng(3)
     words = "refund parcel late report customer rain user wrote six days the of and to".split()
@@ -224,7 +242,36 @@ def dora(tok):
     train(peft, f"{HERE}/train_dora", batches(tok)[0], sft_loss)
 
 
-WAYS = dict(loraplus=loraplus, dora=dora)
+def heads(tok, way):
+    """Texts of random words, with every word that is named as a label, and with how many of them as a number."""
+    rng, names = np.random.default_rng(5), ["refund", "parcel", "report", "rain"]
+    words = "refund parcel late report customer rain user wrote six days the of and to".split()
+    rows = []
+    for _ in range(20):
+        batch = []
+        for n in rng.integers(2, 7, 4):
+            said = list(rng.choice(words, n))
+            labels = [i for i, name in enumerate(names) if name in said]
+            ids = tok(" ".join(said), add_special_tokens=False).input_ids
+            batch.append(dict(input_ids=ids, **way["answer"](labels, len(said))))
+        rows.append(batch)
+    torch.manual_seed(way["seed"])
+    peft = classifier(way["rows"], dict(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"]))
+    path = f"{HERE}/train_{way['name']}"
+    train(peft, path, rows, answered(way["problem"], way.get("weights")))
+    curve = json.load(open(f"{path}/curve.json"))
+    curve["problem_type"] = way["problem"]
+    if "weights" in way:
+        curve["class_weights"] = way["weights"]
+    write(f"{path}/curve.json", curve)
+
+
+HEADS = [
+    dict(name="multi_label", problem="multi_label_classification", rows=4, seed=21, answer=lambda labels, n: dict(labels=labels)),
+    dict(name="regression", problem="regression", rows=1, seed=22, answer=lambda labels, n: dict(score=0.5 * n - len(labels))),
+    dict(name="weighted", problem="single_label_classification", rows=3, seed=23, weights=[0.5, 1.0, 3.0], answer=lambda labels, n: dict(label=min(len(labels), 2))),
+]
+WAYS = dict(loraplus=loraplus, dora=dora, **{way["name"]: lambda tok, way=way: heads(tok, way) for way in HEADS})
 
 
 def only(ways):

@@ -55,7 +55,11 @@ fn artifact(seed: u64) -> AdapterArtifact {
         config = config.with_score_head();
         let labels = ["bug", "praise", "question"].map(str::to_owned).to_vec();
         let weight = numbers(labels.len() * base.hidden);
-        weights.head = Some(ScoreHead { labels, weight });
+        weights.head = Some(ScoreHead {
+            labels,
+            weight,
+            ..ScoreHead::default()
+        });
     }
     peft::write(&config, &weights).unwrap()
 }

@@ -98,6 +98,7 @@ impl Head {
         weights.head = Some(ScoreHead {
             labels: vec!["other".to_owned(), label(token)],
             weight: row.iter().map(|w| -w).chain(row.iter().copied()).collect(),
+            ..ScoreHead::default()
         });
         let config = LoraConfig::new(RANK, 2.5 * RANK as f64, &Site::ALL).with_score_head();
         peft::write(&config, &weights).unwrap()

@@ -7,12 +7,16 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use espalier_adapters::head::Problem;
 use espalier_adapters::ops::Backend;
 use espalier_adapters::pace::Unpaced;
+use espalier_adapters::train::dataset::Score;
 use espalier_adapters::train::examples::{Example, Examples};
 use espalier_adapters::weights::AdapterWeights;
 use espalier_engine::model::{Model, load};
-use espalier_engine::train::trainer::{Decay, HyperParameters, Method, TrainPlan, Trainer};
+use espalier_engine::train::trainer::{
+    Decay, HeadOptions, HyperParameters, Method, TrainPlan, Trainer,
+};
 use serde::Deserialize;
 
 use crate::golden_inference::{Goldens, adapter, given, json, small};
@@ -25,6 +29,8 @@ struct Curve {
     eps: f64,
     clip: f64,
     lora_plus_ratio: Option<f64>,
+    problem_type: Option<Problem>,
+    class_weights: Option<Vec<f32>>,
     steps: Vec<Step>,
 }
 
@@ -41,11 +47,20 @@ struct Item {
     input_ids: Vec<u32>,
     loss_start: Option<usize>,
     label: Option<usize>,
+    labels: Option<Vec<usize>>,
+    score: Option<f64>,
 }
 
 impl Item {
     fn example(&self) -> Example {
         let ids = self.input_ids.clone();
+        if let Some(labels) = self.labels.clone() {
+            return Example::Labels { ids, labels };
+        }
+        if let Some(score) = self.score {
+            let score = Score::new(score).unwrap();
+            return Example::Score { ids, score };
+        }
         match (self.loss_start, self.label) {
             (Some(start), _) => Example::Lm {
                 learn: (0..ids.len()).map(|i| i >= start).collect(),
@@ -60,7 +75,11 @@ impl Item {
 }
 
 fn plan(curve: &Curve, dir: &Path, model: &Model) -> TrainPlan {
-    let (lora, init) = adapter(&dir.join("init"), model.config());
+    let (lora, mut init) = adapter(&dir.join("init"), model.config());
+    let problem = curve.problem_type.unwrap_or_default();
+    if let Some(head) = &mut init.head {
+        head.settings.problem = problem;
+    }
     let items: Vec<Example> = curve
         .steps
         .iter()
@@ -77,6 +96,11 @@ fn plan(curve: &Curve, dir: &Path, model: &Model) -> TrainPlan {
     let method = labels.clone().map_or(Method::Lm, |labels| Method::Class {
         labels,
         head_only: false,
+        options: HeadOptions {
+            problem,
+            class_weights: curve.class_weights.clone(),
+            out_of_scope_share: None,
+        },
     });
     TrainPlan {
         method,

@@ -7,6 +7,7 @@ mod batch_api;
 mod bench_cli;
 mod bulk_api;
 mod churn;
+mod classification_api;
 mod client_side;
 mod combine_api;
 mod constrained;

@@ -575,7 +575,7 @@ async fn datasets_are_checked_line_by_line_and_shared_with_jobs() {
     spec.method = Some(v1::training_spec::Method::Classification(
         v1::ClassificationMethod {
             head_only: Some(true),
-            labels: vec![],
+            ..Default::default()
         },
     ));
     spec.validation = Some(v1::training_spec::Validation::ValidationFraction(0.2));

@@ -243,6 +243,7 @@ fn heads_and_what_is_no_sum() {
     let head = ScoreHead {
         labels: vec!["no".to_owned(), "yes".to_owned()],
         weight: vec![0.25; 32],
+        ..ScoreHead::default()
     };
     let classifier = AdapterWeights {
         head: Some(head.clone()),

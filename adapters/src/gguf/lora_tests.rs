@@ -189,6 +189,7 @@ fn what_the_form_cannot_hold_is_refused_with_a_way_out() {
         head: Some(ScoreHead {
             labels: vec!["a".to_owned()],
             weight: vec![0.5; 32],
+            ..ScoreHead::default()
         }),
         ..AdapterWeights::default()
     };

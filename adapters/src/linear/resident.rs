@@ -9,6 +9,7 @@ use super::dora::Norms;
 use super::layout::{ByRow, Layout, Place, columns_as_rows};
 use super::update::{dora_gain, row_squares};
 use crate::config::Site;
+use crate::head::HeadSettings;
 use crate::ops::{Backend, Ops, OutOfMemory, Real, Span, View, ViewMut};
 use crate::pace::Unpaced;
 use crate::weights::{AdapterWeights, ScoreHead, SiteAdapter};
@@ -58,6 +59,7 @@ pub struct ResidentAdapter<O: Ops = Backend> {
     /// Of DoRA in training.
     pub(super) norms: Option<Norms>,
     labels: Vec<String>,
+    settings: HeadSettings,
     pub(super) head: Option<Range<usize>>,
     bytes: usize,
 }
@@ -131,6 +133,7 @@ impl<O: Ops> ResidentAdapter<O> {
             sites: layout.sites,
             norms: None,
             labels: Vec::new(),
+            settings: HeadSettings::default(),
             head: None,
         }
     }
@@ -199,14 +202,17 @@ impl<O: Ops> ResidentAdapter<O> {
         let arena = ops.arena(spare, layout.size, &mut |full, half| {
             layout.fill(weights, by_row, full, half);
         })?;
-        let labels = weights.head.as_ref().map(|head| head.labels.clone());
+        let head = weights.head.as_ref();
+        let known = head.map(|head| (head.labels.clone(), head.settings.clone()));
+        let (labels, settings) = known.unwrap_or_default();
         Ok(Self {
             arena,
             parameters: layout.parameters,
             bytes: layout.bytes(ops),
             sites: layout.sites,
             norms: layout.norms,
-            labels: labels.unwrap_or_default(),
+            labels,
+            settings,
             head: layout.head,
         })
     }
@@ -253,6 +259,11 @@ impl<O: Ops> ResidentAdapter<O> {
     /// Names of the head's rows; empty without a head.
     pub fn labels(&self) -> &[String] {
         &self.labels
+    }
+
+    /// What the head's logits mean.
+    pub fn head_settings(&self) -> &HeadSettings {
+        &self.settings
     }
 
     /// The head `[labels, hidden]`.
@@ -369,6 +380,7 @@ impl<O: Ops> ResidentAdapter<O> {
         }
         weights.head = self.head.clone().map(|head| ScoreHead {
             labels: self.labels.clone(),
+            settings: self.settings.clone(),
             weight: parameters[head].iter().map(|w| w.to_f32()).collect(),
         });
         Some(weights)

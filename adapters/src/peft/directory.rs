@@ -14,8 +14,7 @@ use crate::error::AdapterError;
 use crate::strict_json;
 use crate::version::AdapterArtifact;
 
-/// Reads `adapter_config.json`, `adapter_model.safetensors` and, if there, `labels.json`. Without the last one the
-/// labels of a classifier come from `id2label` in a `config.json` beside.
+/// Reads `adapter_config.json`, `adapter_model.safetensors` and, if there, `labels.json` and `head.json`. Without labels those of a classifier come from `id2label` in a `config.json` beside.
 ///
 /// # Errors
 /// A file that is missing, too large, no regular file, or unreadable.
@@ -35,10 +34,12 @@ pub fn from_dir(dir: &Path, limits: &Limits) -> Result<AdapterArtifact, AdapterE
         }
         None => None,
     };
+    let head = dir.join(AdapterArtifact::HEAD_FILE);
     Ok(AdapterArtifact {
         config_json,
         safetensors,
         labels_json,
+        head_json: read_file(&head, limits.max_config_bytes)?,
     })
 }
 
@@ -62,12 +63,13 @@ pub fn to_dir(artifact: &AdapterArtifact, dir: &Path) -> Result<(), AdapterError
             Some(artifact.safetensors.as_slice()),
         ),
         (AdapterArtifact::LABELS_FILE, labels),
+        (AdapterArtifact::HEAD_FILE, artifact.head_json.as_deref()),
     ];
     for (name, bytes) in parts {
         let path = dir.join(name);
         let done = match bytes {
             Some(bytes) => write_file(&path, bytes),
-            // Labels of an adapter that was here before would be read as this one's.
+            // Labels and settings of an adapter that was here before would be read as this one's.
             None => match fs::remove_file(&path) {
                 Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
                 _ => Ok(()),

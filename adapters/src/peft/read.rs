@@ -13,6 +13,7 @@ use super::tensor_file::{self, Tensor};
 use super::{Checker, Limits, config_file};
 use crate::config::{BaseShape, LoraConfig, Modules, Site, SitePlan, TaskType};
 use crate::error::AdapterError;
+use crate::head::{HeadSettings, Problem};
 use crate::report::{Finding, Report, Rule, Severity};
 use crate::strict_json;
 use crate::version::AdapterArtifact;
@@ -54,7 +55,8 @@ pub fn read(
         return Err(check.report);
     };
     parts.missing(&config, &plan, &mut check);
-    let head = parts.head(&config, labels, &mut check);
+    let settings = settings(artifact, &config, &mut check);
+    let head = parts.head(&config, (labels, settings), &mut check);
     if !check.report.is_ok() {
         return Err(check.report);
     }
@@ -249,6 +251,36 @@ fn labels(bytes: &[u8], check: &mut Checker) -> Option<Vec<String>> {
     (names.len() == items.len()).then_some(names)
 }
 
+/// What `head.json` says; the defaults without one.
+fn settings(artifact: &AdapterArtifact, config: &LoraConfig, check: &mut Checker) -> HeadSettings {
+    const FILE: &str = AdapterArtifact::HEAD_FILE;
+    let Some(bytes) = &artifact.head_json else {
+        return HeadSettings::default();
+    };
+    let limit = check.limits.max_config_bytes;
+    if bytes.len() > limit {
+        let (found, next) = (
+            format!("{} bytes", bytes.len()),
+            "upload the file that was written",
+        );
+        check.error(FILE, Rule::Limit, found, format!("at most {limit}"), next);
+    } else if !wants_score(config) {
+        let next = "upload no head settings with an adapter that has no head";
+        check.error(
+            FILE,
+            Rule::Head,
+            "settings without a head",
+            "no settings",
+            next,
+        );
+    }
+    HeadSettings::read(bytes).unwrap_or_else(|reason| {
+        let next = "upload the file as it was downloaded, or none for plain softmax";
+        check.error(FILE, Rule::Head, reason, "settings of version 1", next);
+        HeadSettings::default()
+    })
+}
+
 /// What the tensors of the file turned out to be.
 #[derive(Default)]
 struct Parts {
@@ -433,7 +465,7 @@ impl Parts {
     fn head(
         &mut self,
         config: &LoraConfig,
-        labels: Option<Option<Vec<String>>>,
+        (labels, settings): (Option<Option<Vec<String>>>, HeadSettings),
         check: &mut Checker,
     ) -> Option<ScoreHead> {
         const FILE: &str = AdapterArtifact::LABELS_FILE;
@@ -465,7 +497,25 @@ impl Parts {
             );
             return None;
         }
-        Some(ScoreHead { labels, weight })
+        if settings.problem == Problem::Regression && rows != 1 {
+            let (found, next) = (
+                format!("regression with {rows} rows of score"),
+                "use one row",
+            );
+            check.error(
+                AdapterArtifact::HEAD_FILE,
+                Rule::Head,
+                found,
+                "one row",
+                next,
+            );
+            return None;
+        }
+        Some(ScoreHead {
+            labels,
+            weight,
+            settings,
+        })
     }
 
     fn site(&mut self, (layer, site): (usize, Site), plan: &SitePlan) -> Option<SiteAdapter> {

@@ -63,6 +63,7 @@ fn weights(config: &LoraConfig, base: &BaseShape, labels: usize, seed: u64) -> A
     let head = (labels > 0).then(|| ScoreHead {
         labels: (0..labels).map(|i| format!("l{i}é")).collect(),
         weight: random(labels * base.hidden, &mut rng),
+        ..ScoreHead::default()
     });
     AdapterWeights { sites, head }
 }
@@ -243,7 +244,7 @@ proptest! {
 
     #[test]
     fn rubbish_never_panics(config in any::<Vec<u8>>(), tensors in any::<Vec<u8>>(), labels in any::<Vec<u8>>()) {
-        let artifact = AdapterArtifact { config_json: config, safetensors: tensors, labels_json: Some(labels) };
+        let artifact = AdapterArtifact { config_json: config, safetensors: tensors, labels_json: Some(labels), head_json: None };
         prop_assert!(read_tiny(&artifact).is_err());
     }
 }
@@ -380,6 +381,7 @@ fn directories_hold_the_parts_and_follow_no_link() {
     // Without labels of its own a classifier takes those of the config beside it.
     let bare = AdapterArtifact {
         labels_json: None,
+        head_json: None,
         ..artifact.clone()
     };
     to_dir(&bare, &dir).unwrap();

@@ -36,10 +36,12 @@ pub fn write(
         .head
         .as_ref()
         .map(|head| pretty(&json!(head.labels)));
+    let head_json = weights.head.as_ref().and_then(|head| head.settings.write());
     Ok(AdapterArtifact {
         config_json,
         safetensors,
         labels_json,
+        head_json,
     })
 }
 

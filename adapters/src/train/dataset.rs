@@ -3,6 +3,7 @@
 //! Nothing is dropped in silence: a row is taken, or its line is an error; a field that is not used is a warning.
 //! This file must not know tokens, templates or models.
 
+mod answer;
 mod check;
 mod parse;
 mod table;
@@ -11,6 +12,7 @@ mod tests;
 
 use std::fmt;
 
+pub use answer::{MAX_SCORE, Score};
 pub use check::from_rows;
 pub(crate) use check::repeats;
 pub use parse::parse;
@@ -74,6 +76,20 @@ pub enum Row {
         /// The name of the class.
         label: String,
     },
+    /// A text and every label that applies to it.
+    Labels {
+        /// Raw text, as a Classify request would send it.
+        text: String,
+        /// Names, sorted bytewise; may be none.
+        labels: Vec<String>,
+    },
+    /// A text and the number to answer it with.
+    Score {
+        /// Raw text, as a Classify request would send it.
+        text: String,
+        /// The number.
+        score: Score,
+    },
     /// A document; all of it is learned.
     Text {
         /// Raw text.
@@ -100,6 +116,10 @@ pub enum Kind {
     Chat,
     /// [`Row::Class`].
     Class,
+    /// [`Row::Labels`].
+    Labels,
+    /// [`Row::Score`].
+    Score,
     /// [`Row::Text`].
     Text,
     /// [`Row::Instruction`].
@@ -114,6 +134,8 @@ impl Kind {
             Self::Completion => "prompt/completion",
             Self::Chat => "chat",
             Self::Class => "classification",
+            Self::Labels => "multi-label classification",
+            Self::Score => "regression",
             Self::Text => "raw text",
             Self::Instruction => "instruction",
         }
@@ -128,6 +150,8 @@ impl Row {
             Self::Completion { .. } => Kind::Completion,
             Self::Chat { .. } => Kind::Chat,
             Self::Class { .. } => Kind::Class,
+            Self::Labels { .. } => Kind::Labels,
+            Self::Score { .. } => Kind::Score,
             Self::Text { .. } => Kind::Text,
             Self::Instruction { .. } => Kind::Instruction,
         }
@@ -182,6 +206,10 @@ pub struct ColumnNames {
     pub input: String,
     /// The answer to an instruction.
     pub output: String,
+    /// Every label that applies: a list, or in a table names between bars.
+    pub labels: String,
+    /// The number to answer with.
+    pub score: String,
 }
 
 impl Default for ColumnNames {
@@ -195,6 +223,8 @@ impl Default for ColumnNames {
             instruction: "instruction".to_owned(),
             input: "input".to_owned(),
             output: "output".to_owned(),
+            labels: "labels".to_owned(),
+            score: "score".to_owned(),
         }
     }
 }

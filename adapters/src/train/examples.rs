@@ -10,10 +10,12 @@ mod split;
 mod tests;
 mod window;
 
-pub use encode::{Encoded, Encoding, TooLong, build, encode};
+pub use encode::{Encoded, Encoding, SCORE_LABEL, TooLong, build, encode};
 pub use window::default_window;
 
 use serde::{Deserialize, Serialize};
+
+use super::dataset::Score;
 
 /// Which turns of a row are learned. A chat message of weight 0 is not, whichever they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +47,20 @@ pub enum Example {
         /// Row of the head.
         label: usize,
     },
+    /// The same with any number of labels.
+    Labels {
+        /// Token ids.
+        ids: Vec<u32>,
+        /// Rows of the head that apply, ascending.
+        labels: Vec<usize>,
+    },
+    /// Regression by the state of the last token.
+    Score {
+        /// Token ids.
+        ids: Vec<u32>,
+        /// The number.
+        score: Score,
+    },
 }
 
 impl Example {
@@ -52,16 +68,19 @@ impl Example {
     #[must_use]
     pub fn ids(&self) -> &[u32] {
         match self {
-            Self::Lm { ids, .. } | Self::Class { ids, .. } => ids,
+            Self::Lm { ids, .. }
+            | Self::Class { ids, .. }
+            | Self::Labels { ids, .. }
+            | Self::Score { ids, .. } => ids,
         }
     }
 
-    /// Number of predictions that the loss sees: label tokens, or 1 class.
+    /// Number of predictions that the loss sees: label tokens, or 1 for an answer of a head.
     #[must_use]
     pub fn targets(&self) -> usize {
         match self {
             Self::Lm { learn, .. } => learn.iter().filter(|l| **l).count(),
-            Self::Class { .. } => 1,
+            Self::Class { .. } | Self::Labels { .. } | Self::Score { .. } => 1,
         }
     }
 }
@@ -92,7 +111,7 @@ pub struct Examples {
     pub items: Vec<Example>,
     /// The line each came from; a chat can give several.
     pub lines: Vec<u64>,
-    /// Names of the classes, sorted bytewise; `None` for next-token prediction.
+    /// Names of the head's rows, sorted bytewise; `None` for next-token prediction.
     pub labels: Option<Vec<String>>,
 }
 

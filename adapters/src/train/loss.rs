@@ -20,7 +20,7 @@ pub struct Target {
 /// A prediction beside its label.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Judged {
-    /// `-log p(label)`, not weighted.
+    /// `-log p(label)`, or the loss of a head's other answers; not weighted.
     pub loss: f64,
     /// No label is likelier.
     pub correct: bool,
@@ -29,8 +29,10 @@ pub struct Judged {
 /// What the losses of targets add up to.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LossSum {
-    /// Sum of `-log p(label)`.
+    /// Sum of the losses, each times what its target counts.
     pub loss: f64,
+    /// Sum of what the targets count: 1 each, or their classes' weights.
+    pub weight: f64,
     /// Targets whose label is the likeliest.
     pub correct: u64,
     /// Targets.
@@ -41,13 +43,26 @@ impl LossSum {
     /// Adds another sum.
     pub fn add(&mut self, other: Self) {
         self.loss += other.loss;
+        self.weight += other.weight;
         self.correct += other.correct;
         self.targets += other.targets;
     }
 
-    /// The mean over the targets.
+    /// Adds a target that counts `weight`.
+    pub fn push(&mut self, judged: &Judged, weight: f64) {
+        self.loss += weight * judged.loss;
+        self.weight += weight;
+        self.correct += u64::from(judged.correct);
+        self.targets += 1;
+    }
+
+    /// The mean over the targets, each by what it counts.
     pub fn mean(&self) -> f64 {
-        self.loss / self.targets.max(1) as f64
+        if self.weight > 0.0 {
+            self.loss / self.weight
+        } else {
+            self.loss
+        }
     }
 
     /// The share of right ones.
@@ -59,11 +74,7 @@ impl LossSum {
 impl<'a> FromIterator<&'a Judged> for LossSum {
     fn from_iter<I: IntoIterator<Item = &'a Judged>>(judged: I) -> Self {
         let mut sum = Self::default();
-        for judged in judged {
-            sum.loss += judged.loss;
-            sum.correct += u64::from(judged.correct);
-            sum.targets += 1;
-        }
+        judged.into_iter().for_each(|judged| sum.push(judged, 1.0));
         sum
     }
 }

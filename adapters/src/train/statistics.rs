@@ -76,11 +76,16 @@ impl Statistics {
     }
 }
 
-/// Rows by label, of rows that have one.
+/// Rows by label, of rows that have labels; a row with several counts for each.
 pub fn label_counts<'a>(rows: impl Iterator<Item = &'a Row>) -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
     for row in rows {
-        if let Row::Class { label, .. } = row {
+        let labels = match row {
+            Row::Class { label, .. } => std::slice::from_ref(label),
+            Row::Labels { labels, .. } => labels,
+            _ => &[],
+        };
+        for label in labels {
             *counts.entry(label.clone()).or_insert(0) += 1;
         }
     }
@@ -90,7 +95,7 @@ pub fn label_counts<'a>(rows: impl Iterator<Item = &'a Row>) -> BTreeMap<String,
 fn masked(examples: &Examples) -> u64 {
     let of = |example: &Example| match example {
         Example::Lm { learn, .. } => learn.iter().filter(|learn| !**learn).count() as u64,
-        Example::Class { .. } => 0,
+        Example::Class { .. } | Example::Labels { .. } | Example::Score { .. } => 0,
     };
     examples.items.iter().map(of).sum()
 }
@@ -109,7 +114,10 @@ fn folded(row: &Row) -> String {
     let parts: Vec<&str> = match row {
         Row::Completion { prompt, completion } => vec![prompt, completion],
         Row::Chat { messages } => messages.iter().map(|m| m.content.as_str()).collect(),
-        Row::Class { text, .. } | Row::Text { text } => vec![text],
+        Row::Class { text, .. }
+        | Row::Labels { text, .. }
+        | Row::Score { text, .. }
+        | Row::Text { text } => vec![text],
         Row::Instruction {
             instruction,
             input,

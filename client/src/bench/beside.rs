@@ -30,7 +30,7 @@ const GLANCE: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Beside {
     /// So many jobs at a time; when one has ended the next begins.
-    Train(Train),
+    Train(Box<Train>),
     /// A directory again and again, each time as a new version.
     Upload {
         dir: PathBuf,
@@ -162,7 +162,7 @@ impl FromStr for Beside {
                 if !["", "sft", "classify", "head"].contains(&method.as_str()) {
                     return Err(format!("method {method:?} is none of sft, classify, head"));
                 }
-                Self::Train(Train {
+                Self::Train(Box::new(Train {
                     file: pairs.needed("file")?.into(),
                     adapter: pairs.needed("adapter")?,
                     jobs: pairs.number("jobs", 1, 64)? as usize,
@@ -177,7 +177,7 @@ impl FromStr for Beside {
                         messages: pairs.column("messages"),
                         ..Default::default()
                     },
-                })
+                }))
             }
             "upload" => Self::Upload {
                 dir: pairs.needed("dir")?.into(),

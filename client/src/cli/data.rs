@@ -59,6 +59,12 @@ pub(crate) struct FileArgs {
     /// Column of its label [usual: label].
     #[arg(long, default_value = "", hide_default_value = true)]
     label_col: String,
+    /// Column of every label that applies: a list, or in tables names between bars [usual: labels].
+    #[arg(long, default_value = "", hide_default_value = true)]
+    labels_col: String,
+    /// Column of the number to answer with [usual: score].
+    #[arg(long, default_value = "", hide_default_value = true)]
+    score_col: String,
     /// Column of the prompt [usual: prompt].
     #[arg(long, default_value = "", hide_default_value = true)]
     prompt_col: String,
@@ -90,6 +96,8 @@ impl FileArgs {
             instruction: self.instruction_col.clone(),
             input: self.input_col.clone(),
             output: self.output_col.clone(),
+            labels: self.labels_col.clone(),
+            score: self.score_col.clone(),
         }
     }
 
@@ -234,6 +242,8 @@ pub(crate) fn kind_name(kind: v1::RowKind) -> &'static str {
         v1::RowKind::Completion => "prompt and completion",
         v1::RowKind::Chat => "chat",
         v1::RowKind::Class => "text and label",
+        v1::RowKind::Labels => "text and labels",
+        v1::RowKind::Score => "text and score",
         v1::RowKind::Text => "raw text",
         v1::RowKind::Instruction => "instruction and output",
         v1::RowKind::Unspecified => "an unknown kind",
@@ -342,14 +352,18 @@ pub(crate) fn guess_kind(
         Ok(v1::RowKind::Completion)
     } else if has(text.clone()) && has(or(&columns.label, "label")) {
         Ok(v1::RowKind::Class)
+    } else if has(text.clone()) && has(or(&columns.labels, "labels")) {
+        Ok(v1::RowKind::Labels)
+    } else if has(text.clone()) && has(or(&columns.score, "score")) {
+        Ok(v1::RowKind::Score)
     } else if found == [text] {
         Ok(v1::RowKind::Text)
     } else if has(or(&columns.instruction, "instruction")) {
         Ok(v1::RowKind::Instruction)
     } else {
         Err(Error::argument(format!(
-            "the columns {found:?} are neither text and label, text alone, prompt and completion, instruction and output, \
-             nor messages: name them with --text-col and --label-col, --prompt-col and --completion-col, \
+            "the columns {found:?} are neither text and label (or labels, or score), text alone, prompt and completion, instruction and output, \
+             nor messages: name them with --text-col and --label-col (--labels-col, --score-col), --prompt-col and --completion-col, \
              --instruction-col and --output-col, or --messages-col; rows of raw text with other fields need --method text"
         )))
     }
@@ -380,6 +394,18 @@ mod tests {
                 DataFormat::Csv,
                 &none,
                 v1::RowKind::Class,
+            ),
+            (
+                r#"{"text": "a", "labels": ["b"]}"#,
+                DataFormat::Jsonl,
+                &none,
+                v1::RowKind::Labels,
+            ),
+            (
+                "text,score\na,2",
+                DataFormat::Csv,
+                &none,
+                v1::RowKind::Score,
             ),
             (
                 "\u{feff}\"query\"\t\"intent\"",

@@ -6,6 +6,7 @@ use crate::{
     cli::{
         Session,
         chat::message,
+        classification::answer_text,
         output::{Failure, Out},
         sampling::{AdapterArg, remark_result, text_or_stdin, texts_or_stdin},
     },
@@ -47,9 +48,7 @@ impl Classify {
                 continue;
             }
             for (text, result) in batch.iter().zip(&reply.results) {
-                let shown = result.scores.iter().take(self.top.max(1));
-                let scores = shown.map(|s| format!("{} {:.1}%", s.label, s.probability * 100.0));
-                let scores = scores.collect::<Vec<_>>().join(", ");
+                let scores = answer_text(result, self.top);
                 if texts.len() == 1 {
                     out.line(scores)?;
                 } else {

@@ -7,6 +7,7 @@ mod bulk;
 mod chart;
 mod chat;
 mod check;
+mod classification;
 mod completions;
 mod data;
 mod documents;

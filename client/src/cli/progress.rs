@@ -10,6 +10,7 @@ use crate::{
     cli::{
         Session,
         chart::{self, Curve},
+        classification::print_result,
         output::{Failure, Out, seconds_of, span},
     },
     training::is_final,
@@ -246,6 +247,9 @@ pub(crate) fn print_job(out: Out, job: &v1::TrainingJob) -> Result<(), Failure> 
         out.line(format_args!(
             "held-out loss {before:.4} before, {after:.4} after"
         ))?;
+    }
+    if let Some(result) = &job.classification_result {
+        print_result(out, result)?;
     }
     if !job.version.is_empty() {
         out.line(format_args!("live as {}", job.version))?;

@@ -12,6 +12,7 @@ use crate::{
     cli::{
         Session,
         adapters::read_profile,
+        classification::HeadArgs,
         data::{FileArgs, guess_kind, id_of, print_report},
         documents,
         output::Failure,
@@ -85,12 +86,8 @@ pub(crate) struct Train {
     /// The part of the data to validate on, above 0 and at most 0.5.
     #[arg(long)]
     valid_fraction: Option<f64>,
-    /// Classification: train the head alone, on the frozen base. Ready in seconds.
-    #[arg(long)]
-    head_only: bool,
-    /// Classification: the labels that may appear.
-    #[arg(long, value_delimiter = ',')]
-    labels: Vec<String>,
+    #[command(flatten)]
+    head: HeadArgs,
     /// Sft: which turns are learned; left out: every answer.
     #[arg(long, value_enum)]
     train_on: Option<TrainOnArg>,
@@ -368,17 +365,14 @@ impl Train {
 
     fn method_for(&self, kind: v1::RowKind) -> Result<Method, Failure> {
         let guessed = match kind {
-            v1::RowKind::Class => MethodArg::Classify,
+            v1::RowKind::Class | v1::RowKind::Labels | v1::RowKind::Score => MethodArg::Classify,
             v1::RowKind::Text => MethodArg::Text,
             _ => MethodArg::Sft,
         };
         let method = self.method.unwrap_or(guessed);
         self.options_fit(method)?;
         Ok(match method {
-            MethodArg::Classify => Method::Classification(v1::ClassificationMethod {
-                head_only: self.head_only.then_some(true),
-                labels: self.labels.clone(),
-            }),
+            MethodArg::Classify => Method::Classification(self.head.message()),
             MethodArg::Sft => Method::Supervised(v1::SupervisedMethod {
                 train_on: match self.train_on {
                     None => v1::TrainOn::Unspecified,
@@ -396,9 +390,9 @@ impl Train {
 
     /// Refuses an option of another method, which would be ignored in silence.
     fn options_fit(&self, method: MethodArg) -> Result<(), Failure> {
-        let options = [
-            ("--head-only", self.head_only, MethodArg::Classify),
-            ("--labels", !self.labels.is_empty(), MethodArg::Classify),
+        let heads = self.head.given();
+        let heads = heads.map(|(option, given)| (option, given, MethodArg::Classify));
+        let others = [
             ("--train-on", self.train_on.is_some(), MethodArg::Sft),
             ("--window", self.window.is_some(), MethodArg::Text),
         ];
@@ -407,8 +401,9 @@ impl Train {
             MethodArg::Sft => "sft",
             MethodArg::Text => "text",
         };
-        match options
+        match heads
             .into_iter()
+            .chain(others)
             .find(|(_, given, of)| *given && *of != method)
         {
             None => Ok(()),

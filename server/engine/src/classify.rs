@@ -1,14 +1,11 @@
 //! From states and log-probabilities to the answers of Classify and Embed. Pure functions of numbers.
 
+use espalier_adapters::head;
+
 /// Probabilities of logits. The sum runs in f64, so that the shares add up to 1 as well as f32 can say.
 pub(crate) fn softmax(logits: &[f64]) -> Vec<f32> {
-    let best = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let weights: Vec<f64> = logits.iter().map(|logit| (logit - best).exp()).collect();
-    let total: f64 = weights.iter().sum();
-    weights
-        .into_iter()
-        .map(|weight| (weight / total) as f32)
-        .collect()
+    let shares = head::softmax(logits).into_iter();
+    shares.map(|share| share as f32).collect()
 }
 
 /// Adds states `[rows, hidden]` to a running sum `[hidden]`, row after row: cutting a prompt in chunks changes no bit.

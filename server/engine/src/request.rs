@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use espalier_adapters::head::Problem;
 use espalier_adapters::version::VersionDigest;
 
 use crate::constraint::Constraint;
@@ -260,14 +261,18 @@ pub struct TokenLogprob {
 /// One result of a request that does not generate.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Output {
-    /// Probabilities in label order.
+    /// Scores in label order.
     Classes {
         /// The labels' names.
         labels: Arc<[String]>,
-        /// One probability each, summing to 1.
+        /// One each: softmax, summing to 1; of several labels a sigmoid each; of regression the value.
         probabilities: Vec<f32>,
-        /// What the softmax was taken of: head logits, or summed log-probabilities.
+        /// What they were made of: head logits, or summed log-probabilities.
         logits: Vec<f32>,
+        /// What the head answers; one label, where the labels' likelihood was taken.
+        problem: Problem,
+        /// The best score is below the head's threshold.
+        out_of_scope: bool,
     },
     /// A vector of hidden size.
     Embedding(Vec<f32>),

@@ -207,6 +207,7 @@ fn parts(summary: &VersionSummary) -> Vec<v1::ArtifactPartInfo> {
             part: match part.file.as_str() {
                 AdapterArtifact::CONFIG_FILE => v1::ArtifactPart::Config,
                 AdapterArtifact::WEIGHTS_FILE => v1::ArtifactPart::Weights,
+                AdapterArtifact::HEAD_FILE => v1::ArtifactPart::Head,
                 _ => v1::ArtifactPart::Labels,
             }
             .into(),

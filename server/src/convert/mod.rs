@@ -4,6 +4,7 @@
 pub(crate) mod adapter;
 pub(crate) mod bulk;
 pub(crate) mod chat;
+pub(crate) mod classification;
 pub(crate) mod outcome;
 pub(crate) mod reply;
 pub(crate) mod request;

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use espalier_adapters::head::Problem;
 use espalier_adapters::text::Tokenizer;
 use espalier_engine::request as engine;
 use espalier_proto::v1;
 
-use super::count;
 use super::request::Settings;
+use super::{classification, count};
 use crate::registry::ResolvedVersion;
 
 /// What every reply says about who answered.
@@ -162,12 +163,20 @@ pub(crate) fn piece(tokenizer: &Tokenizer, id: u32) -> String {
     tokenizer.decode(&[id], false).unwrap_or_default()
 }
 
-/// One text's classes, the most likely first; equal ones in the labels' order.
+/// One text's classes, the most likely first; equal ones in the labels' order. Of regression the value alone.
 pub(crate) fn classes(
     labels: &Arc<[String]>,
-    probabilities: &[f32],
-    logits: &[f32],
+    (probabilities, logits): (&[f32], &[f32]),
+    (problem, out_of_scope): (Problem, bool),
 ) -> v1::Classification {
+    let problem_type = classification::problem(problem);
+    if problem == Problem::Regression {
+        return v1::Classification {
+            value: probabilities.first().copied(),
+            problem_type,
+            ..v1::Classification::default()
+        };
+    }
     let mut scores: Vec<v1::LabelScore> = labels
         .iter()
         .zip(probabilities)
@@ -185,11 +194,20 @@ pub(crate) fn classes(
             .total_cmp(&a.probability)
             .then(a.index.cmp(&b.index))
     });
+    let above = scores.iter().filter(|score| score.probability > 0.5);
+    let said = match problem {
+        Problem::MultiLabel => above.map(|score| score.label.clone()).collect(),
+        _ => Vec::new(),
+    };
     v1::Classification {
         label: scores
             .first()
             .map(|best| best.label.clone())
             .unwrap_or_default(),
+        labels: said,
+        out_of_scope,
+        value: None,
+        problem_type,
         scores,
     }
 }
@@ -226,7 +244,12 @@ mod tests {
     #[test]
     fn classes_are_sorted_and_keep_their_place() {
         let labels: Arc<[String]> = ["a", "b", "c"].map(str::to_owned).into();
-        let result = classes(&labels, &[0.2, 0.5, 0.3], &[-1.0, 2.0, 0.5]);
+        let result = classes(
+            &labels,
+            (&[0.2, 0.5, 0.3], &[-1.0, 2.0, 0.5]),
+            (Problem::SingleLabel, true),
+        );
+        assert!(result.out_of_scope && result.labels.is_empty() && result.value.is_none());
         assert_eq!(result.label, "b");
         let order: Vec<_> = result
             .scores
@@ -235,6 +258,19 @@ mod tests {
             .collect();
         assert_eq!(order, [("b", 1), ("c", 2), ("a", 0)]);
         assert_eq!(result.scores[0].score, 2.0);
+    }
+
+    #[test]
+    fn several_labels_are_said_and_a_number_stands_alone() {
+        let labels: Arc<[String]> = ["a", "b", "c"].map(str::to_owned).into();
+        let given: (&[f32], &[f32]) = (&[0.6, 0.5, 0.9], &[0.4, 0.0, 2.2]);
+        let result = classes(&labels, given, (Problem::MultiLabel, false));
+        assert_eq!(result.labels, ["c", "a"]);
+        assert_eq!((result.label.as_str(), result.scores.len()), ("c", 3));
+        let labels: Arc<[String]> = ["score".to_owned()].into();
+        let result = classes(&labels, (&[-2.5], &[-2.5]), (Problem::Regression, false));
+        assert_eq!((result.value, result.scores.len()), (Some(-2.5), 0));
+        assert_eq!(result.problem_type(), v1::ProblemType::Regression);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use prost_types::Duration;
 use tonic::Code;
 
 use super::adapter::{ProfileLimits, aliases, profile, profile_reply, timestamp};
-use super::outcome;
+use super::{classification, outcome};
 use crate::datasets::{DataShape, Dataset};
 use crate::jobs::{
     DataInput, DataSource, DataStats, Event, Finding, Happening, HyperRequest, Job, JobFailure,
@@ -20,7 +20,7 @@ use crate::jobs::{
 use crate::names::{AdapterName, AdapterRef, DatasetName, JobName, TenantId};
 use crate::status::Refusal;
 
-fn invalid(field: impl Into<String>, why: impl Into<String>) -> Refusal {
+pub(super) fn invalid(field: impl Into<String>, why: impl Into<String>) -> Refusal {
     Refusal::invalid_field(field, why)
 }
 
@@ -63,6 +63,8 @@ pub(crate) fn columns(field: &str, given: Option<v1::ColumnNames>) -> Result<Col
         ("instruction", &mut names.instruction, given.instruction),
         ("input", &mut names.input, given.input),
         ("output", &mut names.output, given.output),
+        ("labels", &mut names.labels, given.labels),
+        ("score", &mut names.score, given.score),
     ] {
         if text.len() > 256 {
             return Err(Refusal::over_limit(
@@ -88,6 +90,8 @@ fn columns_reply(columns: &ColumnNames) -> v1::ColumnNames {
         instruction: columns.instruction.clone(),
         input: columns.input.clone(),
         output: columns.output.clone(),
+        labels: columns.labels.clone(),
+        score: columns.score.clone(),
     }
 }
 
@@ -108,6 +112,8 @@ pub(crate) fn shape(shape: &DataShape, size: u64, sha256: String) -> v1::Dataset
             Kind::Completion => v1::RowKind::Completion,
             Kind::Chat => v1::RowKind::Chat,
             Kind::Class => v1::RowKind::Class,
+            Kind::Labels => v1::RowKind::Labels,
+            Kind::Score => v1::RowKind::Score,
             Kind::Text => v1::RowKind::Text,
             Kind::Instruction => v1::RowKind::Instruction,
         }
@@ -225,6 +231,7 @@ fn method(given: Option<v1::training_spec::Method>) -> Result<JobMethod, Refusal
             window_tokens: given.window_tokens.map(|tokens| tokens as usize),
         }),
         Some(Method::Classification(given)) => Ok(JobMethod::Classification {
+            options: classification::options(&given)?,
             head_only: given.head_only.unwrap_or(false),
             labels: given.labels,
         }),
@@ -245,12 +252,11 @@ fn method_reply(method: JobMethod) -> v1::training_spec::Method {
         JobMethod::Unsupervised { window_tokens } => Method::Unsupervised(v1::UnsupervisedMethod {
             window_tokens: window_tokens.and_then(|tokens| u32::try_from(tokens).ok()),
         }),
-        JobMethod::Classification { head_only, labels } => {
-            Method::Classification(v1::ClassificationMethod {
-                head_only: Some(head_only),
-                labels,
-            })
-        }
+        JobMethod::Classification {
+            head_only,
+            labels,
+            options,
+        } => Method::Classification(classification::method_reply(head_only, labels, options)),
     }
 }
 
@@ -364,6 +370,7 @@ pub(crate) fn job(job: Job) -> v1::TrainingJob {
         end_time: job.end_time.map(timestamp),
         last_sequence: job.last_sequence,
         attempt: job.attempt,
+        classification_result: job.result.map(classification::result),
     }
 }
 
@@ -616,13 +623,14 @@ fn event(job: &JobName, event: Event) -> v1::TrainingEvent {
             step,
             loss,
             accuracy,
+            macro_f1,
             perplexity,
             best,
         } => Wire::Evaluation(v1::EvaluationReport {
             step,
             loss,
-            accuracy: Some(accuracy),
-            macro_f1: None,
+            accuracy,
+            macro_f1,
             best,
             perplexity,
         }),

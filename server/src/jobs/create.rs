@@ -1,14 +1,17 @@
 //! Accepting a job: everything that can be known to go wrong is found before the reply.
 
+use espalier_adapters::head::Problem;
 use espalier_adapters::peft;
 use espalier_adapters::train::dataset::DataReport;
 use espalier_adapters::train::statistics::Statistics;
 use espalier_adapters::weights::AdapterWeights;
 use rusqlite::Transaction;
 
+use super::classification::{ClassOptions, problem_of};
 use super::defaults::{self, Choices};
 use super::estimate::Estimate;
 use super::events::{DataStats, Job, JobState, Progress};
+use super::ladder;
 use super::plan::{Base, DataBytes, Material, Wanted};
 use super::rows::{self, NewJob};
 use super::spec::{
@@ -56,8 +59,9 @@ impl JobService {
             .store
             .run(move |_| {
                 let parts = &service.inner.parts;
-                Ok(initial_weights(&spec, parts)
-                    .map(|init| (material.plan(&spec, &parts.base, init), spec)))
+                let init = initial_weights(&spec, parts);
+                let plan = init.and_then(|init| material.plan(&spec, &parts.base, init));
+                Ok(plan.map(|plan| (plan, spec)))
             })
             .await?;
         let (plan, spec) = plan?;
@@ -366,6 +370,16 @@ fn quote(
         });
     }
     let at = material.circumstances(base);
+    let options = match &request.method {
+        JobMethod::Classification { options, .. } => {
+            let options = options.settled(problem_of(material.kind()), at.validated)?;
+            let labels = material.train.labels.as_deref().unwrap_or_default();
+            // Found to be wrong now rather than when the job begins.
+            options.head(labels, &material.train)?;
+            options
+        }
+        _ => ClassOptions::default(),
+    };
     let head_only = matches!(
         request.method,
         JobMethod::Classification {
@@ -385,6 +399,8 @@ fn quote(
     }
     let (hyper, epochs) =
         defaults::hyper_parameters(&request.hyper, &at, head_only, limits, &mut choices)?;
+    let asked = (&request.method, &options);
+    let first_rung = ladder::first_rung(asked, from.is_some(), &at, limits)?;
     let total_steps = hyper.max_steps.unwrap_or_default();
     let lora = if head_only {
         None
@@ -393,7 +409,7 @@ fn quote(
     };
     let (stats, statistics) = (material.stats(), material.statistics(max_example_tokens));
     if let Some(version) = &from {
-        fits_shape(version, lora.as_ref(), &stats)?;
+        fits_shape(version, lora.as_ref(), &stats, options.problem)?;
     }
     let aliases = match (request.keep_aliases, request.aliases.as_slice()) {
         (true, []) => Vec::new(),
@@ -411,6 +427,13 @@ fn quote(
         from_version: from.as_ref().map(|v| v.name.to_string()),
         from_digest: from.as_ref().map(|v| v.content.digest.to_string()),
         method: match &request.method {
+            JobMethod::Classification {
+                head_only, labels, ..
+            } => JobMethod::Classification {
+                head_only: *head_only,
+                labels: labels.clone(),
+                options,
+            },
             JobMethod::Unsupervised { .. } => JobMethod::Unsupervised {
                 window_tokens: material.window,
             },
@@ -420,6 +443,7 @@ fn quote(
         data: sources.data,
         validation: sources.validation,
         hyper,
+        first_rung,
         epochs,
         gradient_accumulation_steps: request
             .hyper
@@ -485,6 +509,7 @@ fn fits_shape(
     version: &Version,
     lora: Option<&LoraSpec>,
     stats: &DataStats,
+    problem: Problem,
 ) -> Result<(), JobError> {
     let summary = &version.content.summary;
     let refuse = |expected: String, found: String| {
@@ -523,6 +548,12 @@ fn fits_shape(
                 format!("rank {} on {}", summary.rank, modules.1.join(", ")),
             );
         }
+    }
+    if !summary.labels.is_empty() && summary.problem != problem {
+        return refuse(
+            format!("a head of {}", problem.as_str()),
+            format!("a head of {}", summary.problem.as_str()),
+        );
     }
     if !summary.labels.is_empty() && summary.labels != stats.labels {
         return refuse(
@@ -569,6 +600,7 @@ impl Quote {
             stats: self.stats,
             version: None,
             error: None,
+            result: None,
             last_sequence: 0,
             attempt: 0,
             cancel_asked: false,

@@ -4,6 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::classification::ClassificationResult;
+use super::ladder::FirstRung;
 use super::spec::JobSpec;
 use crate::names::JobName;
 
@@ -113,6 +115,8 @@ pub struct Progress {
     pub tokens_per_second: f64,
     /// Estimated seconds to the end.
     pub eta_seconds: Option<f64>,
+    /// The head that a ladder's first rung published.
+    pub first_rung: Option<FirstRung>,
 }
 
 /// An evaluation of a job's result, or of what it started from.
@@ -219,8 +223,12 @@ pub enum Happening {
         step: u64,
         /// Its loss.
         loss: f64,
-        /// Its accuracy.
-        accuracy: f64,
+        /// Its accuracy; regression has none.
+        #[serde(default)]
+        accuracy: Option<f64>,
+        /// Its macro F1, of a head that chooses labels.
+        #[serde(default)]
+        macro_f1: Option<f64>,
         /// Its perplexity, of raw text.
         perplexity: Option<f64>,
         /// Better than all before.
@@ -287,6 +295,8 @@ pub struct Job {
     pub version: Option<String>,
     /// Why it failed.
     pub error: Option<JobFailure>,
+    /// What its head is worth, once it has succeeded.
+    pub result: Option<ClassificationResult>,
     /// Number of its last event.
     pub last_sequence: u64,
     /// How often it was started.

@@ -6,10 +6,12 @@
 //! on from its last checkpoint, and since training is a pure function of the job, its result is the same. This file must not
 //! know the wire, nor how training is done.
 
+mod classification;
 mod create;
 mod defaults;
 mod estimate;
 mod events;
+mod ladder;
 mod plan;
 mod rows;
 mod runner;
@@ -30,12 +32,14 @@ use espalier_engine::handle::EngineHandle;
 use espalier_engine::train::{JobEvent, TrainingSubmission};
 use tokio::sync::{Notify, mpsc, watch as signal};
 
+pub use classification::{ClassOptions, ClassificationResult};
 pub use create::Quote;
 pub use defaults::Choice;
 pub use estimate::Estimate;
 pub use events::{
     DataStats, Event, Finding, Happening, Job, JobFailure, JobState, Measured, Outcome, Progress,
 };
+pub use ladder::FirstRung;
 pub use plan::Base;
 pub use spec::{
     DataInput, DataSource, HyperRequest, JobLimits, JobMethod, JobRequest, JobSpec, LoraRequest,

@@ -126,18 +126,20 @@ impl Material {
             None => None,
             Some(valid) => {
                 let rows = read(valid, "validation_data", wanted.method, limits)?;
+                same_kind(&train.rows, &rows)?;
                 let given = (max_tokens, train.encoded.examples.labels.as_deref());
                 Some(tokenize(rows, wanted, given, base, limits))
             }
         };
         refuse_bad_rows(&train, valid.as_ref(), wanted.max_tokens)?;
         if let Some(found) = &train.encoded.examples.labels
-            && found.len() < 2
+            && found.len() < least_labels(train.rows.kind)
         {
             return Err(JobError::InvalidField {
                 field: "spec.data".to_owned(),
                 reason: format!(
-                    "a classifier needs at least 2 labels, the rows have {}",
+                    "a classifier needs at least {} labels, the rows have {}",
+                    least_labels(train.rows.kind),
                     found.len()
                 ),
             });
@@ -162,6 +164,11 @@ impl Material {
             rows,
             valid_rows,
         })
+    }
+
+    /// What the rows are.
+    pub(super) fn kind(&self) -> Kind {
+        self.rows.kind
     }
 
     /// What is known of the rows, when an example may have `limit` tokens.
@@ -224,22 +231,29 @@ impl Material {
         spec: &JobSpec,
         base: &Base,
         init: Option<AdapterWeights>,
-    ) -> TrainPlan {
+    ) -> Result<TrainPlan, JobError> {
         let (method, classify, head_only) = match &spec.method {
             JobMethod::Supervised { .. } | JobMethod::Unsupervised { .. } => {
                 (Method::Lm, false, false)
             }
-            JobMethod::Classification { head_only, .. } => {
+            JobMethod::Classification {
+                head_only, options, ..
+            } => {
                 let labels = self.train.labels.clone().unwrap_or_default();
-                let head_only = *head_only;
-                (Method::Class { labels, head_only }, true, head_only)
+                let (head_only, options) = (*head_only, options.head(&labels, &self.train)?);
+                let method = Method::Class {
+                    labels,
+                    head_only,
+                    options,
+                };
+                (method, true, head_only)
             }
         };
         let lora: Option<LoraConfig> = match &spec.lora {
             Some(lora) if !head_only => Some(lora.config(&base.name, classify)),
             _ => None,
         };
-        TrainPlan {
+        Ok(TrainPlan {
             method,
             lora,
             hp: spec.hyper.clone(),
@@ -247,7 +261,15 @@ impl Material {
             train: self.train,
             valid: self.valid,
             init,
-        }
+        })
+    }
+}
+
+/// Labels without which there is nothing to choose.
+fn least_labels(kind: Kind) -> usize {
+    match kind {
+        Kind::Class => 2,
+        _ => 1,
     }
 }
 
@@ -271,6 +293,19 @@ fn read(
             wants.join(", "),
             rows.kind.as_str()
         ),
+    })
+}
+
+/// A head that learns from one kind of rows cannot be measured on another.
+fn same_kind(train: &Dataset, valid: &Dataset) -> Result<(), JobError> {
+    let answered = |kind| matches!(kind, Kind::Class | Kind::Labels | Kind::Score);
+    if train.kind == valid.kind || !answered(train.kind) {
+        return Ok(());
+    }
+    let (train, valid) = (train.kind.as_str(), valid.kind.as_str());
+    Err(JobError::InvalidField {
+        field: "spec.validation_data".to_owned(),
+        reason: format!("these are {valid} rows, and those to train on are {train} rows"),
     })
 }
 

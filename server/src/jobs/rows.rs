@@ -5,6 +5,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
+use super::classification::ClassificationResult;
 use super::events::{DataStats, Event, Happening, Job, JobFailure, JobState, Outcome, Progress};
 use super::spec::JobSpec;
 use super::{JobError, JobKey};
@@ -135,27 +136,29 @@ pub(super) fn change_state(
     };
     append(tx, key, to, &progress, &[happening])?;
     if to.is_final() {
-        tx.execute("DELETE FROM checkpoints WHERE job = ?1", [key.0])?;
+        drop_checkpoint(tx, key)?;
     }
     Ok(())
 }
 
-/// Names the version that a job made, and what it cost.
+/// Names the version that a job made, and notes what it cost and what its head is worth.
 pub(super) fn set_result(
     tx: &Transaction<'_>,
     key: JobKey,
     version: &str,
     outcome: &Outcome,
+    result: Option<&ClassificationResult>,
 ) -> Result<(), JobError> {
+    let result = result.map(|r| to_json("jobs.result", r)).transpose()?;
     tx.execute(
-        "UPDATE jobs SET version = ?2, outcome = ?3 WHERE id = ?1",
-        (key.0, version, to_json("jobs.outcome", outcome)?),
+        "UPDATE jobs SET version = ?2, outcome = ?3, result = ?4 WHERE id = ?1",
+        (key.0, version, to_json("jobs.outcome", outcome)?, result),
     )?;
     Ok(())
 }
 
 const COLUMNS: &str = "id, tenant, job, state, error, spec, stats, progress, version, next_seq, attempt, cancel_asked, \
-     create_time, start_time, end_time, pause_asked, outcome";
+     create_time, start_time, end_time, pause_asked, outcome, result";
 
 fn job_row(row: &Row<'_>) -> Result<(JobKey, Job), JobError> {
     let text = |index: usize| row.get::<_, String>(index);
@@ -163,6 +166,7 @@ fn job_row(row: &Row<'_>) -> Result<(JobKey, Job), JobError> {
     let id = JobId::parse(&text(2)?).map_err(|e| damaged("jobs.job", e))?;
     let state = text(3)?;
     let error: Option<String> = row.get(4)?;
+    let result: Option<String> = row.get(17)?;
     let next: u64 = row.get(9)?;
     let outcome: Option<String> = row.get(16)?;
     let job = Job {
@@ -173,6 +177,7 @@ fn job_row(row: &Row<'_>) -> Result<(JobKey, Job), JobError> {
         stats: from_json("jobs.stats", &text(6)?)?,
         progress: from_json("jobs.progress", &text(7)?)?,
         version: row.get(8)?,
+        result: result.map(|r| from_json("jobs.result", &r)).transpose()?,
         last_sequence: next - 1,
         attempt: row.get(10)?,
         cancel_asked: row.get(11)?,
@@ -371,6 +376,12 @@ pub(super) fn set_checkpoint(
         (key.0, step, digest.0.as_slice(), size, now_ms()),
     )?;
     Ok(before)
+}
+
+/// Forgets a job's checkpoint: what follows begins anew.
+pub(super) fn drop_checkpoint(tx: &Transaction<'_>, key: JobKey) -> Result<(), JobError> {
+    tx.execute("DELETE FROM checkpoints WHERE job = ?1", [key.0])?;
+    Ok(())
 }
 
 /// Events of a job from a number on, in order, at most `count`.

@@ -15,8 +15,10 @@ use espalier_engine::train::trainer::{
 use espalier_engine::train::{JobEvent, TrainingImpact, TrainingSubmission};
 use tokio::sync::watch as signal;
 
+use super::classification::ClassificationResult;
 use super::create::initial_weights;
 use super::events::{Finding, Happening, Job, JobFailure, JobState, Measured, Outcome, Progress};
+use super::ladder::FirstRung;
 use super::plan::{DataBytes, Material, Wanted};
 use super::spec::{JobSpec, Validation};
 use super::{JobError, JobKey, JobService, Started, Wish, rows};
@@ -164,7 +166,19 @@ impl JobService {
         Ok(self.inner.parts.registry.release(digests).await?)
     }
 
+    /// Trains to an ending; on a ladder, a head and then LoRA.
     async fn train(&self, run: &mut Run) -> Result<Ending, JobError> {
+        loop {
+            let first = run.job.spec.on_first_rung(&run.progress);
+            let ending = self.train_rung(run).await?;
+            let climbs = first && !run.job.spec.on_first_rung(&run.progress);
+            if !(climbs && matches!(ending, Ending::Done)) {
+                return Ok(ending);
+            }
+        }
+    }
+
+    async fn train_rung(&self, run: &mut Run) -> Result<Ending, JobError> {
         let submission = self.prepare_run(run).await?;
         match self.wish_of(run).await? {
             Wish::GoOn => {}
@@ -208,7 +222,8 @@ impl JobService {
             })
             .await?;
         let service = self.clone();
-        let spec = run.job.spec.clone();
+        let first = run.job.spec.on_first_rung(&run.progress);
+        let spec = Material::rung(&run.job.spec, first);
         let built = self
             .inner
             .parts
@@ -266,7 +281,7 @@ impl JobService {
         let limits = parts.datasets.limits().data;
         let material = Material::build(&wanted, &train, valid.as_ref(), &parts.base, &limits)?;
         let init = initial_weights(spec, parts)?;
-        Ok(material.plan(spec, &parts.base, init))
+        material.plan(spec, &parts.base, init)
     }
 
     /// Stores what the trainer reports until it has ended.
@@ -322,10 +337,12 @@ impl JobService {
         Ok(match event {
             JobEvent::Started(_) => {
                 let key = run.key;
-                self.write(move |tx| {
-                    rows::change_state(tx, key, JobState::Running, "training began", None)
-                })
-                .await?;
+                let why = match &run.progress.first_rung {
+                    Some(_) => "the head alone is live; training with LoRA began",
+                    None => "training began",
+                };
+                self.write(move |tx| rows::change_state(tx, key, JobState::Running, why, None))
+                    .await?;
                 self.ring(run.key).await?;
                 None
             }
@@ -382,13 +399,19 @@ impl JobService {
         Ok(())
     }
 
-    /// Stores the result and, in one transaction, publishes it and ends the job.
+    /// Stores the result and, in one transaction, publishes it and ends the job, or has it climb to the second rung.
     async fn publish(
         &self,
         run: &mut Run,
         finished: Finished,
         impact: TrainingImpact,
     ) -> Result<Ending, JobError> {
+        if let Some(head) = &run.progress.first_rung
+            && !head.beaten_by(&run.job.spec.method, &finished.summary)
+        {
+            let why = head.stays(&run.job.spec.method, &finished.summary);
+            return self.keep_first_rung(run.key, why).await;
+        }
         let service = self.clone();
         let summary = finished.summary;
         let artifact = finished.artifact;
@@ -437,7 +460,8 @@ impl JobService {
         ]);
         if let Some(best) = summary.best {
             metrics.insert("loss".to_owned(), best.loss);
-            metrics.insert("accuracy".to_owned(), best.accuracy);
+            let accuracy = spec.method.accuracy(best.accuracy);
+            metrics.extend(accuracy.map(|value| ("accuracy".to_owned(), value)));
             let perplexity = spec.method.perplexity(best.loss);
             metrics.extend(perplexity.map(|value| ("perplexity".to_owned(), value)));
         }
@@ -445,6 +469,10 @@ impl JobService {
             metrics.insert("baseline_loss".to_owned(), baseline.loss);
             metrics.insert("baseline_accuracy".to_owned(), baseline.accuracy);
         }
+        let held = summary.held_out.as_ref();
+        let result = held.map(|held| ClassificationResult::of(held, &spec.labels));
+        let found = result.iter().flat_map(ClassificationResult::metrics);
+        metrics.extend(found.map(|(name, value)| (name.to_owned(), value)));
         metrics.retain(|_, value| value.is_finite());
         let publish = Publish {
             adapter: adapter.clone(),
@@ -459,15 +487,16 @@ impl JobService {
             request: None,
         };
         run.progress.eta_seconds = Some(0.0);
+        let first = spec.on_first_rung(&run.progress);
         let (key, progress, step) = (run.key, run.progress.clone(), summary.kept_step);
         let names = *self.inner.parts.registry.limits();
-        let published: Option<VersionName> = self
+        let published: Option<(VersionName, Option<Progress>)> = self
             .write(move |tx| {
                 if rows::by_key(tx, key)?.cancel_asked {
                     return Ok(None);
                 }
                 let name = registry::publish_in(tx, &publish, &names)?;
-                rows::set_result(tx, key, &name.to_string(), &outcome)?;
+                rows::set_result(tx, key, &name.to_string(), &outcome, result.as_ref())?;
                 let happening = Happening::Published {
                     version: name.to_string(),
                     digest: publish.version.digest.to_string(),
@@ -475,18 +504,52 @@ impl JobService {
                     step,
                 };
                 rows::append(tx, key, JobState::Running, &progress, &[happening])?;
+                if first {
+                    let head = FirstRung::of(name.to_string(), &spec.method, &summary);
+                    let next = Progress {
+                        first_rung: Some(head),
+                        ..Progress::default()
+                    };
+                    rows::append(tx, key, JobState::Running, &next, &[])?;
+                    rows::drop_checkpoint(tx, key)?;
+                    return Ok(Some((name, Some(next))));
+                }
                 let reason = format!("{name} is live");
                 rows::change_state(tx, key, JobState::Succeeded, &reason, None)?;
-                Ok(Some(name))
+                Ok(Some((name, None)))
             })
             .await?;
         drop(pin);
-        let Some(name) = published else {
+        let Some((name, next)) = published else {
             return Ok(Ending::Cancelled);
         };
         self.inner.parts.registry.forget(&adapter);
-        tracing::info!(job = %run.job.name, version = %name, "a training job is done");
+        if let Some(next) = next {
+            (run.progress, run.measured) = (next, None);
+            self.ring(run.key).await?;
+            tracing::info!(job = %run.job.name, version = %name, "a training job's head is live, LoRA follows");
+        } else {
+            tracing::info!(job = %run.job.name, version = %name, "a training job is done");
+        }
         Ok(Ending::Done)
+    }
+
+    /// Ends a job whose second rung is no better than its first.
+    async fn keep_first_rung(&self, key: JobKey, why: String) -> Result<Ending, JobError> {
+        let ended = self
+            .write(move |tx| {
+                if rows::by_key(tx, key)?.cancel_asked {
+                    return Ok(false);
+                }
+                rows::change_state(tx, key, JobState::Succeeded, &why, None)?;
+                Ok(true)
+            })
+            .await?;
+        Ok(if ended {
+            Ending::Done
+        } else {
+            Ending::Cancelled
+        })
     }
 
     /// A write that is tried again when the database itself fails (a full disk, say), not when it refuses.
@@ -601,14 +664,16 @@ impl Run {
                 }
                 progress.valid_perplexity = perplexity;
                 progress.valid_loss = Some(finite(report.loss));
-                progress.valid_accuracy = Some(finite(report.accuracy));
+                let accuracy = self.job.spec.method.accuracy(finite(report.accuracy));
+                progress.valid_accuracy = accuracy;
                 if report.best {
                     progress.best_step = Some(report.step);
                 }
                 Some(Happening::Evaluation {
                     step: report.step,
                     loss: finite(report.loss),
-                    accuracy: finite(report.accuracy),
+                    accuracy,
+                    macro_f1: report.macro_f1,
                     perplexity,
                     best: report.best,
                 })

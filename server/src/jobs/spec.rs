@@ -3,6 +3,7 @@
 //! This file must not know storage, time, or how gaps are filled.
 
 use espalier_adapters::config::{LoraConfig, Modules};
+use espalier_adapters::head::Problem;
 use espalier_adapters::profile::ServingProfile;
 use espalier_adapters::train::dataset::{ColumnNames, Format, Kind};
 use espalier_adapters::train::examples::TrainOn;
@@ -11,11 +12,13 @@ use espalier_engine::train::trainer::HyperParameters;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::classification::ClassOptions;
 use super::defaults::Choice;
 use crate::names::{AdapterName, AdapterRef, Alias, DatasetName};
 
 /// Where rows come from, as a request says it.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "there is one in a request")]
 pub enum DataInput {
     /// A dataset of the same tenant.
     Dataset(DatasetName),
@@ -42,7 +45,7 @@ pub enum ValidationInput {
 }
 
 /// What is learned.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JobMethod {
     /// Completions and turns of chats.
@@ -56,12 +59,15 @@ pub enum JobMethod {
         /// Tokens of a window; `None` in a request alone.
         window_tokens: Option<usize>,
     },
-    /// Labels, by a head on the last token's state.
+    /// Labels or a number, by a head on the last token's state.
     Classification {
         /// The head alone, on cached states of the frozen base.
         head_only: bool,
         /// The labels that may appear; empty is those of the data.
         labels: Vec<String>,
+        /// How the head learns and answers.
+        #[serde(default)]
+        options: ClassOptions,
     },
 }
 
@@ -84,8 +90,17 @@ impl JobMethod {
         match self {
             Self::Supervised { .. } => &[Kind::Completion, Kind::Chat, Kind::Instruction],
             Self::Unsupervised { .. } => &[Kind::Text],
-            Self::Classification { .. } => &[Kind::Class],
+            Self::Classification { .. } => &[Kind::Class, Kind::Labels, Kind::Score],
         }
+    }
+
+    /// A measured share of right answers, for the methods that have one: regression has none.
+    pub(super) fn accuracy(&self, share: f64) -> Option<f64> {
+        let regression = matches!(
+            self,
+            Self::Classification { options, .. } if options.problem == Problem::Regression
+        );
+        (!regression).then_some(share)
     }
 
     /// What a mean loss in nats a token says as perplexity, for the method that is measured by it.
@@ -270,6 +285,9 @@ pub struct JobSpec {
     pub validation: Validation,
     /// The trainer's numbers, every one decided.
     pub hyper: HyperParameters,
+    /// Those of the head that is fitted first, on a ladder.
+    #[serde(default)]
+    pub first_rung: Option<HyperParameters>,
     /// Passes over the data as asked, a fraction allowed.
     pub epochs: f64,
     /// Micro-batches of a step at least.

@@ -18,7 +18,7 @@ fn a_method_is_stored_with_its_options_and_read_as_the_first_jobs_wrote_it() {
     );
     let head = r#"{"method": {"classification": {"head_only": true, "labels": ["a"]}}}"#;
     assert!(
-        matches!(read(head), JobMethod::Classification { head_only: true, labels } if labels == ["a"])
+        matches!(read(head), JobMethod::Classification { head_only: true, labels, .. } if labels == ["a"])
     );
     for method in [
         supervised(TrainOn::LastAssistant),

@@ -32,6 +32,10 @@ const HELD: u64 = 5;
 #[derive(Default)]
 struct Fake {
     die_after: Option<u64>,
+    /// The same, of runs with LoRA alone.
+    die_with_lora: Option<u64>,
+    /// What runs with LoRA get right.
+    lora_accuracy: f64,
     hold: Arc<AtomicBool>,
     started: Arc<Mutex<Vec<(String, u64)>>>,
     busy: Arc<AtomicUsize>,
@@ -54,6 +58,7 @@ fn artifact(
     let head = ScoreHead {
         labels: labels.to_vec(),
         weight,
+        ..ScoreHead::default()
     };
     let weights = AdapterWeights {
         sites: std::collections::BTreeMap::new(),
@@ -88,7 +93,15 @@ impl Trainers for Fake {
             .push((submission.job.clone(), first));
         let busy = self.busy.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(busy, Ordering::SeqCst);
-        let (stop, hold, die) = (Arc::clone(&told), Arc::clone(&self.hold), self.die_after);
+        let (stop, hold, die) = (
+            Arc::clone(&told),
+            Arc::clone(&self.hold),
+            match &submission.plan.lora {
+                Some(_) => self.die_with_lora,
+                None => self.die_after,
+            },
+        );
+        let lora = submission.plan.lora.as_ref().map(|_| self.lora_accuracy);
         let count = Arc::clone(&self.busy);
         tokio::spawn(async move {
             let seed = submission.plan.seed;
@@ -131,9 +144,10 @@ impl Trainers for Fake {
                 }
             }
             let eval = EvalReport {
+                macro_f1: None,
                 step: STEPS,
                 loss: 0.5,
-                accuracy: 0.75,
+                accuracy: lora.unwrap_or(0.75),
                 best: true,
             };
             let _ = sender
@@ -141,7 +155,7 @@ impl Trainers for Fake {
                 .await;
             let labels = submission.plan.train.labels.clone().unwrap();
             let finished = Finished {
-                artifact: artifact(seed, &labels, 64),
+                artifact: artifact(seed + u64::from(lora.is_some()), &labels, 64),
                 summary: Summary {
                     steps: STEPS,
                     kept_step: STEPS,
@@ -262,6 +276,7 @@ fn request(tenant: &str, adapter: &str, seed: u64) -> JobRequest {
         method: JobMethod::Classification {
             head_only: true,
             labels: vec![],
+            options: ClassOptions::default(),
         },
         data: DataInput::Inline {
             format: Format::Jsonl,
@@ -800,4 +815,124 @@ async fn a_version_in_a_job_and_its_dataset_cannot_be_deleted() {
     let kept = VersionName::parse("tenants/acme/adapters/b/versions/1").unwrap();
     let version = bench.registry.get_version(kept.into()).await.unwrap();
     assert!(version.aliases.is_empty(), "keep_aliases moved one");
+}
+
+/// A job that climbs: what its rows are measured on is carved from them.
+fn ladder(adapter: &str) -> JobRequest {
+    JobRequest {
+        method: JobMethod::Classification {
+            head_only: false,
+            labels: vec![],
+            options: ClassOptions {
+                ladder: true,
+                ..ClassOptions::default()
+            },
+        },
+        validation: ValidationInput::Fraction(0.25),
+        ..request("acme", adapter, 5)
+    }
+}
+
+fn published(events: &[Event]) -> Vec<String> {
+    let version = |event: &Event| match &event.happening {
+        Happening::Published { version, .. } => Some(version.clone()),
+        _ => None,
+    };
+    events.iter().filter_map(version).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ladder_promotes_lora_only_where_it_is_better() {
+    for (accuracy, versions) in [(0.9, 2), (0.75, 1), (0.5, 1)] {
+        let fake = Fake {
+            lora_accuracy: accuracy,
+            ..Fake::default()
+        };
+        let bench = open(&Arc::new(tempfile::tempdir().unwrap()), fake).await;
+        let (job, _) = bench.jobs.create(ladder("climbs"), None).await.unwrap();
+        let events = watched(&bench, &job.name, 0).await;
+        let numbers: Vec<u64> = events.iter().map(|event| event.sequence).collect();
+        assert_eq!(numbers, (1..=numbers.len() as u64).collect::<Vec<_>>());
+        // Both rungs are shown, each from its first step.
+        let curve: Vec<u64> = losses(&events).into_iter().map(|(step, _)| step).collect();
+        assert_eq!(curve, (1..=STEPS).chain(1..=STEPS).collect::<Vec<_>>());
+        let name = |n: usize| format!("tenants/acme/adapters/climbs/versions/{n}");
+        let all: Vec<String> = (1..=versions).map(name).collect();
+        assert_eq!(published(&events), all, "LoRA had {accuracy}");
+        let done = bench.jobs.get(job.name.clone()).await.unwrap();
+        assert_eq!(done.state, JobState::Succeeded);
+        assert_eq!(done.version, all.last().cloned());
+        let alias = AdapterRef::parse("tenants/acme/adapters/climbs").unwrap();
+        let live = bench.registry.get_version(alias).await.unwrap();
+        assert_eq!(Some(live.name.to_string()), done.version);
+        let Happening::State { reason, .. } = &events.last().unwrap().happening else {
+            panic!("the last event brings the state")
+        };
+        assert_eq!(reason.contains("stays live"), versions == 1, "{reason}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ladder_killed_on_either_rung_goes_on_where_it_was() {
+    for (head, lora, heads) in [(Some(7), None, 2), (None, Some(7), 1)] {
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        let fake = Fake {
+            die_after: head,
+            die_with_lora: lora,
+            lora_accuracy: 0.9,
+            ..Fake::default()
+        };
+        let bench = open(&dir, fake).await;
+        let (job, _) = bench.jobs.create(ladder("climbs"), None).await.unwrap();
+        let climbed = lora.is_some();
+        until(&bench, &job.name, |job| {
+            job.progress.step == 7 && job.progress.first_rung.is_some() == climbed
+        })
+        .await;
+        let head_is_live = bench.jobs.get(job.name.clone()).await.unwrap().version;
+        assert_eq!(head_is_live.is_some(), climbed);
+        drop(bench);
+        let started = Arc::new(Mutex::new(Vec::new()));
+        let again = Fake {
+            started: Arc::clone(&started),
+            lora_accuracy: 0.9,
+            ..Fake::default()
+        };
+        let bench = open(&dir, again).await;
+        let done = until(&bench, &job.name, |job| job.state.is_final()).await;
+        assert_eq!(done.state, JobState::Succeeded, "{:?}", done.error);
+        let events = watched(&bench, &job.name, 0).await;
+        assert_eq!(published(&events).len(), 2, "each rung once");
+        assert_eq!(losses(&events).len() as u64, 2 * STEPS);
+        // From the checkpoint of the rung that was cut; the next rung from its beginning.
+        let from: Vec<u64> = started.lock().unwrap().iter().map(|(_, at)| *at).collect();
+        assert_eq!(from, [4, 0][..heads]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ladder_without_a_way_up_is_refused() {
+    let bench = open(&Arc::new(tempfile::tempdir().unwrap()), Fake::default()).await;
+    let refused = async |change: &dyn Fn(&mut JobRequest)| {
+        let mut request = ladder("climbs");
+        change(&mut request);
+        bench
+            .jobs
+            .create(request, None)
+            .await
+            .unwrap_err()
+            .to_string()
+    };
+    let why = refused(&|request| request.validation = ValidationInput::None).await;
+    assert!(
+        why.contains("ladder") && why.contains("validation"),
+        "{why}"
+    );
+    let why = refused(&|request| {
+        if let JobMethod::Classification { head_only, .. } = &mut request.method {
+            *head_only = true;
+        }
+    })
+    .await;
+    assert!(why.contains("ladder") && why.contains("head_only"), "{why}");
 }

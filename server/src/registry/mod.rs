@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
+use espalier_adapters::head::Problem;
 use espalier_adapters::profile::{MergePolicy, ServingProfile};
 use espalier_adapters::report::Report;
 use espalier_adapters::version::VersionDigest;
@@ -247,6 +248,8 @@ pub struct VersionSummary {
     pub layers: Vec<u32>,
     /// Labels of the head, by row; empty without a head.
     pub labels: Vec<String>,
+    /// What the head answers.
+    pub problem: Problem,
     /// The files.
     pub parts: Vec<PartSummary>,
 }

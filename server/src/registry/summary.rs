@@ -26,6 +26,7 @@ pub fn summarize(
         (AdapterArtifact::CONFIG_FILE, Some(&artifact.config_json)),
         (AdapterArtifact::WEIGHTS_FILE, Some(&artifact.safetensors)),
         (AdapterArtifact::LABELS_FILE, artifact.labels_json.as_ref()),
+        (AdapterArtifact::HEAD_FILE, artifact.head_json.as_ref()),
     ];
     VersionSummary {
         rank: config.r as u32,
@@ -50,6 +51,11 @@ pub fn summarize(
             .head
             .as_ref()
             .map(|head| head.labels.clone())
+            .unwrap_or_default(),
+        problem: weights
+            .head
+            .as_ref()
+            .map(|head| head.settings.problem)
             .unwrap_or_default(),
         parts: parts
             .into_iter()

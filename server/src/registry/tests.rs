@@ -297,6 +297,7 @@ async fn a_version_in_use_stays_and_numbers_are_never_given_again() {
         config_json: b"{}".to_vec(),
         safetensors: b"x".to_vec(),
         labels_json: None,
+        head_json: None,
     };
     let pin = bench.store.put_artifact(&artifact).unwrap();
     let mut first = publish("a", 0, AliasPlan::DefaultIfAbsent);

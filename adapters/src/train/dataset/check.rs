@@ -32,6 +32,8 @@ fn bytes(row: &Row) -> usize {
         Row::Completion { prompt, completion } => prompt.len() + completion.len(),
         Row::Chat { messages } => messages.iter().map(|m| m.content.len()).sum(),
         Row::Class { text, label } => text.len() + label.len(),
+        Row::Labels { text, labels } => text.len() + labels.iter().map(String::len).sum::<usize>(),
+        Row::Score { text, .. } => text.len() + size_of::<f64>(),
         Row::Text { text } => text.len(),
         Row::Instruction {
             instruction,
@@ -56,7 +58,8 @@ pub(crate) fn repeats<'a>(rows: impl Iterator<Item = &'a Row>) -> Repeats {
     for (number, row) in rows.enumerate() {
         if let Some(first) = whole.insert(row, number) {
             same.push((first, number));
-        } else if let Row::Class { text, .. } = row
+        } else if let Row::Class { text, .. } | Row::Labels { text, .. } | Row::Score { text, .. } =
+            row
             && let Some(first) = texts.insert(text, number)
         {
             conflicting.push((first, number));
@@ -117,9 +120,10 @@ impl<'a> Collector<'a> {
         self.report.warning(finding, self.limits.max_findings);
     }
 
-    /// What the first row was.
-    pub(super) fn kind(&self) -> Option<Kind> {
+    /// The kind of the first row, where that is a text with an answer.
+    pub(super) fn labelled(&self) -> Option<Kind> {
         self.kind
+            .filter(|kind| matches!(kind, Kind::Class | Kind::Labels | Kind::Score))
     }
 
     /// Counts a field that this row has and training does not use.
@@ -145,7 +149,10 @@ impl<'a> Collector<'a> {
     }
 
     /// Takes a row, or says why not.
-    pub(super) fn add(&mut self, line: u64, row: Row) {
+    pub(super) fn add(&mut self, line: u64, mut row: Row) {
+        if let Row::Labels { labels, .. } = &mut row {
+            labels.sort_unstable();
+        }
         let kind = *self.kind.get_or_insert(row.kind());
         let sound = if kind == row.kind() {
             self.check(line, &row)
@@ -157,8 +164,10 @@ impl<'a> Collector<'a> {
             false
         };
         if sound {
-            if let Row::Class { label, .. } = &row {
-                self.labels.insert(label.clone());
+            match &row {
+                Row::Class { label, .. } => drop(self.labels.insert(label.clone())),
+                Row::Labels { labels, .. } => self.labels.extend(labels.iter().cloned()),
+                _ => {}
             }
             self.rows.push(row);
             self.lines.push(line);
@@ -177,7 +186,15 @@ impl<'a> Collector<'a> {
                 );
             }
             Row::Completion { .. } => {}
-            Row::Class { text, label } => self.class(line, text, label),
+            Row::Class { text, label } => {
+                self.classified(line, text);
+                self.label(line, "label", label);
+            }
+            Row::Labels { text, labels } => {
+                self.classified(line, text);
+                self.label_set(line, labels);
+            }
+            Row::Score { text, .. } => self.classified(line, text),
             Row::Text { text } if text.trim().is_empty() => {
                 let reason = "holds nothing but white space: there is nothing to learn";
                 self.error(line, "text", DataRule::Empty, reason);
@@ -199,26 +216,45 @@ impl<'a> Collector<'a> {
         self.report.error_count() == before
     }
 
-    fn class(&mut self, line: u64, text: &str, label: &str) {
-        let (max_bytes, max_labels) = (self.limits.max_label_bytes, self.limits.max_labels);
+    fn classified(&mut self, line: u64, text: &str) {
         if text.is_empty() {
             self.error(line, "text", DataRule::Empty, "is empty");
         }
+    }
+
+    /// Each label is good, and none comes twice.
+    fn label_set(&mut self, line: u64, labels: &[String]) {
+        if labels.len() > self.limits.max_labels {
+            let (count, limit) = (labels.len(), self.limits.max_labels);
+            let reason = format!("has {count} labels, limit {limit}");
+            return self.error(line, "labels", DataRule::Limit, reason);
+        }
+        for label in labels {
+            self.label(line, "labels", label);
+        }
+        if let Some(pair) = labels.windows(2).find(|pair| pair[0] == pair[1]) {
+            let reason = format!("names {:?} twice", pair[0]);
+            self.error(line, "labels", DataRule::FieldType, reason);
+        }
+    }
+
+    fn label(&mut self, line: u64, field: &str, label: &str) {
+        let (max_bytes, max_labels) = (self.limits.max_label_bytes, self.limits.max_labels);
         if label.is_empty() {
-            self.error(line, "label", DataRule::Empty, "is empty");
+            self.error(line, field, DataRule::Empty, "is empty");
         } else if label.len() > max_bytes {
             let reason = format!("has {} bytes, limit {max_bytes}", label.len());
-            self.error(line, "label", DataRule::Limit, reason);
+            self.error(line, field, DataRule::Limit, reason);
         } else if label.chars().any(char::is_control) {
             self.error(
                 line,
-                "label",
+                field,
                 DataRule::FieldType,
                 "holds a control character, such as a line break",
             );
         } else if self.labels.len() == max_labels && !self.labels.contains(label) {
             let reason = format!("more than {max_labels} different labels, which is the limit");
-            self.error(line, "label", DataRule::Limit, reason);
+            self.error(line, field, DataRule::Limit, reason);
         }
     }
 

@@ -4,6 +4,7 @@
 
 use serde_json::{Map, Value};
 
+use super::answer::Score;
 use super::check::Collector;
 use super::table;
 use super::{
@@ -135,7 +136,7 @@ impl Jsonl<'_, '_> {
         let names = object.keys().map(String::as_str);
         let kind = match kind_of(&names.collect::<Vec<_>>(), self.columns) {
             // Among labelled rows a text alone is a row whose label was forgotten.
-            Ok(Kind::Text) if self.collector.kind() == Some(Kind::Class) => Kind::Class,
+            Ok(Kind::Text) => self.collector.labelled().unwrap_or(Kind::Text),
             Ok(kind) => kind,
             Err((rule, reason)) => {
                 self.collector.error(line, "", rule, reason);
@@ -163,6 +164,8 @@ impl Jsonl<'_, '_> {
             instruction,
             input,
             output,
+            labels,
+            score,
         } = self.columns;
         Some(match kind {
             Kind::Completion => {
@@ -179,6 +182,22 @@ impl Jsonl<'_, '_> {
                 Row::Class {
                     text: text?,
                     label: label?,
+                }
+            }
+            Kind::Labels => {
+                let text = self.string(line, object, text);
+                let labels = self.labels(line, object, labels);
+                Row::Labels {
+                    text: text?,
+                    labels: labels?,
+                }
+            }
+            Kind::Score => {
+                let text = self.string(line, object, text);
+                let score = self.score(line, object, score);
+                Row::Score {
+                    text: text?,
+                    score: score?,
                 }
             }
             Kind::Chat => Row::Chat {
@@ -236,6 +255,49 @@ impl Jsonl<'_, '_> {
             return None;
         }
         Some(label)
+    }
+
+    /// A list of names, each once; it may be empty.
+    fn labels(
+        &mut self,
+        line: u64,
+        object: &Map<String, Value>,
+        field: &str,
+    ) -> Option<Vec<String>> {
+        let reason = match object.get(field) {
+            Some(Value::Array(items)) => {
+                let names = items.iter().map(|item| item.as_str().map(str::to_owned));
+                match names.collect::<Option<Vec<String>>>() {
+                    Some(names) => return Some(names),
+                    None => "holds something that is no string".to_owned(),
+                }
+            }
+            None => {
+                self.collector
+                    .error(line, field, DataRule::MissingField, "is missing");
+                return None;
+            }
+            Some(other) => format!("is {}, expected a list of labels", type_of(other)),
+        };
+        self.collector
+            .error(line, field, DataRule::FieldType, reason);
+        None
+    }
+
+    fn score(&mut self, line: u64, object: &Map<String, Value>, field: &str) -> Option<Score> {
+        let (rule, reason) = match object.get(field) {
+            None | Some(Value::Null) => (DataRule::MissingField, "is missing".to_owned()),
+            Some(value) => match value.as_f64().map(Score::new) {
+                Some(Ok(score)) => return Some(score),
+                Some(Err(reason)) => (DataRule::Limit, reason),
+                None => {
+                    let reason = format!("is {}, expected a number", type_of(value));
+                    (DataRule::FieldType, reason)
+                }
+            },
+        };
+        self.collector.error(line, field, rule, reason);
+        None
     }
 
     fn messages(
@@ -370,6 +432,8 @@ pub(super) fn used(kind: Kind, columns: &ColumnNames) -> Vec<&str> {
     match kind {
         Kind::Completion => vec![&columns.prompt, &columns.completion],
         Kind::Class => vec![&columns.text, &columns.label],
+        Kind::Labels => vec![&columns.text, &columns.labels],
+        Kind::Score => vec![&columns.text, &columns.score],
         Kind::Chat => vec![&columns.messages],
         Kind::Text => vec![&columns.text],
         Kind::Instruction => vec![&columns.instruction, &columns.input, &columns.output],
@@ -392,8 +456,7 @@ pub(super) fn kind_of(names: &[&str], columns: &ColumnNames) -> Result<Kind, (Da
     match (has(&columns.messages), completion, class, instruction) {
         (true, false, false, false) => Ok(Kind::Chat),
         (false, true, false, false) => Ok(Kind::Completion),
-        (false, false, true, false) if has(&columns.label) => Ok(Kind::Class),
-        (false, false, true, false) => Ok(Kind::Text),
+        (false, false, true, false) => labelled(&has, columns),
         (false, false, false, true) => Ok(Kind::Instruction),
         (false, false, false, false) => {
             let found: String = names.join(", ").chars().take(200).collect();
@@ -405,10 +468,12 @@ pub(super) fn kind_of(names: &[&str], columns: &ColumnNames) -> Result<Kind, (Da
                 messages,
                 instruction,
                 output,
+                labels,
+                score,
                 ..
             } = columns;
             let reason = format!(
-                "needs {text} and {label}, or {text} alone, or {prompt} and {completion}, or {instruction} and {output}, \
+                "needs {text} and {label} ({labels} for several, {score} for a number), or {text} alone, or {prompt} and {completion}, or {instruction} and {output}, \
                  or {messages} (JSONL only); found: {found}. Other names can be given"
             );
             Err((DataRule::MissingField, reason))
@@ -416,6 +481,36 @@ pub(super) fn kind_of(names: &[&str], columns: &ColumnNames) -> Result<Kind, (Da
         _ => {
             let reason =
                 "has the fields of two kinds of rows; remove those that are not meant".to_owned();
+            Err((DataRule::MixedKinds, reason))
+        }
+    }
+}
+
+/// What a text's answer is: one label, several, a number, or none, which makes it raw text. A field of numbers beside a label is
+/// ignored, as any other that is not used.
+fn labelled(
+    has: &dyn Fn(&String) -> bool,
+    columns: &ColumnNames,
+) -> Result<Kind, (DataRule, String)> {
+    match (
+        has(&columns.label),
+        has(&columns.labels),
+        has(&columns.score),
+    ) {
+        (true, false, _) => Ok(Kind::Class),
+        (false, true, false) => Ok(Kind::Labels),
+        (false, false, true) => Ok(Kind::Score),
+        (false, false, false) => Ok(Kind::Text),
+        _ => {
+            let ColumnNames {
+                label,
+                labels,
+                score,
+                ..
+            } = columns;
+            let reason = format!(
+                "has two of {label}, {labels} and {score}, so that what is to be learned is not plain; remove one"
+            );
             Err((DataRule::MixedKinds, reason))
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! Bytes are untrusted. This file must not know what makes a row good beyond its form.
 
+use super::answer::{Score, split_labels};
 use super::check::Collector;
 use super::parse::{kind_of, used};
 use super::{ColumnNames, DataLimits, DataRule, Kind, Row};
@@ -14,8 +15,8 @@ struct Columns {
 }
 
 impl Columns {
-    /// The row that a record's fields make; `None` for chats, which no table holds.
-    fn row(&self, fields: &[&str]) -> Option<Row> {
+    /// The row that a record's fields make; `None` for chats, which no table holds, and with an error for what is no number.
+    fn row(&self, line: u64, fields: &[&str], collector: &mut Collector) -> Option<Row> {
         let mut parts = self.places.iter().map(|place| {
             let field = place.and_then(|at| fields.get(at));
             field.map_or(String::new(), |field| (*field).to_owned())
@@ -30,6 +31,14 @@ impl Columns {
                 text: next(),
                 label: next(),
             },
+            Kind::Labels => Row::Labels {
+                text: next(),
+                labels: split_labels(&next()),
+            },
+            Kind::Score => Row::Score {
+                text: next(),
+                score: number(line, &next(), collector)?,
+            },
             Kind::Text => Row::Text { text: next() },
             Kind::Instruction => Row::Instruction {
                 instruction: next(),
@@ -39,6 +48,22 @@ impl Columns {
             Kind::Chat => return None,
         })
     }
+}
+
+/// A cell's number, or an error for its line.
+fn number(line: u64, cell: &str, collector: &mut Collector) -> Option<Score> {
+    let reason = match cell.trim().parse::<f64>() {
+        Ok(value) => match Score::new(value) {
+            Ok(score) => return Some(score),
+            Err(reason) => reason,
+        },
+        Err(_) => {
+            let shown: String = cell.chars().take(40).collect();
+            format!("is '{shown}', expected a number")
+        }
+    };
+    collector.error(line, "score", DataRule::FieldType, reason);
+    None
 }
 
 /// Reads a table's rows, separated by `delimiter`, by the columns that its header names.
@@ -98,7 +123,7 @@ pub(super) fn read(
             collector.error(line, "", DataRule::Record, reason);
             continue;
         }
-        if let Some(row) = columns.row(&fields) {
+        if let Some(row) = columns.row(line, &fields, collector) {
             collector.add(line, row);
         }
     }

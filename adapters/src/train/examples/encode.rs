@@ -12,6 +12,9 @@ use crate::train::dataset::{
     ChatMessage, DataFinding, DataReport, DataRule, Dataset, Kind, Role, Row,
 };
 
+/// The name of a regression head's only row.
+pub const SCORE_LABEL: &str = "score";
+
 /// Everything that turns a row into ids.
 #[derive(Clone, Copy, Debug)]
 pub struct Encoding<'a> {
@@ -126,7 +129,8 @@ pub fn encode(data: &Dataset, encoding: &Encoding) -> Encoded {
             report,
         };
     }
-    let labels = (data.kind == Kind::Class).then(|| labels(data, encoding));
+    let answered = matches!(data.kind, Kind::Class | Kind::Labels | Kind::Score);
+    let labels = answered.then(|| labels(data, encoding));
     let (mut items, mut lines, mut too_long) = (Vec::new(), Vec::new(), Vec::new());
     for (row, line) in data.rows.iter().zip(&data.lines) {
         match encoding.row(row, labels.as_deref()) {
@@ -165,12 +169,16 @@ fn labels(data: &Dataset, encoding: &Encoding) -> Vec<String> {
     if let Some(labels) = encoding.labels {
         return labels.to_vec();
     }
+    if data.kind == Kind::Score {
+        return vec![SCORE_LABEL.to_owned()];
+    }
     let found: BTreeSet<&String> = data
         .rows
         .iter()
-        .filter_map(|row| match row {
-            Row::Class { label, .. } => Some(label),
-            _ => None,
+        .flat_map(|row| match row {
+            Row::Class { label, .. } => std::slice::from_ref(label),
+            Row::Labels { labels, .. } => labels,
+            _ => &[],
         })
         .collect();
     found.into_iter().cloned().collect()
@@ -181,12 +189,42 @@ fn unencodable(field: &'static str) -> impl Fn(TextError) -> Unfit {
     move |error| (DataRule::Template, field, error.to_string()).into()
 }
 
+/// The row of the head that a label names.
+fn row_of(label: &str, field: &'static str, labels: &[String]) -> Result<usize, Unfit> {
+    labels
+        .iter()
+        .position(|known| known == label)
+        .ok_or_else(|| {
+            let reason = format!("{label:?} is not among the {} labels", labels.len());
+            (DataRule::UnknownLabel, field, reason).into()
+        })
+}
+
 impl Encoding<'_> {
     fn row(&self, row: &Row, labels: Option<&[String]>) -> RowExamples {
         match row {
             Row::Completion { prompt, completion } => self.completion(prompt, completion),
             Row::Chat { messages } => self.chat(messages),
-            Row::Class { text, label } => self.class(text, label, labels.unwrap_or_default()),
+            Row::Class { text, label } => {
+                let label = row_of(label, "label", labels.unwrap_or_default())?;
+                let ids = self.classified(text)?;
+                Ok(vec![Example::Class { ids, label }])
+            }
+            Row::Labels {
+                text,
+                labels: names,
+            } => {
+                let known = labels.unwrap_or_default();
+                let rows = names.iter().map(|name| row_of(name, "labels", known));
+                let mut labels = rows.collect::<Result<Vec<usize>, Unfit>>()?;
+                labels.sort_unstable();
+                let ids = self.classified(text)?;
+                Ok(vec![Example::Labels { ids, labels }])
+            }
+            Row::Score { text, score } => {
+                let (ids, score) = (self.classified(text)?, *score);
+                Ok(vec![Example::Score { ids, score }])
+            }
             Row::Text { text } => self.document(text),
             Row::Instruction {
                 instruction,
@@ -212,17 +250,14 @@ impl Encoding<'_> {
         Ok(cut(&ids, self.max_tokens))
     }
 
-    fn class(&self, text: &str, label: &str, labels: &[String]) -> RowExamples {
-        let Some(label) = labels.iter().position(|l| l == label) else {
-            let reason = format!("{label:?} is not among the {} labels", labels.len());
-            return Err((DataRule::UnknownLabel, "label", reason).into());
-        };
+    /// A text as Classify would encode it.
+    fn classified(&self, text: &str) -> Result<Vec<u32>, Unfit> {
         let ids = self.tokenizer.encode(text).map_err(unencodable("text"))?;
         if ids.is_empty() {
             return Err((DataRule::Empty, "text", "has no tokens".to_owned()).into());
         }
         self.fits("text", ids.len(), || 0)?;
-        Ok(vec![Example::Class { ids, label }])
+        Ok(ids)
     }
 
     fn completion(&self, prompt: &str, completion: &str) -> RowExamples {

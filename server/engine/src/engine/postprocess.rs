@@ -7,6 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
+use espalier_adapters::head::Problem;
 use espalier_adapters::ops::{TokenDraw, for_each};
 
 use super::{Engine, StepOutput};
@@ -260,15 +261,17 @@ impl Engine {
         let Ok(head) = request.head() else { return };
         let logits = self.runner.score(&head.adapter, row);
         let labels = Arc::clone(&request.labels);
-        let wide: Vec<f64> = logits.iter().map(|logit| f64::from(*logit)).collect();
-        let probabilities = classify::softmax(&wide);
+        let settings = head.adapter.head_settings();
+        let (answer, problem) = (settings.answer(&logits), settings.problem);
         self.deliver(
             key,
             index,
             Output::Classes {
                 labels,
-                probabilities,
+                probabilities: answer.scores,
                 logits,
+                problem,
+                out_of_scope: answer.out_of_scope,
             },
         );
     }
@@ -341,6 +344,8 @@ impl Engine {
                     labels,
                     probabilities,
                     logits,
+                    problem: Problem::SingleLabel,
+                    out_of_scope: false,
                 },
             );
         }

@@ -543,6 +543,7 @@ fn likelihood_is_the_sum_of_scores() {
         probabilities,
         logits,
         labels: names,
+        ..
     } = &reply.outputs[&0]
     else {
         panic!()

@@ -8,12 +8,14 @@ mod diagnosis;
 mod footprint;
 mod head;
 mod learner;
+mod objective;
 mod passes;
 mod plan;
 mod share;
 mod start;
 #[cfg(test)]
 mod tests;
+mod validation;
 
 use std::sync::Arc;
 
@@ -31,6 +33,7 @@ use rand::seq::SliceRandom;
 
 use crate::model::{Buf, Model};
 use learner::Learner;
+use objective::{Objective, Wanted};
 use share::Numbered;
 
 pub use company::{Company, Interrupted, RunPass, by_itself};
@@ -39,8 +42,8 @@ pub use espalier_adapters::pace::{Pace, Stopped};
 pub use espalier_adapters::train::schedule::Decay;
 pub use footprint::Footprint;
 pub use plan::{
-    EvalReport, Finished, HyperParameters, Method, StepReport, Summary, TrainError, TrainEvent,
-    TrainPlan,
+    EvalReport, Finished, HeadOptions, HeldOut, HyperParameters, Method, StepReport, Summary,
+    TrainError, TrainEvent, TrainPlan,
 };
 pub use share::Share;
 
@@ -98,7 +101,8 @@ impl Trainer {
             .as_ref()
             .map_or(0.0, |lora| lora.lora_dropout as f32);
         let limits = (plan.hp.activation_bytes, dropout);
-        let learner = Learner::new(Arc::clone(&model), adapter, limits, plan.seed);
+        let objective = Objective::of(&plan.method);
+        let learner = Learner::new(Arc::clone(&model), (adapter, objective), limits, plan.seed);
         let footprint = Footprint::of(&plan, &learner, model.config());
         let optimizer = AdamW::new(&learner.ops, learner.adapter.parameter_count());
         let schedule = schedule(&plan);
@@ -199,7 +203,7 @@ impl Trainer {
                 });
             }
         }
-        self.finish()
+        self.finish(pace)
     }
 
     /// The run as bytes, for [`Trainer::resume`].
@@ -317,8 +321,8 @@ impl Trainer {
         pace: &dyn Company,
     ) -> Result<StepReport, TrainError> {
         let step = self.state.step + 1;
-        let targets: usize = batch.iter().map(|(_, example)| example.targets()).sum();
-        let scale = 1.0 / targets.max(1) as f32;
+        let total = self.learner.objective.total(batch.iter().map(|(_, e)| *e));
+        let scale = (1.0 / total) as f32;
         let sum = loop {
             self.learner.clear_gradients();
             let Some(states) = states else {
@@ -329,7 +333,8 @@ impl Trainer {
                     Ok(sum) => break sum,
                 }
             };
-            break self.learner.head_pass(states, &labels(batch), Some(scale));
+            let wanted = self.wanted(batch, scale);
+            break self.learner.head_pass(states, &wanted, true).0;
         };
         pace.breathe()?;
         let grad_norm = self.learner.gradient_norm();
@@ -342,6 +347,16 @@ impl Trainer {
         let learning_rate = self.update(step, grad_norm, pace);
         let tokens: usize = batch.iter().map(|(_, example)| example.ids().len()).sum();
         Ok(self.advance(step, sum, tokens as u64, (grad_norm, learning_rate)))
+    }
+
+    /// What a head that trains alone is to say about a batch, a row each.
+    fn wanted(&self, batch: &[Numbered<'_>], scale: f32) -> Wanted {
+        let mut wanted = Wanted::default();
+        for (row, (_, example)) in batch.iter().enumerate() {
+            let objective = &self.learner.objective;
+            objective.want(row, example, scale, &mut wanted);
+        }
+        wanted
     }
 
     /// Looks at a step's gradients, if it is the first, and at its loss.
@@ -453,61 +468,17 @@ impl Trainer {
         self.plan.valid.is_some() && (step.is_multiple_of(every) || step == self.schedule.total)
     }
 
-    /// Judges the validation examples, keeps the weights if they are the best so far, and says when patience has run out. What
-    /// the run starts from is measured, not kept: who asks for training gets what was trained.
-    fn evaluate(&mut self, pace: &dyn Pace) -> Result<EvalReport, TrainError> {
-        let plan = Arc::clone(&self.plan);
-        let items = plan.valid.as_ref().map_or(&[][..], |valid| &valid.items);
-        let examples = numbered(items);
-        let sum = match self.states.take() {
-            Some(states) => {
-                let sum = self.learner.head_pass(&states.1, &labels(&examples), None);
-                self.states = Some(states);
-                sum
-            }
-            None => self.learner.judge(&examples, pace)?,
-        };
-        let (step, loss, accuracy) = (self.state.step, sum.mean(), sum.accuracy());
-        if !loss.is_finite() {
-            return Err(TrainError::NotFinite {
-                what: "the validation loss",
-                value: loss,
-                step,
-            });
-        }
-        let found = BestEval {
-            step,
-            loss: Bits(loss),
-            accuracy: Bits(accuracy),
-        };
-        let best = step > 0 && self.state.best.is_none_or(|best| loss < best.loss.0);
-        if step == 0 {
-            self.state.baseline = Some(found);
-        } else if best {
-            self.state.best = Some(found);
-            self.best = Some(self.learner.parameters());
-            self.state.evals_without_better = 0;
-        } else {
-            self.state.evals_without_better += 1;
-        }
-        let patience = plan.hp.early_stopping_patience;
-        self.state.stopped_early =
-            patience.is_some_and(|patience| self.state.evals_without_better >= patience);
-        Ok(EvalReport {
-            step,
-            loss,
-            accuracy,
-            best,
-        })
-    }
-
-    fn finish(&mut self) -> Result<Finished, TrainError> {
+    fn finish(&mut self, pace: &dyn Pace) -> Result<Finished, TrainError> {
+        let held_out = self.held_out(pace)?;
         let (ops, adapter) = (&self.learner.ops, &self.learner.adapter);
         let weights = match &self.best {
             Some(best) => adapter.weights_with(ops, best),
             None => adapter.weights(ops),
         };
-        let weights = weights.unwrap_or_default();
+        let mut weights = weights.unwrap_or_default();
+        if let (Some(head), Some(held_out)) = (&mut weights.head, &held_out) {
+            head.settings = held_out.settings.clone();
+        }
         let config = match (&self.plan.lora, &self.plan.method) {
             (Some(lora), Method::Lm) => lora.clone(),
             (Some(lora), Method::Class { .. }) => lora.clone().with_score_head(),
@@ -519,9 +490,14 @@ impl Trainer {
             step: found.step,
             loss: found.loss.0,
             accuracy: found.accuracy.0,
+            macro_f1: held_out
+                .as_ref()
+                .filter(|_| best)
+                .and_then(|held| held.quality.macro_f1()),
             best,
         };
         let best = self.state.best.map(|found| report(found, true));
+        let baseline = self.state.baseline.map(|found| report(found, false));
         let summary = Summary {
             steps: self.state.step,
             tokens: self.state.tokens,
@@ -529,9 +505,10 @@ impl Trainer {
             last_loss: self.state.last_loss.0,
             kept_step: best.map_or(self.state.step, |best| best.step),
             best,
-            baseline: self.state.baseline.map(|found| report(found, false)),
+            baseline,
             stopped_early: self.state.stopped_early,
             footprint: self.footprint,
+            held_out,
         };
         Ok(Finished { artifact, summary })
     }
@@ -565,17 +542,6 @@ fn numbered(items: &[Example]) -> Vec<Numbered<'_>> {
         .iter()
         .enumerate()
         .map(|(i, example)| (i as u64, example))
-        .collect()
-}
-
-fn labels(examples: &[Numbered<'_>]) -> Vec<u32> {
-    let label = |example: &Example| match example {
-        Example::Class { label, .. } => Some(*label as u32),
-        Example::Lm { .. } => None,
-    };
-    examples
-        .iter()
-        .filter_map(|(_, example)| label(example))
         .collect()
 }
 

@@ -113,11 +113,12 @@ impl AdapterService {
 }
 
 fn stored(version: Version, artifact: AdapterArtifact) -> Files {
-    let labels = artifact.labels_json;
+    let (labels, head) = (artifact.labels_json, artifact.head_json);
     let parts = [
         (v1::ArtifactPart::Config, Some(artifact.config_json)),
         (v1::ArtifactPart::Weights, Some(artifact.safetensors)),
         (v1::ArtifactPart::Labels, labels),
+        (v1::ArtifactPart::Head, head),
     ];
     Files {
         version: convert::version(version),

@@ -192,11 +192,13 @@ impl AdapterService {
             config_json: Vec::new(),
             safetensors: Vec::new(),
             labels_json: None,
+            head_json: None,
         };
         for (part, bytes) in parts.iter().zip(files) {
             match part {
                 v1::ArtifactPart::Config => artifact.config_json = bytes,
                 v1::ArtifactPart::Weights => artifact.safetensors = bytes,
+                v1::ArtifactPart::Head => artifact.head_json = Some(bytes),
                 _ => artifact.labels_json = Some(bytes),
             }
         }
@@ -373,6 +375,7 @@ fn file_name(part: v1::ArtifactPart) -> &'static str {
         v1::ArtifactPart::Config => AdapterArtifact::CONFIG_FILE,
         v1::ArtifactPart::Weights => AdapterArtifact::WEIGHTS_FILE,
         v1::ArtifactPart::Labels => AdapterArtifact::LABELS_FILE,
+        v1::ArtifactPart::Head => AdapterArtifact::HEAD_FILE,
         v1::ArtifactPart::Gguf | v1::ArtifactPart::Unspecified => "nothing",
     }
 }

@@ -289,7 +289,13 @@ impl Collected {
                 labels,
                 probabilities,
                 logits,
-            } => Some(reply::classes(labels, probabilities, logits)),
+                problem,
+                out_of_scope,
+            } => Some(reply::classes(
+                labels,
+                (probabilities, logits),
+                (*problem, *out_of_scope),
+            )),
             Output::Embedding(_) | Output::Score(_) => None,
         })
     }

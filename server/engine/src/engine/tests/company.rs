@@ -10,7 +10,7 @@ use super::fixture::{Fixture, fixture, prompt, small};
 use super::sampled;
 use super::training::to_end;
 use crate::config::EngineConfig;
-use crate::train::trainer::{HyperParameters, Method};
+use crate::train::trainer::{HeadOptions, HyperParameters, Method};
 use crate::train::{
     JobEvent, TrainEvent, TrainPlan, TrainingImpact, TrainingJob, TrainingSubmission,
 };
@@ -48,6 +48,7 @@ fn plan(number: u64) -> TrainPlan {
             true => Method::Class {
                 labels: labels.clone(),
                 head_only: false,
+                options: HeadOptions::default(),
             },
             false => Method::Lm,
         },

@@ -102,6 +102,7 @@ fn scaled(seed: u64, base: &BaseShape, factor: f32) -> AdapterArtifact {
         weights.head = Some(ScoreHead {
             weight: numbers(labels.len() * base.hidden),
             labels,
+            ..ScoreHead::default()
         });
     }
     peft::write(&config, &weights).unwrap()

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use espalier_adapters::linear::ResidentAdapter;
 use espalier_adapters::ops::{Backend, Buffer, Ops, ViewMut};
-use espalier_adapters::train::loss::{LossBuffers, LossSum, Target, softmax_cross_entropy};
+use espalier_adapters::train::loss::{LossBuffers, LossSum};
 
+use super::objective::{Objective, Wanted};
 use crate::model::Buf;
 
 /// What a head reads and makes, and their gradients.
@@ -30,11 +31,11 @@ impl HeadBuffers {
         }
     }
 
-    /// The cross-entropy of the head on `states`; with `dhead`, its gradient is added.
+    /// The head's loss on `states`; with `dhead`, its gradient is added.
     pub(super) fn judge(
         &mut self,
         (ops, adapter): (&Backend, &ResidentAdapter),
-        targets: &[Target],
+        (objective, wanted): (&Objective, &Wanted),
         dhead: Option<ViewMut<'_, Backend>>,
         loss: &mut LossBuffers<Backend>,
     ) -> LossSum {
@@ -45,13 +46,17 @@ impl HeadBuffers {
             dlogits,
             ..
         } = self;
-        ops.resize(logits, targets.len() * classes);
+        ops.resize(logits, wanted.targets.len() * classes);
         adapter.score(ops, states.all(), logits.all_mut());
-        let judged = softmax_cross_entropy(ops, logits, targets, dlogits, loss);
+        let judged = objective.judge(ops, (logits, wanted), dlogits, loss);
         if let Some(dhead) = dhead {
             ops.outer(dlogits.all(), states.all(), classes, 1.0, dhead);
         }
-        judged.iter().collect()
+        let mut sum = LossSum::default();
+        for (judged, target) in judged.iter().zip(&wanted.targets) {
+            sum.push(judged, objective.counts(target));
+        }
+        sum
     }
 
     /// The same on the targets' rows of `hidden`, the share's rows being `rows` of it; with `(dstates, dhead)`, the gradients
@@ -60,7 +65,7 @@ impl HeadBuffers {
         &mut self,
         (ops, adapter): (&Backend, &ResidentAdapter),
         (hidden, rows): (&Buf, &Range<usize>),
-        targets: &[Target],
+        (objective, wanted): (&Objective, &Wanted),
         gradients: Option<(&mut Buf, ViewMut<'_, Backend>)>,
         loss: &mut LossBuffers<Backend>,
     ) -> LossSum {
@@ -68,15 +73,19 @@ impl HeadBuffers {
             return LossSum::default();
         };
         let classes = adapter.labels().len();
-        let chosen = targets
+        let chosen = wanted
+            .targets
             .iter()
             .map(|target| (rows.start + target.row) as u32);
         let chosen: Vec<u32> = chosen.collect();
-        let (chosen, len) = (ops.ids(&chosen), targets.len() * (range.len() / classes));
+        let (chosen, len) = (
+            ops.ids(&chosen),
+            wanted.targets.len() * (range.len() / classes),
+        );
         ops.resize(&mut self.states, len);
         ops.take_rows(hidden.all(), chosen, self.states.all_mut());
         let (dstates, dhead) = gradients.unzip();
-        let sum = self.judge((ops, adapter), targets, dhead, loss);
+        let sum = self.judge((ops, adapter), (objective, wanted), dhead, loss);
         if let Some(dstates) = dstates {
             let from = &mut self.dstates;
             ops.resize(from, len);
@@ -85,5 +94,12 @@ impl HeadBuffers {
             ops.add_rows(from.all(), chosen, dstates.all_mut());
         }
         sum
+    }
+
+    /// The logits of the last call, on the host.
+    pub(super) fn read_logits(&self, ops: &Backend) -> Vec<f32> {
+        let mut logits = vec![0.0; self.logits.len()];
+        ops.read(self.logits.all(), &mut logits);
+        logits
     }
 }

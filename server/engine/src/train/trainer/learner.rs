@@ -11,10 +11,11 @@ use espalier_adapters::config::Site;
 use espalier_adapters::linear::{AdapterGrads, ResidentAdapter};
 use espalier_adapters::ops::{Backend, Buffer, Ops, View, ViewMut};
 use espalier_adapters::pace::{Pace, Stopped, Unpaced};
-use espalier_adapters::train::loss::{LossSum, Target};
+use espalier_adapters::train::loss::LossSum;
 use espalier_adapters::train::optimizer::norm;
 
 use super::company::{Company, Interrupted};
+use super::objective::{Objective, Wanted};
 use super::passes::Passes;
 use super::share::{Numbered, Share};
 use crate::model::{Model, Saved};
@@ -29,6 +30,7 @@ const ALONE: &str = "no pass holds the adapter";
 pub(super) struct Learner {
     pub(super) ops: Backend,
     pub(super) adapter: Arc<ResidentAdapter>,
+    pub(super) objective: Arc<Objective>,
     /// `None` where a pass that did not end had them.
     grads: Option<AdapterGrads>,
     passes: Passes,
@@ -42,7 +44,7 @@ pub(super) struct Learner {
 impl Learner {
     pub(super) fn new(
         model: Arc<Model>,
-        adapter: ResidentAdapter,
+        (adapter, objective): (ResidentAdapter, Objective),
         limits: (usize, f32),
         seed: u64,
     ) -> Self {
@@ -53,6 +55,7 @@ impl Learner {
             ops,
             passes,
             adapter: Arc::new(adapter),
+            objective: Arc::new(objective),
             activation_bytes: limits.0,
             dropout_rate: limits.1,
             seed,
@@ -119,7 +122,7 @@ impl Learner {
         let budget = self.row_budget();
         let mut sum = LossSum::default();
         for part in parts(examples, budget) {
-            let mut share = Share::of(part, &self.adapter, scale);
+            let mut share = Share::of(part, (&self.adapter, &self.objective), scale);
             share.room = budget;
             share.recompute = part.len() == 1 && share.rows() > budget;
             share.dropout = (self.dropout_rate > 0.0).then(|| self.dropout(part, step));
@@ -149,19 +152,20 @@ impl Learner {
             .unwrap_or(FORWARD_ROWS)
     }
 
-    /// Sums the examples' losses.
+    /// Sums the examples' losses, and gives a head's logits `[examples, labels]`.
     pub(super) fn judge(
         &mut self,
         examples: &[Numbered<'_>],
         pace: &dyn Pace,
-    ) -> Result<LossSum, Stopped> {
-        let mut sum = LossSum::default();
+    ) -> Result<(LossSum, Vec<f32>), Stopped> {
+        let (mut sum, mut logits) = (LossSum::default(), Vec::new());
         for part in parts(examples, FORWARD_ROWS) {
-            let mut shares = [Share::of(part, &self.adapter, 0.0)];
+            let mut shares = [Share::of(part, (&self.adapter, &self.objective), 0.0)];
             self.passes.run(&mut shares, pace)?;
             sum.add(shares[0].sum);
+            logits.append(&mut shares[0].logits);
         }
-        Ok(sum)
+        Ok((sum, logits))
     }
 
     /// The last token's states after the final norm, `[examples, hidden]`, one `done(count)` after each micro-batch.
@@ -174,34 +178,34 @@ impl Learner {
         let width = self.passes.model.config().hidden;
         let mut states = Vec::with_capacity(examples.len() * width);
         for part in parts(examples, FORWARD_ROWS) {
-            let share = Share::of(part, &self.adapter, 0.0);
+            let share = Share::of(part, (&self.adapter, &self.objective), 0.0);
             self.passes.last_states(&share, pace, &mut states)?;
             done(states.len() / width);
         }
         Ok(states)
     }
 
-    /// The head's loss on cached states `[examples, hidden]`; with `scale`, adds its gradient.
+    /// The head's loss on cached states `[examples, hidden]` and its logits there; where it `learns`, adds its gradient.
     pub(super) fn head_pass(
         &mut self,
         states: &[f32],
-        labels: &[u32],
-        scale: Option<f32>,
-    ) -> LossSum {
+        wanted: &Wanted,
+        learns: bool,
+    ) -> (LossSum, Vec<f32>) {
         let (ops, Passes { head, loss, .. }) = (&self.ops, &mut self.passes);
         ops.begin_pass();
         ops.resize(&mut head.states, states.len());
         ops.write(states, head.states.all_mut());
-        let weight = scale.unwrap_or(0.0);
-        let target = |(row, label): (usize, &u32)| Target {
-            row,
-            label: *label,
-            weight,
-        };
-        let targets: Vec<Target> = labels.iter().enumerate().map(target).collect();
-        let grads = self.grads.as_mut().filter(|_| scale.is_some());
+        let grads = self.grads.as_mut().filter(|_| learns);
         let dhead = grads.and_then(AdapterGrads::head_mut);
-        head.judge((ops, &self.adapter), &targets, dhead, loss)
+        let asked = (self.objective.as_ref(), wanted);
+        let sum = head.judge((ops, &self.adapter), asked, dhead, loss);
+        let logits = if learns {
+            Vec::new()
+        } else {
+            head.read_logits(ops)
+        };
+        (sum, logits)
     }
 
     fn dropout(&self, examples: &[Numbered<'_>], step: u64) -> Dropout {

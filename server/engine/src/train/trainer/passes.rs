@@ -187,7 +187,7 @@ fn judge(
     let mut targets = Vec::new();
     for ((share, rows), grads) in shares.iter_mut().zip(&joint.rows).zip(grads) {
         if share.adapter.labels().is_empty() {
-            targets.extend(share.targets.iter().map(|target| Target {
+            targets.extend(share.wanted.targets.iter().map(|target| Target {
                 row: rows.start + target.row,
                 ..*target
             }));
@@ -196,14 +196,18 @@ fn judge(
         let dhead = grads.as_mut().and_then(AdapterGrads::head_mut);
         let gradients = dstates.as_deref_mut().zip(dhead);
         let on = (ops, share.adapter.as_ref());
-        share.sum = head.judge_rows(on, (hidden, rows), &share.targets, gradients, loss);
+        let asked = (share.objective.as_ref(), &share.wanted);
+        share.sum = head.judge_rows(on, (hidden, rows), asked, gradients, loss);
+        if dstates.is_none() {
+            share.logits = head.read_logits(ops);
+        }
     }
     let on: (&Backend, &dyn Pace) = (ops, pass.pace);
     let judged = linear_cross_entropy(on, model.head(), hidden, &targets, dstates, loss)?;
     let mut judged = judged.iter();
     for share in shares.iter_mut() {
         if share.adapter.labels().is_empty() {
-            share.sum = judged.by_ref().take(share.targets.len()).collect();
+            share.sum = judged.by_ref().take(share.wanted.targets.len()).collect();
         }
     }
     Ok(())

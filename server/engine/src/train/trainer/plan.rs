@@ -1,8 +1,10 @@
 //! What a training run is told, what it reports, and why it may fail. Plain types.
 
 use espalier_adapters::config::LoraConfig;
+use espalier_adapters::head::{HeadSettings, Problem};
 use espalier_adapters::ops::OutOfMemory;
 use espalier_adapters::train::examples::{Example, Examples};
+use espalier_adapters::train::quality::Quality;
 use espalier_adapters::version::AdapterArtifact;
 use espalier_adapters::weights::AdapterWeights;
 
@@ -82,17 +84,30 @@ impl Default for HyperParameters {
     }
 }
 
+/// How a head learns and answers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HeadOptions {
+    /// What it answers.
+    pub problem: Problem,
+    /// What an example of each label counts, above 0; `None` is 1 each. A batch's loss is the weighted mean, as torch's.
+    pub class_weights: Option<Vec<f32>>,
+    /// The share of right answers on validation that the fitted threshold may call out of scope, in 0..=0.5; `None` fits none.
+    pub out_of_scope_share: Option<f64>,
+}
+
 /// What is learnt.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Method {
     /// The next token, where an example says so.
     Lm,
     /// A label from the last token's state.
     Class {
-        /// Names of the head's rows, in their order; `Example::Class` holds indices into it.
+        /// Names of the head's rows, in their order; examples hold indices into it.
         labels: Vec<String>,
         /// Train the head alone, on states of the frozen base that are computed once.
         head_only: bool,
+        /// How it learns and answers.
+        options: HeadOptions,
     },
 }
 
@@ -176,8 +191,11 @@ pub struct EvalReport {
     pub step: u64,
     /// Mean over the validation set's targets.
     pub loss: f64,
-    /// Share of examples with the right label; of targets whose token is the likeliest in `Lm`.
+    /// Share of examples with the right label (all the right ones of several); of targets whose token is the likeliest in `Lm`;
+    /// 0 of regression, which has none.
     pub accuracy: f64,
+    /// Mean over labels of F1, of a head that chooses labels.
+    pub macro_f1: Option<f64>,
     /// Better than all before.
     pub best: bool,
 }
@@ -212,6 +230,21 @@ pub struct Summary {
     pub stopped_early: bool,
     /// What it trained and held.
     pub footprint: Footprint,
+    /// How the kept head answers the validation examples; `None` without a head or without such examples.
+    pub held_out: Option<HeldOut>,
+}
+
+/// How a head answers examples that it was not trained on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeldOut {
+    /// How many.
+    pub examples: u64,
+    /// How well.
+    pub quality: Quality,
+    /// Mean of `-ln p(right label)` under the calibrated scores, of one label each.
+    pub log_loss: Option<f64>,
+    /// What was fitted on them.
+    pub settings: HeadSettings,
 }
 
 /// Why a run cannot start or go on.
@@ -367,13 +400,11 @@ impl TrainPlan {
                 self.validate_example(field, example, vocab, context_length)?;
             }
         }
-        if let Method::Class { labels, .. } = &self.method
-            && labels.len() < 2
+        if let Method::Class {
+            labels, options, ..
+        } = &self.method
         {
-            return Err(TrainError::plan(
-                "labels",
-                format!("{} is not at least 2", labels.len()),
-            ));
+            options.validate(labels.len())?;
         }
         match &self.lora {
             Some(lora) if lora.use_dora && lora.lora_dropout > 0.0 => Err(TrainError::plan(
@@ -425,15 +456,12 @@ impl TrainPlan {
                 fits.then_some(())
                     .ok_or_else(|| TrainError::plan(field, "an example has no token to learn"))
             }
-            (Method::Class { labels, .. }, Example::Class { label, .. })
-                if *label < labels.len() =>
-            {
-                Ok(())
-            }
-            (Method::Class { labels, .. }, Example::Class { label, .. }) => Err(TrainError::plan(
-                field,
-                format!("label {label} is not below {}", labels.len()),
-            )),
+            (
+                Method::Class {
+                    labels, options, ..
+                },
+                answered,
+            ) => answer_fits(field, answered, options.problem, labels.len()),
             _ => Err(TrainError::plan(
                 field,
                 "an example is of another kind than the method",
@@ -475,6 +503,31 @@ impl TrainPlan {
     }
 }
 
+/// An example asks what the head answers, of rows that it has.
+fn answer_fits(
+    field: &'static str,
+    example: &Example,
+    problem: Problem,
+    rows: usize,
+) -> Result<(), TrainError> {
+    let named = match (problem, example) {
+        (Problem::SingleLabel, Example::Class { label, .. }) => std::slice::from_ref(label),
+        (Problem::MultiLabel, Example::Labels { labels, .. }) => labels,
+        (Problem::Regression, Example::Score { .. }) => &[],
+        _ => {
+            let reason = format!("an example is of another kind than {}", problem.as_str());
+            return Err(TrainError::plan(field, reason));
+        }
+    };
+    match named.iter().find(|label| **label >= rows) {
+        Some(label) => Err(TrainError::plan(
+            field,
+            format!("label {label} is not below {rows}"),
+        )),
+        None => Ok(()),
+    }
+}
+
 fn hash_example(hash: &mut Sha256, example: &Example) {
     hash.update((example.ids().len() as u64).to_le_bytes());
     example
@@ -486,5 +539,12 @@ fn hash_example(hash: &mut Sha256, example: &Example) {
             .iter()
             .for_each(|learn| hash.update([u8::from(*learn)])),
         Example::Class { label, .. } => hash.update((*label as u64).to_le_bytes()),
+        Example::Labels { labels, .. } => {
+            hash.update((labels.len() as u64).to_le_bytes());
+            labels
+                .iter()
+                .for_each(|label| hash.update((*label as u64).to_le_bytes()));
+        }
+        Example::Score { score, .. } => hash.update(score.value().to_bits().to_le_bytes()),
     }
 }

@@ -8,6 +8,8 @@ use espalier_adapters::linear::{AdapterGrads, ResidentAdapter};
 use espalier_adapters::train::examples::Example;
 use espalier_adapters::train::loss::{LossSum, Target};
 
+use super::objective::{Objective, Wanted};
+
 /// An example and its number in the data set, which its dropout depends on.
 pub(super) type Numbered<'a> = (u64, &'a Example);
 
@@ -18,7 +20,8 @@ pub struct Share {
     /// The rows of each example.
     pub(super) sequences: Vec<Range<usize>>,
     /// Their rows count from the share's first.
-    pub(super) targets: Vec<Target>,
+    pub(super) wanted: Wanted,
+    pub(super) objective: Arc<Objective>,
     pub(super) adapter: Arc<ResidentAdapter>,
     /// What the pass adds to; without, it only judges.
     pub(super) grads: Option<AdapterGrads>,
@@ -29,40 +32,46 @@ pub struct Share {
     pub(super) room: usize,
     /// What the pass found.
     pub(super) sum: LossSum,
+    /// A head's `[targets, labels]`, where the pass only judged.
+    pub(super) logits: Vec<f32>,
 }
 
 // === impl Share ===
 
 impl Share {
-    /// Examples to judge. Targets weigh `weight`.
+    /// Examples to judge. Targets weigh `weight`, times what the objective has them count.
     pub(super) fn of(
         examples: &[Numbered<'_>],
-        adapter: &Arc<ResidentAdapter>,
+        (adapter, objective): (&Arc<ResidentAdapter>, &Arc<Objective>),
         weight: f32,
     ) -> Self {
-        let (mut tokens, mut sequences, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut tokens, mut sequences) = (Vec::new(), Vec::new());
+        let mut wanted = Wanted::default();
         for (_, example) in examples {
             let start = tokens.len();
             tokens.extend_from_slice(example.ids());
             sequences.push(start..tokens.len());
+            let targets = &mut wanted.targets;
             let mut target = |row: usize, label: u32| targets.push(Target { row, label, weight });
             match example {
                 Example::Lm { ids, learn } => (1..ids.len())
                     .filter(|position| learn[*position])
                     .for_each(|position| target(start + position - 1, ids[position])),
-                Example::Class { label, .. } => target(tokens.len() - 1, *label as u32),
+                answered => objective.want(tokens.len() - 1, answered, weight, &mut wanted),
             }
         }
         Self {
             tokens,
             sequences,
-            targets,
+            wanted,
+            objective: Arc::clone(objective),
             adapter: Arc::clone(adapter),
             grads: None,
             dropout: None,
             recompute: false,
             room: usize::MAX,
             sum: LossSum::default(),
+            logits: Vec::new(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Where a run starts: given weights, or A uniform, B zero and DoRA's magnitudes those of W, drawn by seed and site so that every site's numbers are its own.
 
 use espalier_adapters::config::{LoraConfig, Site};
+use espalier_adapters::head::{HeadSettings, Problem};
 use espalier_adapters::linear::{BaseSites, row_norms};
 use espalier_adapters::ops::Ops;
 use espalier_adapters::weights::{AdapterWeights, ScoreHead, SiteAdapter};
@@ -62,16 +63,32 @@ pub(super) fn initial(plan: &TrainPlan, model: &Model) -> Result<AdapterWeights,
             "has a head, but tokens are learnt",
         )),
         Method::Lm => Ok(weights),
-        Method::Class { labels, .. } => {
+        Method::Class {
+            labels, options, ..
+        } => {
             let head = weights
                 .head
-                .get_or_insert_with(|| head(labels, plan, model));
+                .get_or_insert_with(|| head((labels, options.problem), plan, model));
             if head.labels != *labels {
                 return Err(TrainError::plan(
                     "init",
                     "its head has other labels than the plan",
                 ));
             }
+            let settings = HeadSettings {
+                problem: options.problem,
+                ..HeadSettings::default()
+            };
+            if head.settings.problem != settings.problem {
+                let reason = format!(
+                    "its head answers {}, the plan {}",
+                    head.settings.problem.as_str(),
+                    settings.problem.as_str()
+                );
+                return Err(TrainError::plan("init", reason));
+            }
+            // What was fitted on the old head's answers does not hold for the new one's.
+            head.settings = settings;
             Ok(weights)
         }
     }
@@ -111,7 +128,7 @@ fn drawn(lora: &LoraConfig, seed: u64, model: &Model) -> Result<AdapterWeights, 
 }
 
 /// A head drawn within `1 / sqrt(hidden)` below LoRA; alone on frozen states its loss is convex and zero is as good.
-fn head(labels: &[String], plan: &TrainPlan, model: &Model) -> ScoreHead {
+fn head((labels, problem): (&[String], Problem), plan: &TrainPlan, model: &Model) -> ScoreHead {
     let width = model.config().hidden;
     let bound = if plan.head_only() {
         0.0
@@ -125,5 +142,9 @@ fn head(labels: &[String], plan: &TrainPlan, model: &Model) -> ScoreHead {
     ScoreHead {
         labels: labels.to_vec(),
         weight,
+        settings: HeadSettings {
+            problem,
+            ..HeadSettings::default()
+        },
     }
 }

@@ -1,6 +1,7 @@
 //! Runs on a tiny random model: cutting, pausing and resuming change no bit; heads and adapters learn.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod classification;
 mod device;
 
 use std::cell::Cell;
@@ -108,12 +109,30 @@ fn class_plan(head_only: bool) -> TrainPlan {
     let (valid, _) = classes(20, 2);
     let lora = (!head_only).then(|| LoraConfig::new(2, 4.0, &Site::ALL));
     TrainPlan {
-        method: Method::Class { labels, head_only },
+        method: Method::Class {
+            labels,
+            head_only,
+            options: HeadOptions::default(),
+        },
         lora,
         valid: Some(valid),
         train,
         ..lm_plan()
     }
+}
+
+/// One of each kind of run.
+fn every_plan() -> [TrainPlan; 8] {
+    [
+        lm_plan(),
+        dora_plan(),
+        class_plan(false),
+        class_plan(true),
+        classification::labels_plan(false),
+        classification::labels_plan(true),
+        classification::score_plan(false),
+        classification::score_plan(true),
+    ]
 }
 
 fn finish(trainer: &mut Trainer, pace: &dyn Company) -> (Finished, Vec<TrainEvent>) {
@@ -206,13 +225,14 @@ pub(crate) fn packed_is_alone(on: &Under<Backend>) {
     let model = model(on);
     let weights = random_adapter(&model, |_, _| true, false, 3);
     let adapter = ResidentAdapter::build(&weights, model.as_ref()).unwrap();
-    let mut learner = Learner::new(model, adapter, (1 << 20, 0.0), 1);
+    let mut learner = Learner::new(model, (adapter, Objective::default()), (1 << 20, 0.0), 1);
     let numbered = numbered(&plan.train.items);
-    let together = learner.judge(&numbered, &Unpaced).unwrap();
+    let mut judge = |some: &[Numbered<'_>]| learner.judge(some, &Unpaced).unwrap().0;
+    let together = judge(&numbered);
     let mut alone = LossSum::default();
     numbered
         .iter()
-        .for_each(|one| alone.add(learner.judge(std::slice::from_ref(one), &Unpaced).unwrap()));
+        .for_each(|one| alone.add(judge(std::slice::from_ref(one))));
     assert!((together.loss - alone.loss).abs() < 1e-9 * alone.loss);
     assert_eq!(
         (together.targets, together.correct),
@@ -229,7 +249,7 @@ fn resumed_is_uninterrupted() {
 }
 
 pub(crate) fn breaks_change_no_bit(on: &Under<Backend>) {
-    for plan in [lm_plan(), dora_plan(), class_plan(false), class_plan(true)] {
+    for plan in every_plan() {
         let mut plan = plan;
         plan.hp.epochs = Some(2);
         let (whole, events) = finish(
@@ -298,6 +318,35 @@ pub(crate) fn stopped_runs_go_on(on: &Under<Backend>) {
     assert!(stops > 3, "stopped {stops} times");
 }
 
+/// Stops once in every evaluation, a few breaths after it began.
+#[derive(Default)]
+struct StopsInEvaluations {
+    breaths_left: Cell<Option<usize>>,
+    stopped_last: Cell<bool>,
+}
+
+impl Company for StopsInEvaluations {
+    fn alone(&self) {
+        let left = (!self.stopped_last.take()).then_some(2);
+        self.breaths_left.set(left);
+    }
+}
+
+impl Pace for StopsInEvaluations {
+    fn breathe(&self) -> Result<(), Stopped> {
+        match self.breaths_left.take() {
+            Some(0) => {
+                self.stopped_last.set(true);
+                Err(Stopped)
+            }
+            left => {
+                self.breaths_left.set(left.map(|left| left - 1));
+                Ok(())
+            }
+        }
+    }
+}
+
 #[test]
 fn a_run_stopped_in_an_evaluation_makes_up_for_it() {
     let on = &host();
@@ -320,14 +369,11 @@ fn a_run_stopped_in_an_evaluation_makes_up_for_it() {
 
     let mut seen = Vec::new();
     let mut trainer = Trainer::new(model(on), plan.clone()).unwrap();
-    let (mut stops, mut in_evaluations) = (0, 0);
+    let pace = StopsInEvaluations::default();
+    let mut in_evaluations = 0;
     let end = loop {
-        let run = trainer.run(&StopsAt(Cell::new(150 + 7 * stops)), &mut |event| {
-            seen.push(event)
-        });
-        match run {
+        match trainer.run(&pace, &mut |event| seen.push(event)) {
             Err(TrainError::Stopped(_)) => {
-                stops += 1;
                 let due = trainer.eval_due(trainer.steps_done());
                 let done = trainer.state.evaluated == Some(trainer.steps_done());
                 in_evaluations += usize::from(due && !done);
@@ -337,7 +383,7 @@ fn a_run_stopped_in_an_evaluation_makes_up_for_it() {
             end => break end.unwrap(),
         }
     };
-    assert!(in_evaluations > 0, "{stops} stops, none in an evaluation");
+    assert_eq!(in_evaluations, expected.len());
     assert_eq!(evaluations(&seen), expected);
     assert_eq!(end.artifact, whole.artifact);
     assert_eq!(end.summary, whole.summary);
@@ -411,8 +457,9 @@ pub(crate) fn runs_learn_and_keep_the_best(on: &Under<Backend>) {
         assert_eq!(weights.sites.is_empty(), head_only, "{config:?}");
         let kept = ResidentAdapter::build(&weights, model(on).as_ref()).unwrap();
         let (valid, _) = classes(20, 2);
-        let mut learner = Learner::new(model(on), kept, (1 << 20, 0.0), 1);
-        let again = learner.judge(&numbered(&valid.items), &Unpaced).unwrap();
+        let objective = Objective::of(&class_plan(head_only).method);
+        let mut learner = Learner::new(model(on), (kept, objective), (1 << 20, 0.0), 1);
+        let (again, _) = learner.judge(&numbered(&valid.items), &Unpaced).unwrap();
         assert!(
             (again.mean() - best.loss).abs() < 1e-6,
             "the artifact is the best: {} {}",
@@ -446,9 +493,14 @@ fn a_dora_adapter_is_trained_served_and_trained_again() {
 
     // What is served is what was judged.
     let served = ResidentAdapter::build(&weights, model(&on).as_ref()).unwrap();
-    let mut learner = Learner::new(model(&on), served, (1 << 20, 0.0), 1);
+    let mut learner = Learner::new(
+        model(&on),
+        (served, Objective::default()),
+        (1 << 20, 0.0),
+        1,
+    );
     let valid = dora_plan().valid.unwrap();
-    let again = learner.judge(&numbered(&valid.items), &Unpaced).unwrap();
+    let (again, _) = learner.judge(&numbered(&valid.items), &Unpaced).unwrap();
     let best = finished.summary.best.unwrap();
     assert!(
         (again.mean() - best.loss).abs() < 1e-5 * best.loss,

@@ -1,0 +1,234 @@
+//! What a classification head's logits mean: the kind of question it answers, and what was fitted on held-out examples.
+//!
+//! Kept as `head.json` beside the labels, a small file of its own, so that the files that PEFT reads stay PEFT's. A head without
+//! one answers with one label and plain softmax. This file must not know tensors or where they lie.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::strict_json;
+
+/// The version of `head.json` that is written and read.
+const VERSION: u64 = 1;
+
+/// What kind of question a head answers, under the names of transformers' `problem_type`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Problem {
+    /// One label of several; softmax, cross-entropy.
+    #[default]
+    #[serde(rename = "single_label_classification")]
+    SingleLabel,
+    /// Each label or not; a sigmoid each, binary cross-entropy.
+    #[serde(rename = "multi_label_classification")]
+    MultiLabel,
+    /// A number; mean squared error.
+    #[serde(rename = "regression")]
+    Regression,
+}
+
+/// What is known of a head beside its weights and labels.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeadSettings {
+    /// What it answers.
+    #[serde(rename = "problem_type", default)]
+    pub problem: Problem,
+    /// Logits are divided by it before the softmax; above 0. `None` is 1. Of f32, because its shortest decimal comes back bit for bit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f32>,
+    /// A text whose best label's calibrated probability is below this is out of scope; in 0..=1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub out_of_scope_below: Option<f32>,
+}
+
+/// `head.json` as it is written.
+#[derive(Serialize)]
+struct Written<'a> {
+    version: u64,
+    #[serde(flatten)]
+    settings: &'a HeadSettings,
+}
+
+/// A head's answer to one text.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// One a label: softmax with the temperature, or sigmoids; of regression the value itself.
+    pub scores: Vec<f32>,
+    /// The best label's score is below the threshold.
+    pub out_of_scope: bool,
+}
+
+// === impl Problem ===
+
+impl Problem {
+    /// The name that transformers and `head.json` use.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::SingleLabel => "single_label_classification",
+            Self::MultiLabel => "multi_label_classification",
+            Self::Regression => "regression",
+        }
+    }
+}
+
+// === impl HeadSettings ===
+
+impl HeadSettings {
+    /// Reads `head.json`.
+    ///
+    /// # Errors
+    /// What is wrong with it, with value and limit.
+    pub fn read(bytes: &[u8]) -> Result<Self, String> {
+        let mut value = strict_json::parse(bytes)?;
+        let object = value.as_object_mut().ok_or("is no object")?;
+        match object.remove("version") {
+            Some(Value::Number(version)) if version.as_u64() == Some(VERSION) => {}
+            Some(other) => return Err(format!("version is {other}, expected {VERSION}")),
+            None => return Err(format!("version is missing, expected {VERSION}")),
+        }
+        let settings: Self = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        settings.check()?;
+        Ok(settings)
+    }
+
+    /// The bytes of `head.json`; `None` where a head is what it is without one.
+    #[must_use]
+    pub fn write(&self) -> Option<Vec<u8>> {
+        if *self == Self::default() {
+            return None;
+        }
+        let written = Written {
+            version: VERSION,
+            settings: self,
+        };
+        serde_json::to_vec_pretty(&written).ok()
+    }
+
+    /// # Errors
+    /// The first number that is outside its range.
+    fn check(&self) -> Result<(), String> {
+        if let Some(t) = self.temperature
+            && !(1e-3..=1e3).contains(&t)
+        {
+            return Err(format!("temperature is {t}, expected 0.001 to 1000"));
+        }
+        if let Some(below) = self.out_of_scope_below
+            && !(0.0..=1.0).contains(&below)
+        {
+            return Err(format!("out_of_scope_below is {below}, expected 0 to 1"));
+        }
+        let fitted = self.temperature.or(self.out_of_scope_below);
+        match (self.problem, fitted) {
+            (Problem::SingleLabel, _) | (_, None) => Ok(()),
+            (problem, Some(_)) => Err(format!(
+                "temperature and out_of_scope_below are for single_label_classification, this is {}",
+                problem.as_str()
+            )),
+        }
+    }
+
+    /// What the head answers with these logits `[labels]`. Sums run in f64.
+    #[must_use]
+    pub fn answer(&self, logits: &[f32]) -> Answer {
+        let scores: Vec<f32> = match self.problem {
+            Problem::SingleLabel => {
+                let temperature = f64::from(self.temperature.unwrap_or(1.0));
+                let scaled = logits.iter().map(|logit| f64::from(*logit) / temperature);
+                softmax(&scaled.collect::<Vec<_>>())
+                    .into_iter()
+                    .map(|p| p as f32)
+                    .collect()
+            }
+            Problem::MultiLabel => logits
+                .iter()
+                .map(|logit| sigmoid(f64::from(*logit)) as f32)
+                .collect(),
+            Problem::Regression => logits.to_vec(),
+        };
+        let best = scores.iter().copied().fold(0.0, f32::max);
+        let below = self.out_of_scope_below;
+        Answer {
+            out_of_scope: below.is_some_and(|below| best < below),
+            scores,
+        }
+    }
+}
+
+/// Probabilities of logits.
+#[must_use]
+pub fn softmax(logits: &[f64]) -> Vec<f64> {
+    let best = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = logits.iter().map(|logit| (logit - best).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    weights.into_iter().map(|weight| weight / total).collect()
+}
+
+/// `1 / (1 + e^-x)` without overflow.
+#[must_use]
+pub fn sigmoid(x: f64) -> f64 {
+    if x >= 0.0 {
+        1.0 / (1.0 + (-x).exp())
+    } else {
+        x.exp() / (1.0 + x.exp())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn settings_come_back_and_bad_ones_are_named() {
+        assert_eq!(HeadSettings::default().write(), None);
+        let settings = HeadSettings {
+            problem: Problem::SingleLabel,
+            temperature: Some(1.0 / 3.0),
+            out_of_scope_below: Some(0.625),
+        };
+        let bytes = settings.write().unwrap();
+        assert_eq!(HeadSettings::read(&bytes).unwrap(), settings);
+        for (text, named) in [
+            ("[]", "no object"),
+            ("{}", "version is missing"),
+            (r#"{"version": 2}"#, "version is 2"),
+            (r#"{"version": 1, "colour": 3}"#, "colour"),
+            (r#"{"version": 1, "problem_type": "ranking"}"#, "ranking"),
+            (r#"{"version": 1, "temperature": 0}"#, "temperature is 0"),
+            (r#"{"version": 1, "out_of_scope_below": 1.5}"#, "1.5"),
+            (
+                r#"{"version": 1, "problem_type": "regression", "temperature": 2}"#,
+                "regression",
+            ),
+        ] {
+            let error = HeadSettings::read(text.as_bytes()).unwrap_err();
+            assert!(error.contains(named), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn each_problem_answers_in_its_own_way() {
+        let mut head = HeadSettings {
+            temperature: Some(2.0),
+            out_of_scope_below: Some(0.74),
+            ..HeadSettings::default()
+        };
+        let logits = [0.0, 2.0];
+        let share = 1.0 / (1.0 + (-1.0f64).exp()) as f32;
+        let answer = head.answer(&logits);
+        assert!((answer.scores[1] - share).abs() < 1e-6, "{answer:?}");
+        assert!(answer.out_of_scope, "0.731 is below 0.74");
+        head.out_of_scope_below = Some(0.73);
+        assert!(!head.answer(&logits).out_of_scope);
+        let of = |problem| HeadSettings {
+            problem,
+            ..HeadSettings::default()
+        };
+        let each = of(Problem::MultiLabel).answer(&[0.0, 100.0, -100.0]).scores;
+        assert_eq!(each[..2], [0.5, 1.0]);
+        assert!(each[2] >= 0.0 && each[2] < 1e-30);
+        assert_eq!(of(Problem::Regression).answer(&[-3.5]).scores, [-3.5]);
+    }
+}
