@@ -1,29 +1,31 @@
 //! A frozen projection with adapters on it, and an adapter as operations like to read it.
 //!
 //! LoRA: `y = W x + b + s B (A x)`. DoRA (Liu et al., 2024, eq. 5; PEFT's `dora.py`), with the norm taken over
-//! each output row: `y = g (W x + s B (A x)) + b` where `g = m / |W + s B A|`. It must not know files, names or layers'
-//! order: a site is asked for by (layer, site).
+//! each output row: `y = g (W x + s B (A x)) + b` where `g = m / |W + s B A|`. (IA)3: `scale`. It must not know files, names or
+//! layers' order: a site is asked for by (layer, site).
 
 mod dora;
 mod grads;
 mod layout;
 mod overlay;
 mod resident;
+mod scale;
 mod update;
 
 use std::ops::Range;
 
 use crate::batch::{Pass, Segment, Thin};
-use crate::config::Site;
+use crate::config::{ScaleOn, Site};
 use crate::ops::{Buffer, LowRank, Ops, Real, View, ViewMut};
 use crate::pace::{Stopped, pieces};
 
 pub use grads::AdapterGrads;
 pub use overlay::{Overlay, OverlayBytes};
 pub use resident::{BaseSites, BuildError, Misfit, ResidentAdapter, SiteView, Tensor};
-pub use update::{merged, row_norms};
+pub use update::{merged, row_norms, scaled};
 
 use resident::TrainedView;
+use scale::ScaleWork;
 
 /// A frozen projection `[out, in]`, its optional bias, and its place in the model. The only type that a block multiplies by.
 #[derive(Debug)]
@@ -142,7 +144,7 @@ fn number(layer: usize, site: Site) -> usize {
 }
 
 /// Projections that share their input `x [rows, in]`, each into its `y [rows, out]`: the bases once over all rows, then every
-/// segment's updates of all of them in one list, then gains and biases.
+/// segment's updates of all of them in one list, then gains, biases and (IA)3's vectors.
 ///
 /// # Errors
 /// [`Stopped`] when the pace says so.
@@ -154,6 +156,7 @@ pub fn forward<O: Ops, const N: usize>(
     thin: &mut Thin<O>,
 ) -> Result<(), Stopped> {
     for (projection, y) in projections.iter().zip(&mut outputs) {
+        let x = projection.scaled_input(pass, x, &mut thin.scaled);
         projection.base(pass, x, y)?;
     }
     match pass.dropout {
@@ -264,12 +267,13 @@ impl<O: Ops> LoraLinear<O> {
         Ok(())
     }
 
-    /// DoRA's gains and the bias.
+    /// DoRA's gains, the bias, and (IA)3's vectors.
     fn finish(&self, pass: &Pass<'_, O>, y: &mut O::Buf) {
         self.gain(pass, y);
         if let Some(bias) = &self.bias {
             pass.ops.add_bias(bias.all(), y.all_mut());
         }
+        self.scale(pass, y);
     }
 
     /// `y *= gain` in the rows that DoRA's gains are for.
@@ -311,18 +315,16 @@ impl<O: Ops> LoraLinear<O> {
             masked,
             gained,
             direction,
+            scaled,
             ones,
         } = thin;
-        let rows = dy.len() / self.outputs;
         let inner = self.inner_gradient(pass, dy, gained);
-        if let Some(dx) = dx.as_deref_mut() {
-            for (rows, part) in pieces(pass.pace, rows, self.outputs, self.inputs) {
-                let dx = dx.part_mut(numbers(&rows, self.inputs));
-                let inner = inner.part(numbers(&rows, self.outputs));
-                pass.ops.matmul_backward_part(inner, &self.weight, part, dx);
-                pass.pace.breathe()?;
-            }
-        }
+        let work = ScaleWork {
+            scaled,
+            product: direction,
+            ones,
+        };
+        self.scale_backward(pass, (x, dy, inner), dx.as_deref_mut(), grads, work)?;
         for (index, segment) in pass.segments.iter().enumerate() {
             let Some(trained) = self.trained(segment) else {
                 continue;
@@ -357,7 +359,25 @@ impl<O: Ops> LoraLinear<O> {
         Ok(())
     }
 
-    /// The gradient of `W x + s B A x`: `dy`, times the gains in the rows that they are for.
+    /// `dx += dy W` of some rows.
+    fn product_backward(
+        &self,
+        pass: &Pass<'_, O>,
+        rows: Range<usize>,
+        (dy, dx): (&O::Buf, &mut O::Buf),
+    ) -> Result<(), Stopped> {
+        let first = rows.start;
+        for (rows, part) in pieces(pass.pace, rows.len(), self.outputs, self.inputs) {
+            let rows = first + rows.start..first + rows.end;
+            let dx = dx.part_mut(numbers(&rows, self.inputs));
+            let dy = dy.part(numbers(&rows, self.outputs));
+            pass.ops.matmul_backward_part(dy, &self.weight, part, dx);
+            pass.pace.breathe()?;
+        }
+        Ok(())
+    }
+
+    /// The gradient of `W x + s B A x`: `dy`, times the gains and the vectors on outputs in the rows that they are for.
     fn inner_gradient<'a>(
         &self,
         pass: &Pass<'_, O>,
@@ -370,6 +390,7 @@ impl<O: Ops> LoraLinear<O> {
                 .parts()
                 .map(|(a, _)| a.site(self.layer, self.site));
             views.any(|view| view.is_some_and(|view| view.gain.is_some()))
+                || self.vector(segment, ScaleOn::Outputs).is_some()
         };
         if !pass.segments.iter().any(gains) {
             return dy;
@@ -377,6 +398,7 @@ impl<O: Ops> LoraLinear<O> {
         pass.ops.resize(gained, dy.len());
         pass.ops.copy(dy.all(), gained.all_mut());
         self.gain(pass, gained);
+        self.scale(pass, gained);
         gained
     }
 
@@ -400,11 +422,7 @@ impl<O: Ops> LoraLinear<O> {
         ops.expand(h.all(), trained.bt, trained.rank, trained.scale, y);
         ops.scale_columns(inverse, direction.part_mut(at.clone()));
         ops.multiply(dy.part(at.clone()), direction.part_mut(at.clone()));
-        if ones.len() < rows.len() {
-            ops.resize(ones, rows.len());
-            ops.write(&vec![O::T::ONE; rows.len()], ones.all_mut());
-        }
-        let ones = ones.part(0..rows.len());
+        let ones = some_ones(ops, ones, rows.len());
         ops.outer(ones, direction.part(at), 1, O::T::ONE, dm);
         Ok(())
     }
@@ -461,6 +479,15 @@ impl<O: Ops> LoraLinear<O> {
         pass.ops
             .dropout(masked.all(), keys, self.number(), dropout.rate, dx, true);
     }
+}
+
+/// So many ones, exact, from a buffer that is kept filled with them.
+fn some_ones<'a, O: Ops>(ops: &O, ones: &'a mut O::Buf, count: usize) -> View<'a, O> {
+    if ones.len() < count {
+        ops.resize(ones, count);
+        ops.write(&vec![O::T::ONE; count], ones.all_mut());
+    }
+    ones.part(0..count)
 }
 
 /// Where rows of a width lie.

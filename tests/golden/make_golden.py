@@ -9,7 +9,7 @@ large goldens that ESPALIER_GOLDEN names, so that one test reads both.
 """
 import json, os, shutil, sys
 import numpy as np, torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -93,6 +93,7 @@ def randomise(peft, seed):
             if "lora_A" in name: p.normal_(0, 0.3)
             if "lora_B" in name: p.normal_(0, 0.2)
             if "magnitude" in name: p.mul_(1 + 0.2 * torch.rand_like(p))
+            if "ia3_l" in name: p.normal_(1, 0.3)
             if "score" in name and "modules_to_save" in name: p.normal_(0, 0.5)
 
 
@@ -224,7 +225,24 @@ def dora(tok):
     train(peft, f"{HERE}/train_dora", batches(tok)[0], sft_loss)
 
 
-WAYS = dict(loraplus=loraplus, dora=dora)
+def ia3(tok):
+    scaled = lambda **c: get_peft_model(base(), IA3Config(task_type="CAUSAL_LM", **c))
+    cases = dict(
+        ia3=dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        ia3_wide=dict(target_modules="all-linear", feedforward_modules=["q_proj", "o_proj", "up_proj"], exclude_modules=["gate_proj"]),
+    )
+    for i, (name, c) in enumerate(cases.items()):
+        peft = scaled(**c).eval()
+        randomise(peft, 300 + i)
+        shutil.rmtree(f"{HERE}/adapters/{name}", ignore_errors=True)
+        save(peft, f"{HERE}/adapters/{name}")
+        write(f"{HERE}/adapters/{name}/expected.json", expected(peft, tok, TEXTS))
+    peft = scaled(**cases["ia3"])
+    randomise(peft, 15)
+    train(peft, f"{HERE}/train_ia3", batches(tok)[0], sft_loss)
+
+
+WAYS = dict(loraplus=loraplus, dora=dora, ia3=ia3)
 
 
 def only(ways):

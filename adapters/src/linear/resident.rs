@@ -6,12 +6,12 @@ use std::ops::Range;
 use std::panic::panic_any;
 
 use super::dora::Norms;
-use super::layout::{ByRow, Layout, Place, columns_as_rows};
+use super::layout::{ByRow, Layout, Place, ScalePlace, columns_as_rows};
 use super::update::{dora_gain, row_squares};
 use crate::config::Site;
 use crate::ops::{Backend, Ops, OutOfMemory, Real, Span, View, ViewMut};
 use crate::pace::Unpaced;
-use crate::weights::{AdapterWeights, ScoreHead, SiteAdapter};
+use crate::weights::{AdapterWeights, ScoreHead, SiteAdapter, SiteScale};
 
 /// The frozen weights that an adapter is made for.
 pub trait BaseSites<O: Ops> {
@@ -55,6 +55,8 @@ pub struct ResidentAdapter<O: Ops = Backend> {
     pub(super) parameters: usize,
     /// By layer * 7 + site.
     pub(super) sites: Vec<Option<Place<O::T>>>,
+    /// By layer * 7 + site; empty where nothing is scaled.
+    pub(super) scales: Vec<Option<ScalePlace>>,
     /// Of DoRA in training.
     pub(super) norms: Option<Norms>,
     labels: Vec<String>,
@@ -71,6 +73,8 @@ pub enum Tensor {
     B,
     /// DoRA's lengths of output rows.
     Magnitude,
+    /// A vector of (IA)3.
+    Scale,
     /// A classification head.
     Head,
 }
@@ -129,6 +133,7 @@ impl<O: Ops> ResidentAdapter<O> {
             parameters: 0,
             bytes: layout.bytes(ops),
             sites: layout.sites,
+            scales: layout.scales,
             norms: None,
             labels: Vec::new(),
             head: None,
@@ -205,6 +210,7 @@ impl<O: Ops> ResidentAdapter<O> {
             parameters: layout.parameters,
             bytes: layout.bytes(ops),
             sites: layout.sites,
+            scales: layout.scales,
             norms: layout.norms,
             labels: labels.unwrap_or_default(),
             head: layout.head,
@@ -277,10 +283,21 @@ impl<O: Ops> ResidentAdapter<O> {
 
     /// The lowest adapted layer.
     pub fn lowest_layer(&self) -> Option<usize> {
-        self.sites
-            .iter()
-            .position(Option::is_some)
-            .map(|i| i / Site::ALL.len())
+        let updated = self.sites.iter().position(Option::is_some);
+        let scaled = self.scales.iter().position(Option::is_some);
+        let first = updated.into_iter().chain(scaled).min();
+        first.map(|i| i / Site::ALL.len())
+    }
+
+    /// Whether all that it does is to add to what the base makes, so that others can add to it too and a merged weight can take its
+    /// place: neither DoRA's gains nor (IA)3's vectors.
+    pub fn only_adds(&self) -> bool {
+        !self.has_gains() && self.scales.is_empty()
+    }
+
+    /// Whether sites are scaled by (IA)3's vectors; nothing is added to them then.
+    pub fn scales_alone(&self) -> bool {
+        !self.scales.is_empty()
     }
 
     /// Whether a site has DoRA's magnitude.
@@ -324,8 +341,14 @@ impl<O: Ops> ResidentAdapter<O> {
         let places = self.sites.iter().flatten();
         let magnitudes =
             places.filter_map(|place| Some((place.magnitude.clone()?, Tensor::Magnitude)));
+        let scales = self.scales.iter().flatten();
+        let scales = scales.map(|place| (place.at.clone(), Tensor::Scale));
         let head = self.head.clone().map(|at| (at, Tensor::Head));
-        factors.flatten().chain(magnitudes).chain(head)
+        factors
+            .flatten()
+            .chain(magnitudes)
+            .chain(scales)
+            .chain(head)
     }
 
     /// Where the head lies among the parameters.
@@ -367,6 +390,14 @@ impl<O: Ops> ResidentAdapter<O> {
             };
             weights.sites.insert(at, adapter);
         }
+        for (index, place) in self.scales.iter().enumerate() {
+            let Some(ScalePlace { on, at }) = place else {
+                continue;
+            };
+            let l = parameters[at.clone()].iter().map(|l| l.to_f32()).collect();
+            let key = (index / Site::ALL.len(), Site::ALL[index % Site::ALL.len()]);
+            weights.scales.insert(key, SiteScale { on: *on, l });
+        }
         weights.head = self.head.clone().map(|head| ScoreHead {
             labels: self.labels.clone(),
             weight: parameters[head].iter().map(|w| w.to_f32()).collect(),
@@ -403,6 +434,19 @@ fn check<O: Ops>(weights: &AdapterWeights, base: &impl BaseSites<O>) -> Result<(
                     adapter.r
                 ));
             }
+        }
+    }
+    for (&(layer, site), scale) in &weights.scales {
+        let path = site.path(layer);
+        if layer >= base.layers() {
+            let reason = format!("layer {layer} of {}", base.layers());
+            return Err(Misfit { path, reason });
+        }
+        let (outputs, inputs) = base.ops().dims(base.weight(layer, site));
+        let (found, expected) = (scale.l.len(), scale.on.width((inputs, outputs)));
+        if found != expected {
+            let reason = format!("l has {found} values, the projection needs {expected}");
+            return Err(Misfit { path, reason });
         }
     }
     let head = weights

@@ -8,7 +8,9 @@
 use serde_json::{Map, Value};
 
 use super::Checker;
-use crate::config::{Init, LoraConfig, MAX_PATTERN_BYTES, Modules, TaskType};
+use crate::config::{
+    AdapterConfig, Ia3Config, Init, LoraConfig, MAX_PATTERN_BYTES, Modules, Site, TaskType,
+};
 use crate::report::Rule;
 use crate::strict_json;
 
@@ -70,8 +72,28 @@ const READ: [&str; 17] = [
     "use_rslora",
 ];
 
+/// Fields of an (IA)3 configuration that [`Fields::ia3`] reads.
+const READ_IA3: [&str; 7] = [
+    "base_model_name_or_path",
+    "exclude_modules",
+    "feedforward_modules",
+    "modules_to_save",
+    "peft_type",
+    "target_modules",
+    "task_type",
+];
+
+/// Fields of an (IA)3 configuration that change nothing in what the adapter computes.
+const HISTORY_IA3: [&str; 5] = [
+    "auto_mapping",
+    "inference_mode",
+    "init_ia3_weights",
+    "peft_version",
+    "revision",
+];
+
 /// Reads the configuration. `None` when it has no usable form; the findings say why.
-pub(super) fn read(bytes: &[u8], check: &mut Checker) -> Option<LoraConfig> {
+pub(super) fn read(bytes: &[u8], check: &mut Checker) -> Option<AdapterConfig> {
     const FILE: &str = crate::version::AdapterArtifact::CONFIG_FILE;
     if bytes.len() > check.limits.max_config_bytes {
         let (found, limit) = (bytes.len(), check.limits.max_config_bytes);
@@ -105,12 +127,24 @@ pub(super) fn read(bytes: &[u8], check: &mut Checker) -> Option<LoraConfig> {
         }
     };
     let before = check.report.errors();
-    let config = Fields {
+    let mut fields = Fields {
         object: &object,
         check,
-    }
-    .config();
-    unknown_fields(&object, check);
+    };
+    let config = if object.get("peft_type").and_then(Value::as_str) == Some("IA3") {
+        let ia3 = fields.ia3();
+        unknown_fields(
+            &object,
+            &[&READ_IA3, &HISTORY_IA3, &["fan_in_fan_out"]],
+            check,
+        );
+        Some(AdapterConfig::Ia3(ia3))
+    } else {
+        let lora = fields.config();
+        let switches = SWITCHES.map(|(name, _)| name);
+        unknown_fields(&object, &[&READ, &HISTORY, &switches], check);
+        lora.map(AdapterConfig::Lora)
+    };
     (check.report.errors() == before)
         .then_some(config)
         .flatten()
@@ -126,11 +160,9 @@ fn is_off(value: &Value) -> bool {
     }
 }
 
-fn unknown_fields(object: &Map<String, Value>, check: &mut Checker) {
+fn unknown_fields(object: &Map<String, Value>, known: &[&[&str]], check: &mut Checker) {
     for (key, value) in object {
-        let known = READ.contains(&key.as_str())
-            || HISTORY.contains(&key.as_str())
-            || SWITCHES.iter().any(|(name, _)| name == key);
+        let known = known.iter().any(|names| names.contains(&key.as_str()));
         if known || is_off(value) {
             continue;
         }
@@ -182,12 +214,7 @@ impl Fields<'_, '_> {
             r: self.rank("r", self.object.get("r"), 8),
             lora_alpha: self.alpha("lora_alpha", self.object.get("lora_alpha"), 8.0),
             lora_dropout: self.dropout(),
-            target_modules: self.modules("target_modules").unwrap_or_else(|| {
-                let next =
-                    "list the modules that the adapter changes, such as [\"q_proj\", \"v_proj\"]";
-                self.value_error("target_modules", "no modules", "a list or a pattern", next);
-                Modules::Nothing
-            }),
+            target_modules: self.target_modules(),
             exclude_modules: self.modules("exclude_modules"),
             layers_to_transform: self.layers(),
             layers_pattern: self.strings("layers_pattern"),
@@ -204,18 +231,58 @@ impl Fields<'_, '_> {
         Some(config)
     }
 
+    fn ia3(&mut self) -> Ia3Config {
+        let fan = self.object.get("fan_in_fan_out").filter(|v| !is_off(v));
+        if let Some(value) = fan {
+            let next = "merge it into the base, or train without it";
+            let found = format!("{} (weights stored as [in, out])", brief(value));
+            let expected = "null or false";
+            self.check
+                .error("fan_in_fan_out", Rule::Unsupported, found, expected, next);
+        }
+        // What PEFT fills in for the families that are served here.
+        let down = || Modules::sites(&[Site::Down]);
+        let feedforward_modules = match self.object.get("feedforward_modules") {
+            None | Some(Value::Null) => down(),
+            Some(_) => match self.modules("feedforward_modules") {
+                // A word is a pattern here, and no path is one of PEFT's shorthands.
+                None | Some(Modules::AllLinear) => Modules::Nothing,
+                Some(modules) => modules,
+            },
+        };
+        Ia3Config {
+            target_modules: self.target_modules(),
+            exclude_modules: self.modules("exclude_modules"),
+            feedforward_modules,
+            modules_to_save: self.modules_to_save(),
+            task_type: self.task_type(),
+            base_model_name_or_path: self.text("base_model_name_or_path"),
+        }
+    }
+
+    fn target_modules(&mut self) -> Modules {
+        self.modules("target_modules").unwrap_or_else(|| {
+            let next =
+                "list the modules that the adapter changes, such as [\"q_proj\", \"v_proj\"]";
+            self.value_error("target_modules", "no modules", "a list or a pattern", next);
+            Modules::Nothing
+        })
+    }
+
     fn peft_type(&mut self) {
         match self.object.get("peft_type") {
             Some(Value::String(kind)) if kind == "LORA" => {}
             Some(other) => {
                 let found = brief(other);
-                let next = "train or convert it to LoRA";
+                let next = "train or convert it to LoRA or (IA)3";
+                let expected = "\"LORA\" or \"IA3\"";
                 self.check
-                    .error("peft_type", Rule::Unsupported, found, "\"LORA\"", next);
+                    .error("peft_type", Rule::Unsupported, found, expected, next);
             }
             None => {
                 let next = "upload the file that PEFT's save_pretrained wrote";
-                self.value_error("peft_type", "nothing", "\"LORA\"", next);
+                let expected = "\"LORA\" or \"IA3\"";
+                self.value_error("peft_type", "nothing", expected, next);
             }
         }
     }
@@ -248,7 +315,7 @@ impl Fields<'_, '_> {
             .iter()
             .filter(|m| !["score", "classifier"].contains(&m.as_str()))
         {
-            let next = "train without it: only a score head can stand beside LoRA here";
+            let next = "train without it: only a score head can stand beside an adapter here";
             self.check.error(
                 "modules_to_save",
                 Rule::Unsupported,

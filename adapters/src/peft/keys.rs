@@ -20,16 +20,19 @@ pub(super) enum Part {
     B,
     /// [out].
     Magnitude,
+    /// (IA)3's vector: [out, 1], or [1, in] of a feedforward module.
+    Scale,
 }
 
 impl Part {
-    const ALL: [Self; 3] = [Self::A, Self::B, Self::Magnitude];
+    const ALL: [Self; 4] = [Self::A, Self::B, Self::Magnitude, Self::Scale];
 
     const fn suffix(self) -> &'static str {
         match self {
             Self::A => "lora_A.weight",
             Self::B => "lora_B.weight",
             Self::Magnitude => "lora_magnitude_vector",
+            Self::Scale => "ia3_l",
         }
     }
 }
@@ -37,7 +40,7 @@ impl Part {
 /// What a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Key {
-    /// One part of one site's update.
+    /// One part of what changes one site.
     Site(usize, Site, Part),
     /// The classification head.
     Score,
@@ -99,6 +102,10 @@ fn refuse(name: &str) -> Key {
     } else if contains("modules_to_save.") || contains(".default.") {
         Key::Unknown(
             "this looks like a training checkpoint: write the adapter with save_pretrained",
+        )
+    } else if contains("ia3_l") {
+        Key::Unknown(
+            "(IA)3 is supported on q, k, v, o, gate, up and down projections of the decoder's layers",
         )
     } else if contains("lora_A") || contains("lora_B") || contains("lora_magnitude") {
         Key::Unknown(

@@ -215,6 +215,12 @@ struct LoraArgs {
     /// Weight-decomposed LoRA.
     #[arg(long)]
     dora: bool,
+    /// Train vectors of (IA)3 in place of LoRA; with --targets, those modules.
+    #[arg(long, conflicts_with_all = ["rank", "alpha", "dropout", "layers", "rslora", "dora", "head_only"])]
+    ia3: bool,
+    /// (IA)3: modules whose input is multiplied; left out: down_proj.
+    #[arg(long, value_delimiter = ',', requires = "ia3")]
+    feedforward: Vec<String>,
 }
 
 impl HyperArgs {
@@ -252,8 +258,8 @@ impl HyperArgs {
 }
 
 impl LoraArgs {
-    fn message(&self) -> v1::LoraConfig {
-        v1::LoraConfig {
+    fn message(&self) -> Option<v1::LoraConfig> {
+        (!self.ia3).then(|| v1::LoraConfig {
             rank: self.rank,
             alpha: self.alpha,
             dropout: self.dropout,
@@ -262,7 +268,14 @@ impl LoraArgs {
             use_dora: self.dora.then_some(true),
             layers_to_transform: self.layers.clone(),
             ..Default::default()
-        }
+        })
+    }
+
+    fn ia3(&self) -> Option<v1::Ia3Config> {
+        self.ia3.then(|| v1::Ia3Config {
+            target_modules: self.targets.clone(),
+            feedforward_modules: self.feedforward.clone(),
+        })
     }
 }
 
@@ -357,7 +370,8 @@ impl Train {
             data: Some(data),
             validation,
             hyper_parameters: Some(self.hyper.message()),
-            lora: Some(self.lora.message()),
+            lora: self.lora.message(),
+            ia3: self.lora.ia3(),
             seed: self.hyper.seed,
             profile,
             set_aliases_on_success: self.alias.clone(),

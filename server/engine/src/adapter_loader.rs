@@ -242,7 +242,8 @@ impl Stage {
 }
 
 /// How many times larger than a normed state (length sqrt(n)) an entry of the update's output can be:
-/// `s r n max|A| max|B|`. DoRA divides by a norm that may be next to nothing, so it has no bound.
+/// `s r n max|A| max|B|`. DoRA divides by a norm that may be next to nothing, and (IA)3 multiplies what the base makes, so they have
+/// no bound.
 fn largest_gain(weights: &AdapterWeights, base: &BaseShape) -> f32 {
     let largest = |values: &Numbers| {
         let values = values.to_f32();
@@ -255,6 +256,9 @@ fn largest_gain(weights: &AdapterWeights, base: &BaseShape) -> f32 {
         let products = (adapter.r * base.dims(*site).0) as f32;
         adapter.scale.abs() * products * largest(&adapter.a) * largest(&adapter.b)
     };
+    if !weights.scales.is_empty() {
+        return f32::INFINITY;
+    }
     weights.sites.iter().map(gain).fold(0.0, f32::max)
 }
 

@@ -136,16 +136,20 @@ impl ActiveRequest {
     /// Takes the leases of the whole target, in its order.
     ///
     /// # Errors
-    /// [`EngineError::InvalidField`] when these adapters cannot answer together: DoRA's gain scales the base's output too,
-    /// so it has neither weight nor company.
+    /// [`EngineError::InvalidField`] when these adapters cannot answer together: DoRA's gain and (IA)3's vectors scale the base's
+    /// output too, so they have neither weight nor company.
     pub(crate) fn hold(&mut self, leases: Vec<AdapterLease>) -> Result<(), EngineError> {
         let field = "target";
         let plain = matches!(self.target[..], [alone] if alone.weight == 1.0);
-        let gains = leases.iter().position(|lease| lease.adapter.has_gains());
+        let gains = leases.iter().position(|lease| !lease.adapter.only_adds());
         if let Some(index) = gains.filter(|_| !plain) {
             let digest = self.target[index].digest;
+            let kind = match leases[index].adapter.has_gains() {
+                true => "a DoRA adapter, whose gain scales",
+                false => "an (IA)3 adapter, whose vectors scale",
+            };
             let reason = format!(
-                "{digest} is a DoRA adapter, whose gain scales the base model's output too: name it alone, with weight 1"
+                "{digest} is {kind} the base model's output too: name it alone, with weight 1"
             );
             return Err(EngineError::InvalidField { field, reason });
         }

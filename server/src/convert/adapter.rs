@@ -85,7 +85,11 @@ pub(crate) fn version(version: Version) -> v1::AdapterVersion {
         size_bytes: content.size,
         base_model: content.base_name,
         base_digest: content.base_digest,
-        config: Some(lora_config(&content.summary)),
+        config: match content.summary.feedforward_modules {
+            None => Some(lora_config(&content.summary)),
+            Some(_) => None,
+        },
+        ia3: ia3_config(&content.summary),
         labels: content.summary.labels.clone(),
         profile: Some(profile_reply(&content.profile)),
         training_job: match &content.provenance {
@@ -232,6 +236,14 @@ fn lora_config(summary: &VersionSummary) -> v1::LoraConfig {
             .collect(),
         layers_to_transform: summary.layers.clone(),
     }
+}
+
+fn ia3_config(summary: &VersionSummary) -> Option<v1::Ia3Config> {
+    let feedforward_modules = summary.feedforward_modules.clone()?;
+    Some(v1::Ia3Config {
+        target_modules: summary.target_modules.clone(),
+        feedforward_modules,
+    })
 }
 
 /// A report for the wire.

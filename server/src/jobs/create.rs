@@ -12,6 +12,7 @@ use super::rows::{self, NewJob};
 use super::spec::{
     self, DataInput, DataSource, JobMethod, JobRequest, JobSpec, Validation, ValidationInput,
 };
+use super::ways::WaySpec;
 use super::{JobError, JobService, Parts};
 use crate::artifact_store::{BlobDigest, Pin};
 use crate::database::{EarlierUse, RequestKey, earlier_use, now_ms, remember_request};
@@ -345,16 +346,22 @@ fn quote(
             ..
         }
     );
-    let (hyper, epochs) = spec::hyper_parameters(&request.hyper, &at, head_only, limits)?;
+    let way = request.way.as_ref();
+    let asked = match way {
+        Some(way) => way.hyper(&request.hyper)?,
+        None => request.hyper.clone(),
+    };
+    let way = way.map(|way| way.decide(head_only)).transpose()?;
+    let (hyper, epochs) = spec::hyper_parameters(&asked, &at, head_only, limits)?;
     let total_steps = hyper.max_steps.unwrap_or_default();
-    let lora = if head_only {
+    let lora = if head_only || way.is_some() {
         None
     } else {
         Some(spec::lora(&request.lora, &at, limits)?)
     };
     let (stats, statistics) = (material.stats(), material.statistics(max_example_tokens));
     if let Some(version) = &from {
-        fits_shape(version, lora.as_ref(), &stats)?;
+        fits_shape(version, (lora.as_ref(), way.as_ref()), &stats)?;
     }
     let aliases = match (request.keep_aliases, request.aliases.as_slice()) {
         (true, []) => Vec::new(),
@@ -389,6 +396,7 @@ fn quote(
             .max(1),
         max_example_tokens,
         lora,
+        way,
         seed,
         profile: request.profile.clone(),
         aliases,
@@ -442,7 +450,7 @@ fn fits(version: &Version, request: &JobRequest, base: &Base) -> Result<(), JobE
 /// The new adapter has the old one's rank, modules and labels, since training goes on with its very tensors.
 fn fits_shape(
     version: &Version,
-    lora: Option<&spec::LoraSpec>,
+    (lora, way): (Option<&spec::LoraSpec>, Option<&WaySpec>),
     stats: &DataStats,
 ) -> Result<(), JobError> {
     let summary = &version.content.summary;
@@ -453,7 +461,13 @@ fn fits_shape(
             found,
         })
     };
-    if lora.is_none() && !summary.target_modules.is_empty() {
+    let kind =
+        |way: Option<&WaySpec>| way.map_or("LoRA or a head alone".to_owned(), WaySpec::to_string);
+    let (wanted, found) = (kind(way), kind(WaySpec::of(summary).as_ref()));
+    if wanted != found {
+        return refuse(wanted, found);
+    }
+    if lora.is_none() && way.is_none() && !summary.target_modules.is_empty() {
         return refuse(
             "a head alone".to_owned(),
             "a head with LoRA below it".to_owned(),

@@ -15,6 +15,7 @@ mod spec;
 #[cfg(test)]
 mod tests;
 mod watch;
+mod ways;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,6 +37,7 @@ pub use spec::{
     LoraSpec, Validation, ValidationInput,
 };
 pub use watch::WatchItem;
+pub use ways::{Ia3Spec, WayRequest, WaySpec};
 
 use crate::artifact_store::{ArtifactStore, StoreError};
 use crate::database::{Database, DatabaseError};

@@ -15,6 +15,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::JobError;
+use super::ways::{WayRequest, WaySpec};
 use crate::names::{AdapterName, AdapterRef, Alias, DatasetName};
 
 /// Steps below which a run is too short to settle; the default number of epochs grows until it is reached.
@@ -187,6 +188,8 @@ pub struct JobRequest {
     pub hyper: HyperRequest,
     /// Shape.
     pub lora: LoraRequest,
+    /// What is trained in LoRA's place.
+    pub way: Option<WayRequest>,
     /// Decides everything random; drawn when absent.
     pub seed: Option<u64>,
     /// Renders the rows and is given to the version.
@@ -273,8 +276,11 @@ pub struct JobSpec {
     pub gradient_accumulation_steps: u32,
     /// Longest example.
     pub max_example_tokens: usize,
-    /// The adapter's shape; `None` when the head trains alone.
+    /// The adapter's shape; `None` when the head trains alone, or something in LoRA's place.
     pub lora: Option<LoraSpec>,
+    /// What is trained in LoRA's place.
+    #[serde(default)]
+    pub way: Option<WaySpec>,
     /// Decides everything random.
     pub seed: u64,
     /// Renders the rows and is given to the version.

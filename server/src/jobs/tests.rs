@@ -51,8 +51,8 @@ fn artifact(
         weight,
     };
     let weights = AdapterWeights {
-        sites: std::collections::BTreeMap::new(),
         head: Some(head),
+        ..AdapterWeights::default()
     };
     write(&config, &weights)
 }
@@ -257,6 +257,7 @@ fn request(tenant: &str, adapter: &str, seed: u64) -> JobRequest {
         validation: ValidationInput::None,
         hyper: HyperRequest::default(),
         lora: LoraRequest::default(),
+        way: None,
         seed: Some(seed),
         profile: ServingProfile::default(),
         aliases: vec![],

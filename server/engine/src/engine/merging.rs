@@ -67,8 +67,13 @@ impl Engine {
     }
 
     fn candidate(&self, view: &MergeView) -> Candidate {
+        // A copy holds what is added to weights: an (IA)3 version adds nothing, and its vectors scale biases too.
+        let policy = match view.adapter.scales_alone() {
+            true => MergePolicy::Unmerged,
+            false => view.policy,
+        };
         Candidate {
-            policy: view.policy,
+            policy,
             adapter_bytes: view.adapter.bytes(),
             copy: OverlayBytes::of(&view.adapter, &**self.runner.model()),
         }

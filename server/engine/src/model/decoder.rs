@@ -392,10 +392,10 @@ impl<O: Ops> Decoder<O> {
 
 /// Whether a step of this kind will come again: every sequence has one row, and no weight but the base's is named in a launch.
 fn recurs<O: Ops>(batch: &Batch<'_, O>) -> bool {
-    let gains = |segment: &Segment<O>| segment.adapters.parts().any(|(a, _)| a.has_gains());
+    let scales = |segment: &Segment<O>| segment.adapters.parts().any(|(a, _)| !a.only_adds());
     batch.overlays.is_empty()
         && batch.spans.iter().all(|span| span.rows.len() == 1)
-        && !batch.segments.iter().any(gains)
+        && !batch.segments.iter().any(scales)
 }
 
 impl<O: Ops> BaseSites<O> for Decoder<O> {

@@ -16,7 +16,7 @@ mod tests;
 
 use std::sync::Arc;
 
-use espalier_adapters::config::LoraConfig;
+use espalier_adapters::config::{AdapterConfig, LoraConfig};
 use espalier_adapters::linear::{BuildError, ResidentAdapter, Tensor};
 use espalier_adapters::ops::{Backend, Buffer, Ops};
 use espalier_adapters::peft;
@@ -90,10 +90,8 @@ impl Trainer {
             plan: plan.digest(model.config()),
             ..RunState::default()
         };
-        let dropout = plan
-            .lora
-            .as_ref()
-            .map_or(0.0, |lora| lora.lora_dropout as f32);
+        let lora = plan.adapter.as_ref().and_then(AdapterConfig::lora);
+        let dropout = lora.map_or(0.0, |lora| lora.lora_dropout as f32);
         let limits = (plan.hp.activation_bytes, dropout);
         let learner = Learner::new(model, adapter, limits, plan.seed);
         let optimizer = AdamW::new(&learner.ops, learner.adapter.parameter_count());
@@ -477,13 +475,13 @@ impl Trainer {
             None => adapter.weights(ops),
         };
         let weights = weights.unwrap_or_default();
-        let config = match (&self.plan.lora, &self.plan.method) {
-            (Some(lora), Method::Lm) => lora.clone(),
-            (Some(lora), Method::Class { .. }) => lora.clone().with_score_head(),
-            (None, _) => LoraConfig::head_only(),
+        let config = match (&self.plan.adapter, &self.plan.method) {
+            (Some(adapter), Method::Lm) => adapter.clone(),
+            (Some(adapter), Method::Class { .. }) => adapter.clone().with_score_head(),
+            (None, _) => LoraConfig::head_only().into(),
         };
-        let artifact = peft::write(&config, &weights)
-            .map_err(|error| TrainError::plan("lora", error.to_string()))?;
+        let artifact = peft::write(config, &weights)
+            .map_err(|error| TrainError::plan("adapter", error.to_string()))?;
         let best = self.state.best.map(|best| EvalReport {
             step: best.step,
             loss: best.loss.0,
@@ -510,7 +508,7 @@ fn groups(hp: &HyperParameters, adapter: &ResidentAdapter, share: f64) -> Vec<Gr
     let mut groups: Vec<Group> = Vec::new();
     for (range, tensor) in adapter.tensors() {
         let peak = match tensor {
-            Tensor::A => rate,
+            Tensor::A | Tensor::Scale => rate,
             Tensor::B | Tensor::Magnitude => rate * hp.lora_plus_ratio,
             Tensor::Head => head_rate,
         };

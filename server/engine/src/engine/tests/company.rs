@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use espalier_adapters::config::{LoraConfig, Site};
+use espalier_adapters::config::{Ia3Config, LoraConfig, Site};
 use espalier_adapters::train::examples::{Example, Examples};
 use espalier_adapters::version::AdapterArtifact;
 
@@ -51,7 +51,10 @@ fn plan(number: u64) -> TrainPlan {
             },
             false => Method::Lm,
         },
-        lora: Some(lora),
+        adapter: Some(match number {
+            6 => Ia3Config::default().into(),
+            _ => lora.into(),
+        }),
         hp: HyperParameters {
             learning_rate: Some(2e-3 * (1.0 + number as f64)),
             weight_decay: 0.1,
@@ -98,7 +101,7 @@ fn config() -> EngineConfig {
 #[test]
 fn jobs_in_company_end_as_they_do_alone() {
     let quiet = fixture(config());
-    let alone: Vec<_> = (0..6)
+    let alone: Vec<_> = (0..7)
         .map(|number| end(&mut start(&quiet, number)))
         .collect();
     assert!(alone.iter().all(|(_, impact)| impact.shared_passes == 0));
@@ -106,8 +109,8 @@ fn jobs_in_company_end_as_they_do_alone() {
     let together = fixture(config());
     let ask = || together.ask(Some(0), sampled(prompt(5, 10), 5, 20));
     let before = ask();
-    let mut jobs: Vec<_> = (0..6).map(|number| start(&together, number)).collect();
-    let mut cancelled = start(&together, 6);
+    let mut jobs: Vec<_> = (0..7).map(|number| start(&together, number)).collect();
+    let mut cancelled = start(&together, 7);
     let during = ask();
     while !matches!(
         cancelled.events.blocking_recv(),

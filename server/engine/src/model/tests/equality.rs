@@ -70,12 +70,15 @@ pub(crate) fn mixed_is_alone<O: Ops>(on: &Under<O>) {
         &model,
         &random_adapter(&model, |_, _| true, true, 4),
     ));
+    let ia3 = Some(resident(&model, &random_scales(&model, |_, _| true, 5)));
     let lens = [
+        (7, &ia3),
         (5, &all),
         (19, &all),
         (1, &some),
         (12, &None),
         (9, &dora),
+        (4, &ia3),
         (3, &None),
     ];
     let mixed: Vec<Asked<O>> = lens
@@ -98,13 +101,13 @@ pub(crate) fn mixed_is_alone<O: Ops>(on: &Under<O>) {
         }
     }
     let bare = Asked {
-        ids: mixed[1].ids.clone(),
+        ids: mixed[2].ids.clone(),
         adapters: Mixture::default(),
     };
     assert!(
         distance(
             &on.states(&model, &[bare], 32)[0],
-            &on.states(&model, &mixed, 32)[1]
+            &on.states(&model, &mixed, 32)[2]
         ) > 1e-2,
         "adapters change states"
     );

@@ -217,3 +217,27 @@ fn weight_decomposed() {
         check("DoRA in part", &run(&model), &some);
     }
 }
+
+#[test]
+fn scaled() {
+    for family in FAMILIES {
+        let model = random_model::<Plain>(
+            &ModelConfig {
+                layers: 2,
+                ..small(family)
+            },
+            1,
+        );
+        check(
+            "(IA)3",
+            &run(&model),
+            &random_scales(&model, |_, _| true, 2),
+        );
+        let some = |layer, site| layer == 1 && matches!(site, Site::Q | Site::K | Site::Down);
+        check(
+            "(IA)3 in part",
+            &run(&model),
+            &random_scales(&model, some, 3),
+        );
+    }
+}

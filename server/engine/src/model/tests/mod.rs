@@ -11,9 +11,9 @@ pub(crate) mod precision;
 use std::sync::Arc;
 
 use espalier_adapters::batch::{Mixture, Segment};
-use espalier_adapters::config::Site;
+use espalier_adapters::config::{ScaleOn, Site};
 use espalier_adapters::ops::{Backend, Buffer, Ops, Real};
-use espalier_adapters::weights::{AdapterWeights, SiteAdapter};
+use espalier_adapters::weights::{AdapterWeights, SiteAdapter, SiteScale};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -220,6 +220,29 @@ pub(crate) fn random_adapter<O: Ops>(
                     magnitude,
                 },
             );
+        }
+    }
+    weights
+}
+
+/// Vectors of (IA)3 around one, on outputs and on inputs.
+pub(crate) fn random_scales<O: Ops>(
+    model: &Decoder<O>,
+    at: impl Fn(usize, Site) -> bool,
+    seed: u64,
+) -> AdapterWeights {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut weights = AdapterWeights::default();
+    for layer in 0..model.layers() {
+        for site in Site::ALL.into_iter().filter(|site| at(layer, *site)) {
+            let on = match (layer + site.index()) % 2 {
+                0 => ScaleOn::Inputs,
+                _ => ScaleOn::Outputs,
+            };
+            let (outputs, inputs) = model.ops().dims(model.weight(layer, site));
+            let width = on.width((inputs, outputs));
+            let l = (0..width).map(|_| rng.random_range(0.3..1.8f32)).collect();
+            weights.scales.insert((layer, site), SiteScale { on, l });
         }
     }
     weights

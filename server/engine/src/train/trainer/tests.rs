@@ -5,9 +5,10 @@ mod device;
 
 use std::cell::Cell;
 
-use espalier_adapters::config::Site;
+use espalier_adapters::config::{Ia3Config, Site};
 use espalier_adapters::pace::Unpaced;
 use espalier_adapters::train::examples::Examples;
+use espalier_adapters::weights::SiteScale;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -79,7 +80,7 @@ fn lm_plan() -> TrainPlan {
     };
     TrainPlan {
         method: Method::Lm,
-        lora: Some(lora),
+        adapter: Some(lora.into()),
         hp: hp(),
         seed: 9,
         train: sequences(18, 1),
@@ -94,9 +95,20 @@ fn dora_plan() -> TrainPlan {
         ..LoraConfig::new(3, 5.0, &[Site::Q, Site::O, Site::Down])
     };
     TrainPlan {
-        lora: Some(lora),
+        adapter: Some(lora.into()),
         hp: HyperParameters {
             lora_plus_ratio: 2.0,
+            ..hp()
+        },
+        ..lm_plan()
+    }
+}
+
+fn ia3_plan() -> TrainPlan {
+    TrainPlan {
+        adapter: Some(Ia3Config::default().into()),
+        hp: HyperParameters {
+            learning_rate: Some(0.05),
             ..hp()
         },
         ..lm_plan()
@@ -109,7 +121,7 @@ fn class_plan(head_only: bool) -> TrainPlan {
     let lora = (!head_only).then(|| LoraConfig::new(2, 4.0, &Site::ALL));
     TrainPlan {
         method: Method::Class { labels, head_only },
-        lora,
+        adapter: lora.map(AdapterConfig::from),
         valid: Some(valid),
         train,
         ..lm_plan()
@@ -156,7 +168,7 @@ fn cutting_changes_no_bit() {
 }
 
 pub(crate) fn cuts_change_no_bit(on: &Under<Backend>) {
-    for plan in [lm_plan(), dora_plan()] {
+    for plan in [lm_plan(), dora_plan(), ia3_plan()] {
         cuts_of_a_plan_change_no_bit(on, &plan);
     }
 }
@@ -229,7 +241,13 @@ fn resumed_is_uninterrupted() {
 }
 
 pub(crate) fn breaks_change_no_bit(on: &Under<Backend>) {
-    for plan in [lm_plan(), dora_plan(), class_plan(false), class_plan(true)] {
+    for plan in [
+        lm_plan(),
+        dora_plan(),
+        ia3_plan(),
+        class_plan(false),
+        class_plan(true),
+    ] {
         let mut plan = plan;
         plan.hp.epochs = Some(2);
         let (whole, events) = finish(
@@ -377,7 +395,7 @@ fn a_dora_adapter_is_trained_served_and_trained_again() {
     let shape = model(&on).config().base_shape();
     let (config, weights, _) =
         peft::read(&finished.artifact, &shape, &peft::Limits::default()).unwrap();
-    assert!(config.use_dora);
+    assert!(config.lora().unwrap().use_dora);
     let moved = before.iter().zip(magnitudes(&weights));
     assert!(moved.filter(|(b, a)| **b != *a).count() > before.len() / 2);
 
@@ -404,7 +422,7 @@ fn a_dora_adapter_is_trained_served_and_trained_again() {
     );
     assert!(further.summary.first_loss < finished.summary.first_loss);
     let plain = TrainPlan {
-        lora: lm_plan().lora,
+        adapter: lm_plan().adapter,
         ..next.clone()
     };
     let drawn = TrainPlan {
@@ -420,6 +438,62 @@ fn a_dora_adapter_is_trained_served_and_trained_again() {
             drawn,
             "has no magnitude at model.layers.0.self_attn.q_proj: set use_dora to false",
         ),
+    ] {
+        let error = Trainer::new(model(&on), plan).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn an_ia3_adapter_is_trained_served_and_trained_again() {
+    let on = host();
+    let mut trainer = Trainer::new(model(&on), ia3_plan()).unwrap();
+    let (finished, _) = finish(&mut trainer, &Unpaced);
+    assert!(finished.summary.last_loss < finished.summary.first_loss);
+    let shape = model(&on).config().base_shape();
+    let (config, weights, _) =
+        peft::read(&finished.artifact, &shape, &peft::Limits::default()).unwrap();
+    assert_eq!(config, Ia3Config::default().into());
+    let moved = |scale: &SiteScale| scale.l.iter().all(|l| *l != 1.0 && (l - 1.0).abs() < 0.9);
+    assert!(weights.scales.values().all(moved), "every number learns");
+
+    // What is served is what was judged.
+    let served = ResidentAdapter::build(&weights, model(&on).as_ref()).unwrap();
+    let mut learner = Learner::new(model(&on), served, (1 << 20, 0.0), 1);
+    let valid = ia3_plan().valid.unwrap();
+    let again = learner.judge(&numbered(&valid.items), &Unpaced).unwrap();
+    let best = finished.summary.best.unwrap();
+    assert_eq!(again.mean(), best.loss);
+
+    let next = TrainPlan {
+        init: Some(weights),
+        ..ia3_plan()
+    };
+    let (further, _) = finish(
+        &mut Trainer::new(model(&on), next.clone()).unwrap(),
+        &Unpaced,
+    );
+    assert!(further.summary.first_loss < finished.summary.first_loss);
+    let digest = |plan: &TrainPlan| plan.digest(model(&on).config());
+    assert_ne!(
+        digest(&next),
+        digest(&ia3_plan()),
+        "a checkpoint knows its start"
+    );
+    let otherwise = TrainPlan {
+        adapter: lm_plan().adapter,
+        ..next.clone()
+    };
+    let doubled = TrainPlan {
+        hp: HyperParameters {
+            lora_plus_ratio: 2.0,
+            ..hp()
+        },
+        ..ia3_plan()
+    };
+    for (plan, expected) in [
+        (otherwise, "init: is another way to adapt"),
+        (doubled, "lora_plus_ratio: 2 is for LoRA's factors"),
     ] {
         let error = Trainer::new(model(&on), plan).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
@@ -461,7 +535,9 @@ fn plans_that_cannot_be_carried_out_say_why() {
             plan.hp.learning_rate = Some(-1.0)
         }),
         ("lora_dropout: 0.1 with use_dora", |plan| {
-            plan.lora.iter_mut().for_each(|lora| lora.use_dora = true)
+            if let Some(AdapterConfig::Lora(lora)) = &mut plan.adapter {
+                lora.use_dora = true;
+            }
         }),
         ("train: holds no example", |plan| plan.train.items.clear()),
         ("train: token 70", |plan| {
@@ -485,7 +561,7 @@ fn plans_that_cannot_be_carried_out_say_why() {
                 learn: vec![true; 257],
             });
         }),
-        ("lora: is missing", |plan| plan.lora = None),
+        ("adapter: is missing", |plan| plan.adapter = None),
     ];
     for (expected, change) in cases {
         let mut plan = lm_plan();
@@ -619,7 +695,7 @@ fn modules_that_learn_nothing_are_named() {
 #[test]
 fn a_run_without_any_gradient_ends() {
     let mut plan = lm_plan();
-    plan.lora = Some(LoraConfig::new(2, 4.0, &[Site::Q, Site::K]));
+    plan.adapter = Some(LoraConfig::new(2, 4.0, &[Site::Q, Site::K]).into());
     for example in &mut plan.train.items {
         if let Example::Lm { ids, learn } = example {
             ids.truncate(2);

@@ -22,6 +22,7 @@ fn numbers(weights: &AdapterWeights) -> Vec<f64> {
     let factors = sites.flat_map(|site| [site.a.to_f32(), site.b.to_f32()]);
     let mut all: Vec<f32> = factors.flat_map(|numbers| numbers.to_vec()).collect();
     all.extend(magnitudes(weights));
+    all.extend(weights.scales.values().flat_map(|scale| &scale.l));
     all.extend(weights.head.iter().flat_map(|head| &head.weight));
     all.into_iter().map(f64::from).collect()
 }
@@ -48,7 +49,13 @@ fn ran(on: &Under<Backend>, plan: &TrainPlan) -> (Vec<f64>, Vec<f64>, Vec<f64>) 
 
 #[test]
 fn a_run_there_is_nearly_the_processors() {
-    for plan in [lm_plan(), dora_plan(), class_plan(false), class_plan(true)] {
+    for plan in [
+        lm_plan(),
+        dora_plan(),
+        ia3_plan(),
+        class_plan(false),
+        class_plan(true),
+    ] {
         let plan = short(plan, 7);
         let (losses, before, after) = ran(&beside(), &plan);
         let way = between(&after, &before);
@@ -134,7 +141,13 @@ fn packed_losses_are_those_of_each_alone_there_too() {
 fn resumed_is_uninterrupted_there_too() {
     for element in ELEMENTS {
         let on = device(element);
-        for plan in [lm_plan(), dora_plan(), class_plan(false), class_plan(true)] {
+        for plan in [
+            lm_plan(),
+            dora_plan(),
+            ia3_plan(),
+            class_plan(false),
+            class_plan(true),
+        ] {
             let plan = short(plan, 5);
             let (whole, events) = finish(
                 &mut Trainer::new(model(&on), plan.clone()).unwrap(),
