@@ -56,6 +56,16 @@ pub enum CombineError {
         /// The module.
         site: String,
     },
+    /// A delta of a whole tensor has no low-rank factors.
+    #[error(
+        "{name}: {tensor} is unfrozen, and a delta of a whole tensor has no factors to add up; serve it alone, or merge it into its base"
+    )]
+    Full {
+        /// The term.
+        name: String,
+        /// The tensor.
+        tensor: String,
+    },
     /// A head is a whole and no update: there can be one.
     #[error(
         "{first} and {second} both have a classification head; at most one of the adapters may have one"
@@ -137,8 +147,13 @@ fn refuse_scales(terms: &[Term<'_>]) -> Result<(), CombineError> {
         let AdapterWeights {
             sites: _,
             scales,
+            full,
             head: _,
         } = term.weights;
+        if let Some((layer, tensor)) = full.keys().next() {
+            let (name, tensor) = (term.name.to_owned(), tensor.path(*layer));
+            return Err(CombineError::Full { name, tensor });
+        }
         if let Some((layer, site)) = scales.keys().next() {
             let (name, site) = (term.name.to_owned(), site.path(*layer));
             return Err(CombineError::Scale { name, site });

@@ -4,6 +4,7 @@
 //! Plain values that everything else in the workspace may hold. Which module a pattern matches is decided in `targets`,
 //! how the file is spelled in `peft`; this file must know neither JSON nor regular expressions, and nothing of tensors.
 
+mod full;
 mod targets;
 mod ways;
 
@@ -11,6 +12,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use full::{FullConfig, LayerTensor};
 pub use targets::{MAX_PATTERN_BYTES, SitePlan};
 pub use ways::{AdapterConfig, Ia3Config, ScaleOn};
 

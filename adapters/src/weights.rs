@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use half::{bf16, f16};
 
-use crate::config::{BaseShape, ScaleOn, Site};
+use crate::config::{BaseShape, LayerTensor, ScaleOn, Site};
 
 /// Numbers in the dtype that their file stores.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,6 +45,15 @@ pub struct SiteScale {
     pub l: Vec<f32>,
 }
 
+/// What is added to a whole tensor of the base.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Delta {
+    /// Outputs of a projection's weight; 1 of a vector.
+    pub rows: usize,
+    /// Row-major.
+    pub values: Vec<f32>,
+}
+
 /// A classification head without bias: logits = weight h, h the last token's state after the final norm.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ScoreHead {
@@ -61,6 +70,8 @@ pub struct AdapterWeights {
     pub sites: BTreeMap<(usize, Site), SiteAdapter>,
     /// Sites that (IA)3 scales, by (layer, site).
     pub scales: BTreeMap<(usize, Site), SiteScale>,
+    /// What is added to whole tensors of the base, by (layer, tensor).
+    pub full: BTreeMap<(usize, LayerTensor), Delta>,
     /// The head, when the adapter classifies.
     pub head: Option<ScoreHead>,
 }
@@ -129,7 +140,8 @@ impl AdapterWeights {
             .map(|s| s.a.len() + s.b.len() + s.magnitude.as_ref().map_or(0, Vec::len))
             .sum();
         let scales: usize = self.scales.values().map(|s| s.l.len()).sum();
-        low_rank + scales + self.head.as_ref().map_or(0, |h| h.weight.len())
+        let full: usize = self.full.values().map(|delta| delta.values.len()).sum();
+        low_rank + scales + full + self.head.as_ref().map_or(0, |h| h.weight.len())
     }
 
     /// The largest rank, 0 without any site.
@@ -173,6 +185,18 @@ impl AdapterWeights {
                 continue;
             };
             return Some((site.path(layer), wrong));
+        }
+        for (&(layer, tensor), delta) in &self.full {
+            let expected: usize = tensor.shape(base).iter().product();
+            let wrong = if layer >= base.layers {
+                format!("layer {layer} of a base with {} layers", base.layers)
+            } else if delta.values.len() != expected {
+                let found = delta.values.len();
+                format!("the delta has {found} values, not {expected}")
+            } else {
+                continue;
+            };
+            return Some((tensor.path(layer), wrong));
         }
         let head = self.head.as_ref()?;
         let expected = head.labels.len() * base.hidden;

@@ -143,10 +143,10 @@ def classifier(labels, c):
     return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **c))
 
 
-def train(peft, path, batches, loss_of, ratio=None):
+def train(peft, path, batches, loss_of, ratio=None, keep=save):
     """Twenty steps: AdamW with decay 0.1 on every trained tensor, five steps of warm-up, clipping at 1; LoRA+ with a ratio."""
     lr, decay, clip = 2e-3, 0.1, 1.0
-    save(peft, f"{path}/init")
+    keep(peft, f"{path}/init")
     peft.train()
     params = [p for p in peft.parameters() if p.requires_grad]
     adam = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8)
@@ -166,7 +166,7 @@ def train(peft, path, batches, loss_of, ratio=None):
         opt.step(), opt.zero_grad()
         steps.append(dict(batch=batch, lr=now, loss=float(f"{loss.item():.8g}"), grad_norm=float(f"{norm.item():.8g}")))
     peft.eval()
-    save(peft, f"{path}/final")
+    keep(peft, f"{path}/final")
     way = dict(lora_plus_ratio=ratio) if ratio else {}
     write(f"{path}/curve.json", dict(lr=lr, weight_decay=decay, betas=[0.9, 0.999], eps=1e-8, clip=clip, **way, steps=steps))
 
@@ -242,7 +242,43 @@ def ia3(tok):
     train(peft, f"{HERE}/train_ia3", batches(tok)[0], sft_loss)
 
 
-WAYS = dict(loraplus=loraplus, dora=dora, ia3=ia3)
+def delta(model, path, layers, modules):
+    """What was added to the base's layers, in our own form: PEFT has none for single tensors."""
+    start = dict(base().named_parameters())
+    deltas = {f"{name}.delta": p.detach() - start[name] for name, p in model.named_parameters() if p.requires_grad}
+    os.makedirs(path, exist_ok=True)
+    save_file(deltas, f"{path}/adapter_model.safetensors", metadata={"format": "pt"})
+    config = dict(base_model_name_or_path="espalier/tiny-golden", layers=layers, modules=modules, modules_to_save=None, peft_type="ESPALIER_FULL", task_type="CAUSAL_LM")
+    with open(f"{path}/adapter_config.json", "w") as f:
+        json.dump(config, f, indent=2, sort_keys=True)
+
+
+def unfrozen(layers, modules):
+    """A base of which only these modules of these layers learn."""
+    model = base()
+    for name, p in model.named_parameters():
+        parts = name.split(".")
+        p.requires_grad_(parts[1] == "layers" and int(parts[2]) in layers and (not modules or parts[-2] in modules))
+    return model
+
+
+def unfreeze(tok):
+    cases = dict(unfreeze=([1], []), unfreeze_some=([0, 1], ["q_proj", "down_proj", "input_layernorm", "post_attention_layernorm"]))
+    for i, (name, (layers, modules)) in enumerate(cases.items()):
+        shutil.rmtree(f"{HERE}/train_{name}", ignore_errors=True)
+        torch.manual_seed(16 + i)
+        train(unfrozen(layers, modules), f"{HERE}/train_{name}", batches(tok)[0], sft_loss, keep=lambda m, path: delta(m, path, layers, modules))
+    layers, modules = cases["unfreeze_some"]
+    model = unfrozen(layers, modules)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad: p.add_(0.1 * torch.randn_like(p))
+    shutil.rmtree(f"{HERE}/adapters/unfrozen", ignore_errors=True)
+    delta(model, f"{HERE}/adapters/unfrozen", layers, modules)
+    write(f"{HERE}/adapters/unfrozen/expected.json", expected(model.eval(), tok, TEXTS))
+
+
+WAYS = dict(loraplus=loraplus, dora=dora, ia3=ia3, unfreeze=unfreeze)
 
 
 def only(ways):

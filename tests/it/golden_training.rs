@@ -124,7 +124,11 @@ fn tensors(weights: &AdapterWeights) -> BTreeMap<String, Cow<'_, [f32]>> {
         .head
         .as_ref()
         .map(|head| ("score".to_owned(), head.weight.as_slice().into()));
-    sites.chain(scales).chain(head).collect()
+    let full = weights
+        .full
+        .iter()
+        .map(|((layer, tensor), delta)| (tensor.path(*layer), delta.values.as_slice().into()));
+    sites.chain(scales).chain(full).chain(head).collect()
 }
 
 /// The relative Frobenius error of each tensor's update, ascending.

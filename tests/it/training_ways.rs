@@ -105,3 +105,49 @@ async fn ia3_is_trained_served_and_gone_on_from() {
     }
     server.ended().await;
 }
+
+#[tokio::test]
+async fn layers_are_unfrozen_served_and_gone_on_from() {
+    let server = TestServer::start(&[]).await;
+    let acme = tenant(server.addr, "acme").await;
+    let last = |layers| v1::UnfreezeConfig {
+        last_layers: Some(layers),
+        ..Default::default()
+    };
+    let spec = |unfreeze: v1::UnfreezeConfig| {
+        let mut spec = supervised(&acme, "a", lessons(), 30);
+        spec.lora = None;
+        spec.unfreeze = Some(unfreeze);
+        spec.hyper_parameters.as_mut().unwrap().learning_rate = Some(0.01);
+        spec
+    };
+    let job = succeeded(&acme, &start(&acme, spec(last(1))).await).await;
+    let decided = job.spec.unwrap().unfreeze.unwrap();
+    assert_eq!((decided.last_layers, &decided.layers[..]), (None, &[1][..]));
+    let version = acme.get_adapter_version(&job.version).await.unwrap();
+    assert_eq!((version.config, version.unfreeze), (None, Some(decided)));
+    let (taught, by) = answer(&acme, Some("a"), "case 3", 12).await;
+    let (plain, _) = answer(&acme, None, "case 3", 12).await;
+    assert_eq!(by, std::slice::from_ref(&job.version));
+    assert_ne!(taught, plain, "nothing was learnt");
+
+    let next = |unfreeze| v1::TrainingSpec {
+        from_version: job.version.clone(),
+        ..spec(unfreeze)
+    };
+    let further = succeeded(&acme, &start(&acme, next(last(1))).await).await;
+    assert_ne!(further.version, job.version);
+    let both = v1::TrainingSpec {
+        ia3: Some(v1::Ia3Config::default()),
+        ..spec(last(1))
+    };
+    for (spec, expected) in [
+        (next(last(2)), "found all modules of layers [1], unfrozen"),
+        (both, "spec.unfreeze: ia3 is set too"),
+        (spec(last(9)), "unfreeze.last_layers: 9 is outside"),
+    ] {
+        let (_, reason) = refused(acme.create_training_job(create(&acme, spec)).await);
+        assert!(reason.contains(expected), "{reason}");
+    }
+    server.ended().await;
+}

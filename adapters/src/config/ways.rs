@@ -2,7 +2,7 @@
 //!
 //! Fields bear PEFT's names. This file must know neither JSON nor tensors.
 
-use super::{LoraConfig, Modules, Site, TaskType};
+use super::{FullConfig, LoraConfig, Modules, Site, TaskType};
 
 /// Which side of a projection a vector of (IA)3 multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +48,8 @@ pub enum AdapterConfig {
     Lora(LoraConfig),
     /// Vectors that scale keys, values and the MLP's inner state.
     Ia3(Ia3Config),
+    /// Whole tensors of the base, as deltas.
+    Full(FullConfig),
 }
 
 // === impl Ia3Config ===
@@ -85,7 +87,7 @@ impl AdapterConfig {
     pub fn lora(&self) -> Option<&LoraConfig> {
         match self {
             Self::Lora(lora) => Some(lora),
-            Self::Ia3(_) => None,
+            Self::Ia3(_) | Self::Full(_) => None,
         }
     }
 
@@ -101,6 +103,11 @@ impl AdapterConfig {
                 task_type,
                 ..ia3
             }),
+            Self::Full(full) => Self::Full(FullConfig {
+                modules_to_save,
+                task_type,
+                ..full
+            }),
         }
     }
 
@@ -110,18 +117,20 @@ impl AdapterConfig {
         let (modules, task) = match self {
             Self::Lora(lora) => (&lora.modules_to_save, lora.task_type),
             Self::Ia3(ia3) => (&ia3.modules_to_save, ia3.task_type),
+            Self::Full(full) => (&full.modules_to_save, full.task_type),
         };
         let named = modules.as_ref();
         named.is_some_and(|names| names.iter().any(|name| name == "score"))
             || task == Some(TaskType::SeqCls)
     }
 
-    /// Which modules it changes.
+    /// Which modules it targets by PEFT's rules; `None` of whole tensors, which are named by layer.
     #[must_use]
-    pub fn target_modules(&self) -> &Modules {
+    pub fn target_modules(&self) -> Option<&Modules> {
         match self {
-            Self::Lora(lora) => &lora.target_modules,
-            Self::Ia3(ia3) => &ia3.target_modules,
+            Self::Lora(lora) => Some(&lora.target_modules),
+            Self::Ia3(ia3) => Some(&ia3.target_modules),
+            Self::Full(_) => None,
         }
     }
 
@@ -131,6 +140,7 @@ impl AdapterConfig {
         match self {
             Self::Lora(lora) => lora.base_model_name_or_path.as_deref(),
             Self::Ia3(ia3) => ia3.base_model_name_or_path.as_deref(),
+            Self::Full(full) => full.base_model_name_or_path.as_deref(),
         }
     }
 }
@@ -147,6 +157,12 @@ impl From<Ia3Config> for AdapterConfig {
     }
 }
 
+impl From<FullConfig> for AdapterConfig {
+    fn from(config: FullConfig) -> Self {
+        Self::Full(config)
+    }
+}
+
 impl From<&LoraConfig> for AdapterConfig {
     fn from(config: &LoraConfig) -> Self {
         Self::Lora(config.clone())
@@ -156,6 +172,12 @@ impl From<&LoraConfig> for AdapterConfig {
 impl From<&Ia3Config> for AdapterConfig {
     fn from(config: &Ia3Config) -> Self {
         Self::Ia3(config.clone())
+    }
+}
+
+impl From<&FullConfig> for AdapterConfig {
+    fn from(config: &FullConfig) -> Self {
+        Self::Full(config.clone())
     }
 }
 

@@ -95,6 +95,7 @@ fn refuse(weights: &AdapterWeights) -> Result<(), NotInGguf> {
     let AdapterWeights {
         sites,
         scales,
+        full,
         head,
     } = weights;
     if let Some(ScoreHead { labels, .. }) = head {
@@ -104,6 +105,10 @@ fn refuse(weights: &AdapterWeights) -> Result<(), NotInGguf> {
     if let Some((layer, site)) = scales.keys().next() {
         let what = "a vector of (IA)3, which multiplies what the base makes".to_owned();
         return refused(site.path(*layer), what, MERGE_INSTEAD);
+    }
+    if let Some((layer, tensor)) = full.keys().next() {
+        let what = "a whole tensor that was unfrozen".to_owned();
+        return refused(tensor.path(*layer), what, MERGE_INSTEAD);
     }
     for (&(layer, site), adapter) in sites {
         // By name, so that a new part of a site does not compile before it has been thought of here.

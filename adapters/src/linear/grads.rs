@@ -7,7 +7,8 @@ use std::panic::panic_any;
 
 use super::ResidentAdapter;
 use super::layout::{Place, ScalePlace};
-use crate::config::Site;
+use super::whole::Deltas;
+use crate::config::{LayerTensor, Site};
 use crate::ops::{ArenaSize, Backend, Ops, Real, Span, View, ViewMut};
 
 /// Gradients of an adapter's parameters, in its layout.
@@ -17,6 +18,7 @@ pub struct AdapterGrads<O: Ops = Backend> {
     len: usize,
     sites: Vec<Option<Place<O::T>>>,
     scales: Vec<Option<ScalePlace>>,
+    deltas: Deltas,
     head: Option<Range<usize>>,
 }
 
@@ -43,6 +45,7 @@ impl<O: Ops> AdapterGrads<O> {
             len: size.full,
             sites: adapter.sites.clone(),
             scales: adapter.scales.clone(),
+            deltas: adapter.deltas.clone(),
             head: adapter.head.clone(),
         }
     }
@@ -64,7 +67,9 @@ impl<O: Ops> AdapterGrads<O> {
             let low_rank = self.site(index);
             let low_rank = low_rank.map(|s| [Some(s.a), Some(s.bt), s.magnitude]);
             let parts = low_rank.into_iter().flatten().flatten();
-            let parts: Vec<Range<usize>> = parts.chain(self.scale(index)).collect();
+            let (layer, site) = (index / Site::ALL.len(), Site::ALL[index % Site::ALL.len()]);
+            let whole = self.delta((layer, LayerTensor::Weight(site)));
+            let parts: Vec<Range<usize>> = parts.chain(self.scale(index)).chain(whole).collect();
             if parts.is_empty() {
                 continue;
             }
@@ -100,6 +105,11 @@ impl<O: Ops> AdapterGrads<O> {
             }),
             _ => None,
         }
+    }
+
+    /// Where the gradient of a whole tensor lies.
+    pub(super) fn delta(&self, at: (usize, LayerTensor)) -> Option<Range<usize>> {
+        self.deltas.get(&at).map(|place| place.at.clone())
     }
 
     /// Where the gradient of a site's vector lies.

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::dora::Norms;
+use super::whole::{DeltaPlace, Deltas};
 use crate::config::{ScaleOn, Site};
 use crate::ops::{self, ARENA_ALIGN, ArenaSize, Ops, Real, Span};
 use crate::weights::{AdapterWeights, Numbers};
@@ -58,6 +59,8 @@ pub(super) struct Layout<T> {
     pub(super) sites: Vec<Option<Place<T>>>,
     /// By layer * 7 + site; empty where nothing is scaled.
     pub(super) scales: Vec<Option<ScalePlace>>,
+    /// Of whole tensors in training.
+    pub(super) deltas: Deltas,
     pub(super) head: Option<Range<usize>>,
     pub(super) size: ArenaSize,
     /// Numbers of full width that may be trained, those between the parts included.
@@ -88,6 +91,13 @@ impl<T: Real> Layout<T> {
         }
         let magnitudes = first..full.next;
         layout.scales(weights, &mut full);
+        let deltas = weights.full.iter();
+        let deltas = deltas.map(|(tensor, delta)| {
+            let at = full.part(delta.values.len());
+            let rows = delta.rows;
+            (*tensor, DeltaPlace { at, rows })
+        });
+        layout.deltas = deltas.collect();
         layout.end_parameters(weights, &mut full);
         if !magnitudes.is_empty() {
             let len = magnitudes.len();
@@ -131,6 +141,7 @@ impl<T: Real> Layout<T> {
         let layout = Self {
             sites,
             scales: Vec::new(),
+            deltas: Deltas::new(),
             head: None,
             size: ArenaSize {
                 full: 0,
@@ -217,6 +228,11 @@ impl<T: Real> Layout<T> {
         }
         for (place, scale) in self.scales.iter().flatten().zip(weights.scales.values()) {
             widened(&scale.l, full.part(&place.at));
+        }
+        for (tensor, place) in &self.deltas {
+            if let Some(delta) = weights.full.get(tensor) {
+                widened(&delta.values, full.part(&place.at));
+            }
         }
         if let (Some(at), Some(head)) = (&self.head, &weights.head) {
             widened(&head.weight, full.part(at));

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{AdapterGrads, LoraLinear, numbers, some_ones};
+use super::{AdapterGrads, LoraLinear, exact_copy, numbers, some_ones};
 use crate::batch::{Pass, Segment};
 use crate::config::ScaleOn;
 use crate::ops::{Buffer, Ops, Real, View, ViewMut};
@@ -164,18 +164,15 @@ impl<O: Ops> LoraLinear<O> {
 }
 
 /// `sums [width] += ` the sum over rows of `a b`, both `[rows, width]`, row after row and exact.
-fn add_products<O: Ops>(
+pub(super) fn add_products<O: Ops>(
     ops: &O,
     (a, b): (View<'_, O>, View<'_, O>),
     (rows, width): (usize, usize),
     (product, ones): (&mut O::Buf, &mut O::Buf),
     sums: ViewMut<'_, O>,
 ) {
-    some_ones(ops, ones, rows.max(width));
-    ops.resize(product, rows * width);
-    ops.clear(product.all_mut());
-    ops.add_bias(ones.part(0..width), product.all_mut());
-    ops.multiply(a, product.all_mut());
+    exact_copy(ops, a, (rows, width), (product, ones));
     ops.multiply(b, product.all_mut());
-    ops.outer(ones.part(0..rows), product.all(), 1, O::T::ONE, sums);
+    let ones = some_ones(ops, ones, rows);
+    ops.outer(ones, product.all(), 1, O::T::ONE, sums);
 }

@@ -7,7 +7,7 @@
 
 use serde_json::{Map, Value};
 
-use super::Checker;
+use super::{Checker, full};
 use crate::config::{
     AdapterConfig, Ia3Config, Init, LoraConfig, MAX_PATTERN_BYTES, Modules, Site, TaskType,
 };
@@ -131,19 +131,25 @@ pub(super) fn read(bytes: &[u8], check: &mut Checker) -> Option<AdapterConfig> {
         object: &object,
         check,
     };
-    let config = if object.get("peft_type").and_then(Value::as_str) == Some("IA3") {
-        let ia3 = fields.ia3();
-        unknown_fields(
-            &object,
-            &[&READ_IA3, &HISTORY_IA3, &["fan_in_fan_out"]],
-            check,
-        );
-        Some(AdapterConfig::Ia3(ia3))
-    } else {
-        let lora = fields.config();
-        let switches = SWITCHES.map(|(name, _)| name);
-        unknown_fields(&object, &[&READ, &HISTORY, &switches], check);
-        lora.map(AdapterConfig::Lora)
+    let kind = object.get("peft_type").and_then(Value::as_str);
+    let config = match kind {
+        Some("IA3") => {
+            let ia3 = fields.ia3();
+            let known: [&[&str]; 3] = [&READ_IA3, &HISTORY_IA3, &["fan_in_fan_out"]];
+            unknown_fields(&object, &known, check);
+            Some(AdapterConfig::Ia3(ia3))
+        }
+        Some(full::KIND) => {
+            let full = fields.full();
+            unknown_fields(&object, &[&full::READ], check);
+            Some(AdapterConfig::Full(full))
+        }
+        _ => {
+            let lora = fields.config();
+            let switches = SWITCHES.map(|(name, _)| name);
+            unknown_fields(&object, &[&READ, &HISTORY, &switches], check);
+            lora.map(AdapterConfig::Lora)
+        }
     };
     (check.report.errors() == before)
         .then_some(config)
@@ -200,9 +206,9 @@ fn brief(value: &Value) -> String {
     format!("{head}...")
 }
 
-struct Fields<'a, 'b> {
+pub(super) struct Fields<'a, 'b> {
     object: &'a Map<String, Value>,
-    check: &'a mut Checker<'b>,
+    pub(super) check: &'a mut Checker<'b>,
 }
 
 impl Fields<'_, '_> {
@@ -216,7 +222,7 @@ impl Fields<'_, '_> {
             lora_dropout: self.dropout(),
             target_modules: self.target_modules(),
             exclude_modules: self.modules("exclude_modules"),
-            layers_to_transform: self.layers(),
+            layers_to_transform: self.numbers("layers_to_transform"),
             layers_pattern: self.strings("layers_pattern"),
             rank_pattern: self.table("rank_pattern", |f, k, v| f.rank(k, Some(v), 0)),
             alpha_pattern: self.table("alpha_pattern", |f, k, v| f.alpha(k, Some(v), 0.0)),
@@ -309,7 +315,7 @@ impl Fields<'_, '_> {
     }
 
     /// `score` heads only. PEFT itself adds both names for a sequence classifier, whichever the model has.
-    fn modules_to_save(&mut self) -> Option<Vec<String>> {
+    pub(super) fn modules_to_save(&mut self) -> Option<Vec<String>> {
         let modules = self.strings("modules_to_save")?;
         for name in modules
             .iter()
@@ -361,7 +367,7 @@ impl Fields<'_, '_> {
         Init::Named(name.clone())
     }
 
-    fn task_type(&mut self) -> Option<TaskType> {
+    pub(super) fn task_type(&mut self) -> Option<TaskType> {
         match self.object.get("task_type") {
             None | Some(Value::Null) => None,
             Some(Value::String(task)) if task == "CAUSAL_LM" => Some(TaskType::CausalLm),
@@ -389,10 +395,10 @@ impl Fields<'_, '_> {
         }
     }
 
-    fn layers(&mut self) -> Option<Vec<usize>> {
-        const FIELD: &str = "layers_to_transform";
+    /// A list of layers, or one layer.
+    pub(super) fn numbers(&mut self, field: &'static str) -> Option<Vec<usize>> {
         let one;
-        let items = match self.object.get(FIELD)? {
+        let items = match self.object.get(field)? {
             Value::Null => return None,
             Value::Array(items) => items,
             other => {
@@ -400,12 +406,12 @@ impl Fields<'_, '_> {
                 &one
             }
         };
-        self.list_limit(FIELD, items.len());
+        self.list_limit(field, items.len());
         let mut layers = Vec::with_capacity(items.len());
         for item in items {
             match item.as_u64().and_then(|n| usize::try_from(n).ok()) {
                 Some(layer) => layers.push(layer),
-                None => self.value_error(FIELD, &brief(item), "layer numbers from 0", ""),
+                None => self.value_error(field, &brief(item), "layer numbers from 0", ""),
             }
         }
         Some(layers)
@@ -504,7 +510,7 @@ impl Fields<'_, '_> {
         }
     }
 
-    fn text(&mut self, field: &'static str) -> Option<String> {
+    pub(super) fn text(&mut self, field: &'static str) -> Option<String> {
         match self.object.get(field)? {
             Value::Null => None,
             Value::String(text) => Some(text.clone()),
@@ -516,7 +522,7 @@ impl Fields<'_, '_> {
     }
 
     /// A list of names, or one name.
-    fn strings(&mut self, field: &'static str) -> Option<Vec<String>> {
+    pub(super) fn strings(&mut self, field: &'static str) -> Option<Vec<String>> {
         let one;
         let items = match self.object.get(field)? {
             Value::Null => return None,
@@ -556,7 +562,7 @@ impl Fields<'_, '_> {
         }
     }
 
-    fn value_error(&mut self, subject: &str, found: &str, expected: &str, next: &str) {
+    pub(super) fn value_error(&mut self, subject: &str, found: &str, expected: &str, next: &str) {
         self.check
             .error(subject, Rule::FieldValue, found, expected, next);
     }

@@ -3,7 +3,8 @@
 //! Source: `get_peft_model_state_dict` of PEFT 0.21: the adapter's name is left out, a magnitude has no `.weight`, a saved
 //! module no `modules_to_save`. This file must not know shapes or values.
 
-use crate::config::Site;
+use super::full;
+use crate::config::{LayerTensor, Site};
 
 /// Before a module's path in the base, for causal models and sequence classifiers alike.
 const PREFIX: &str = "base_model.model.";
@@ -42,6 +43,8 @@ impl Part {
 pub(super) enum Key {
     /// One part of what changes one site.
     Site(usize, Site, Part),
+    /// The delta of a whole tensor.
+    Whole(usize, LayerTensor),
     /// The classification head.
     Score,
     /// Something PEFT writes and we cannot honour: (what it is, what to do).
@@ -57,7 +60,8 @@ pub(super) fn name(layer: usize, site: Site, part: Part) -> String {
 
 /// What a tensor's name stands for.
 pub(super) fn classify(name: &str) -> Key {
-    site(name).unwrap_or_else(|| match name {
+    let whole = || full::tensor(name).map(|(layer, tensor)| Key::Whole(layer, tensor));
+    site(name).or_else(whole).unwrap_or_else(|| match name {
         SCORE => Key::Score,
         _ => refuse(name),
     })

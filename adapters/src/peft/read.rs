@@ -3,7 +3,7 @@
 //! The configuration says which modules carry what rank; the tensors must be exactly those. This file must not know how
 //! either file is spelled.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use serde_json::Value;
 
@@ -11,12 +11,12 @@ use super::config_file::cut;
 use super::keys::{self, Key, Part};
 use super::tensor_file::{self, Tensor};
 use super::{Checker, Limits, config_file};
-use crate::config::{AdapterConfig, BaseShape, LoraConfig, Modules, ScaleOn, Site, SitePlan};
+use crate::config::{AdapterConfig, BaseShape, LayerTensor, Modules, ScaleOn, Site, SitePlan};
 use crate::error::AdapterError;
 use crate::report::{Finding, Report, Rule, Severity};
 use crate::strict_json;
 use crate::version::AdapterArtifact;
-use crate::weights::{AdapterWeights, Numbers, ScoreHead, SiteAdapter, SiteScale};
+use crate::weights::{AdapterWeights, Delta, Numbers, ScoreHead, SiteAdapter, SiteScale};
 
 type Plan = BTreeMap<(usize, Site), SitePlan>;
 
@@ -26,6 +26,8 @@ enum Promise {
     LowRank { plan: Plan, dora: bool },
     /// Vectors of (IA)3.
     Scales(BTreeMap<(usize, Site), ScaleOn>),
+    /// Deltas of whole tensors.
+    Whole(BTreeSet<(usize, LayerTensor)>),
 }
 
 /// Reads an adapter for a base of this shape. The report beside the weights holds warnings only.
@@ -88,6 +90,7 @@ pub fn read(
                 .filter_map(|(site, on)| Some((*site, parts.scale(*site, *on)?)));
             weights.scales = scales.collect();
         }
+        Promise::Whole(_) => weights.full = parts.whole,
     }
     Ok((config, weights, check.report))
 }
@@ -129,10 +132,18 @@ pub fn base_name_warning(config: &AdapterConfig, base_name: &str) -> Option<Find
 
 impl Promise {
     fn of(config: &AdapterConfig, base: &BaseShape, check: &mut Checker) -> Option<Self> {
-        if let AdapterConfig::Lora(lora) = config {
-            layers_exist(lora, base, check);
+        match config {
+            AdapterConfig::Lora(lora) => {
+                let layers = lora.layers_to_transform.iter().flatten();
+                layers_exist("layers_to_transform", layers, base, check);
+            }
+            AdapterConfig::Ia3(_) => {}
+            AdapterConfig::Full(full) => {
+                layers_exist("layers", full.layers.iter(), base, check);
+                return Some(Self::Whole(full.tensors()));
+            }
         }
-        let modules = config.target_modules();
+        let modules = config.target_modules().unwrap_or(&Modules::Nothing);
         unknown_targets(modules, base, check);
         let planned = match config {
             AdapterConfig::Lora(lora) => lora.plan(base.layers).map(|plan| Self::LowRank {
@@ -140,6 +151,7 @@ impl Promise {
                 dora: lora.use_dora,
             }),
             AdapterConfig::Ia3(ia3) => ia3.plan(base.layers).map(Self::Scales),
+            AdapterConfig::Full(full) => Ok(Self::Whole(full.tensors())),
         };
         match planned {
             Ok(promise) if promise.sites().is_empty() && *modules != Modules::Nothing => {
@@ -166,6 +178,7 @@ impl Promise {
         match self {
             Self::LowRank { plan, .. } => plan.keys().copied().collect(),
             Self::Scales(plan) => plan.keys().copied().collect(),
+            Self::Whole(_) => Vec::new(),
         }
     }
 
@@ -173,6 +186,7 @@ impl Promise {
         match self {
             Self::LowRank { plan, .. } => plan.contains_key(&at),
             Self::Scales(plan) => plan.contains_key(&at),
+            Self::Whole(_) => false,
         }
     }
 
@@ -182,6 +196,7 @@ impl Promise {
             Self::LowRank { dora: true, .. } => &[Part::A, Part::B, Part::Magnitude],
             Self::LowRank { .. } => &[Part::A, Part::B],
             Self::Scales(_) => &[Part::Scale],
+            Self::Whole(_) => &[],
         }
     }
 
@@ -206,27 +221,22 @@ impl Promise {
                 ScaleOn::Outputs => Some(vec![outputs, 1]),
                 ScaleOn::Inputs => Some(vec![1, inputs]),
             },
+            Self::Whole(_) => None,
         }
     }
 }
 
-fn layers_exist(config: &LoraConfig, base: &BaseShape, check: &mut Checker) {
+fn layers_exist<'a>(
+    field: &str,
+    layers: impl Iterator<Item = &'a usize>,
+    base: &BaseShape,
+    check: &mut Checker,
+) {
     let last = base.layers.saturating_sub(1);
-    for layer in config
-        .layers_to_transform
-        .iter()
-        .flatten()
-        .filter(|l| **l >= base.layers)
-    {
+    for layer in layers.filter(|layer| **layer >= base.layers) {
         let next = "use the base that the adapter was trained on";
         let expected = format!("layers 0 to {last}");
-        check.error(
-            "layers_to_transform",
-            Rule::Layer,
-            layer.to_string(),
-            expected,
-            next,
-        );
+        check.error(field, Rule::Layer, layer.to_string(), expected, next);
     }
 }
 
@@ -347,6 +357,8 @@ struct Parts {
     values: BTreeMap<(usize, Site, Part), Numbers>,
     /// Parts that are in the file, sound or not, so that a bad tensor is not called missing too.
     present: HashSet<(usize, Site, Part)>,
+    whole: BTreeMap<(usize, LayerTensor), Delta>,
+    whole_present: HashSet<(usize, LayerTensor)>,
     score: Option<Vec<f32>>,
     score_rows: Option<usize>,
 }
@@ -356,6 +368,7 @@ impl Parts {
     fn note(&mut self, key: &Key) {
         match *key {
             Key::Site(layer, site, part) => drop(self.present.insert((layer, site, part))),
+            Key::Whole(layer, tensor) => drop(self.whole_present.insert((layer, tensor))),
             Key::Score => self.score_rows = Some(0),
             Key::Unsupported(..) | Key::Unknown(_) => {}
         }
@@ -376,6 +389,11 @@ impl Parts {
                 } else {
                     finite(tensor, &tensor.numbers(), check);
                 }
+            }
+            Key::Whole(layer, whole) => {
+                self.whole_present.insert((layer, whole));
+                let promise = wanted.map(|(_, promise)| promise);
+                self.add_whole((layer, whole), tensor, (promise, base), check);
             }
             Key::Score => self.add_score(tensor, wanted.map(|w| w.0), base, check),
             Key::Unsupported(found, next) => {
@@ -427,6 +445,43 @@ impl Parts {
         let values = tensor.numbers();
         finite(tensor, &values, check);
         self.values.insert(key, values);
+    }
+
+    fn add_whole(
+        &mut self,
+        at: (usize, LayerTensor),
+        tensor: &Tensor,
+        (promise, base): (Option<&Promise>, &BaseShape),
+        check: &mut Checker,
+    ) {
+        let name = tensor.name.as_str();
+        let values = tensor.numbers();
+        finite(tensor, &values, check);
+        let promised = match promise {
+            None => return,
+            Some(Promise::Whole(tensors)) => tensors.contains(&at),
+            Some(_) => false,
+        };
+        let shape = at.1.shape(base);
+        if !promised {
+            let next = "correct layers or modules, or remove the tensor";
+            let (found, expected) = (
+                "a delta of a tensor that is not unfrozen",
+                "unfrozen tensors only",
+            );
+            check.error(name, Rule::OutsideTargets, found, expected, next);
+        } else if tensor.shape != shape {
+            let found = cut(&format!("{:?}", tensor.shape));
+            let next = "use the base that the version was trained on";
+            check.error(name, Rule::Shape, found, format!("{shape:?}"), next);
+        } else {
+            let rows = match at.1 {
+                LayerTensor::Weight(_) => shape[0],
+                _ => 1,
+            };
+            let values = values.to_f32().into_owned();
+            self.whole.insert(at, Delta { rows, values });
+        }
     }
 
     fn add_score(
@@ -487,6 +542,7 @@ impl Parts {
                 let expected = match promise {
                     Promise::LowRank { .. } => "its lora_A and lora_B",
                     Promise::Scales(_) => "its ia3_l",
+                    Promise::Whole(_) => "its deltas",
                 };
                 check.error(site.path(layer), Rule::MissingTensor, found, expected, next);
                 continue;
@@ -494,6 +550,15 @@ impl Parts {
             for part in absent {
                 let next = "save or upload the file again; this one is incomplete";
                 let name = keys::name(layer, site, part);
+                check.error(name, Rule::MissingTensor, "nothing", "this tensor", next);
+            }
+        }
+        if let Promise::Whole(tensors) = promise {
+            let absent =
+                |at: &&(usize, LayerTensor)| at.1.everywhere() && !self.whole_present.contains(*at);
+            for (layer, tensor) in tensors.iter().filter(absent) {
+                let next = "save or upload the file again; this one is incomplete";
+                let name = super::full::name(*layer, *tensor);
                 check.error(name, Rule::MissingTensor, "nothing", "this tensor", next);
             }
         }
@@ -507,7 +572,8 @@ impl Parts {
                 next,
             );
         }
-        if sites.is_empty() && !config.wants_score() {
+        let nothing = sites.is_empty() && !matches!(promise, Promise::Whole(_));
+        if nothing && !config.wants_score() {
             let next = "name target_modules or a score head";
             let (found, expected) = ("neither modules nor a head", "at least one of them");
             check.error("target_modules", Rule::NoTargets, found, expected, next);
@@ -584,6 +650,11 @@ fn unpromised(name: &str, (part, promise): (Part, &Promise), check: &mut Checker
         (_, Promise::LowRank { .. }) => (
             "a vector of (IA)3 with peft_type LORA",
             "lora_A and lora_B",
+            "upload the adapter_config.json that belongs to these weights",
+        ),
+        (_, Promise::Whole(_)) => (
+            "weights of an adapter with peft_type ESPALIER_FULL",
+            "deltas of whole tensors",
             "upload the adapter_config.json that belongs to these weights",
         ),
         (_, Promise::Scales(_)) => (

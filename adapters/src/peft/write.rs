@@ -10,11 +10,14 @@ use serde_json::ser::{PrettyFormatter, Serializer};
 use serde_json::{Map, Number, Value, json};
 
 use super::config_file::NO_MODULES;
+use super::full;
 use super::keys::{self, Part};
-use crate::config::{AdapterConfig, Ia3Config, Init, LoraConfig, Modules, ScaleOn, Site, SitePlan};
+use crate::config::{
+    AdapterConfig, Ia3Config, Init, LayerTensor, LoraConfig, Modules, ScaleOn, Site, SitePlan,
+};
 use crate::error::AdapterError;
 use crate::version::AdapterArtifact;
-use crate::weights::{AdapterWeights, Numbers, SiteAdapter};
+use crate::weights::{AdapterWeights, Delta, Numbers, SiteAdapter};
 
 /// The version whose fields and spelling are written.
 const PEFT_VERSION: &str = "0.21.2";
@@ -33,6 +36,7 @@ pub fn write(
     let config_json = match &config {
         AdapterConfig::Lora(lora) => config_json(lora),
         AdapterConfig::Ia3(ia3) => ia3_json(ia3),
+        AdapterConfig::Full(config) => pretty(&full::fields(config)),
     };
     let safetensors = tensors(weights)?;
     let labels_json = weights
@@ -64,8 +68,10 @@ fn consistent(config: &AdapterConfig, weights: &AdapterWeights) -> Result<(), Ad
     let AdapterWeights {
         sites,
         scales,
+        full,
         head: _,
     } = weights;
+    whole(config, full)?;
     let changed: BTreeSet<(usize, Site)> = sites.keys().chain(scales.keys()).copied().collect();
     let layers = changed.iter().map(|(layer, _)| layer + 1).max();
     let layers = layers.unwrap_or(0);
@@ -78,6 +84,7 @@ fn consistent(config: &AdapterConfig, weights: &AdapterWeights) -> Result<(), Ad
                 low_rank(&site.path(layer), found, plan, lora.use_dora)?;
             }
         }
+        AdapterConfig::Full(_) => targeted(&changed, &BTreeSet::new())?,
         AdapterConfig::Ia3(ia3) => {
             let plan = ia3.plan(layers).map_err(|mut errors| errors.remove(0))?;
             targeted(&changed, &plan.keys().copied().collect())?;
@@ -93,6 +100,29 @@ fn consistent(config: &AdapterConfig, weights: &AdapterWeights) -> Result<(), Ad
         }
     }
     head_consistent(config, weights)
+}
+
+/// Whole tensors are those that the configuration unfreezes; those that not every family has may lack.
+fn whole(
+    config: &AdapterConfig,
+    full: &BTreeMap<(usize, LayerTensor), Delta>,
+) -> Result<(), AdapterError> {
+    let unfrozen = match config {
+        AdapterConfig::Full(config) => config.tensors(),
+        AdapterConfig::Lora(_) | AdapterConfig::Ia3(_) => BTreeSet::new(),
+    };
+    if let Some((layer, tensor)) = full.keys().find(|at| !unfrozen.contains(at)) {
+        let expected = "none, because it is not unfrozen";
+        return Err(inconsistent(&tensor.path(*layer), "a delta", expected));
+    }
+    let absent = |at: &&(usize, LayerTensor)| at.1.everywhere() && !full.contains_key(at);
+    match unfrozen.iter().find(absent) {
+        Some((layer, tensor)) => {
+            let expected = "a delta, because it is unfrozen";
+            Err(inconsistent(&tensor.path(*layer), "nothing", expected))
+        }
+        None => Ok(()),
+    }
 }
 
 /// What the weights change is what the configuration targets.
@@ -345,6 +375,14 @@ fn tensors(weights: &AdapterWeights) -> Result<Vec<u8>, AdapterError> {
             shape,
             single(&scale.l),
         );
+    }
+    for (&(layer, tensor), delta) in &weights.full {
+        let len = delta.values.len();
+        let shape = match tensor {
+            LayerTensor::Weight(_) => vec![delta.rows, len / delta.rows.max(1)],
+            _ => vec![len],
+        };
+        add(full::name(layer, tensor), shape, single(&delta.values));
     }
     if let Some(head) = &weights.head {
         let rows = head.labels.len();

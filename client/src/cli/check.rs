@@ -70,10 +70,11 @@ impl Check {
                         format!("rank {}, alpha {}", lora.r, lora.lora_alpha)
                     }
                     AdapterConfig::Ia3(_) => "(IA)3".to_owned(),
+                    AdapterConfig::Full(full) => format!("layers {:?} unfrozen", full.layers),
                 };
                 let text = format!(
                     "{kind}, {} sites, {} parameters, {} labels",
-                    weights.sites.len() + weights.scales.len(),
+                    weights.sites.len() + weights.scales.len() + weights.full.len(),
                     weights.parameters(),
                     weights.head.as_ref().map_or(0, |head| head.labels.len()),
                 );

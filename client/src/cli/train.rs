@@ -203,7 +203,7 @@ struct LoraArgs {
     /// Dropout before the adapter.
     #[arg(long)]
     dropout: Option<f32>,
-    /// Any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.
+    /// Any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (unfreezing: norms of layers too).
     #[arg(long, value_delimiter = ',')]
     targets: Vec<String>,
     /// Layers that are adapted; left out: all.
@@ -221,6 +221,12 @@ struct LoraArgs {
     /// (IA)3: modules whose input is multiplied; left out: down_proj.
     #[arg(long, value_delimiter = ',', requires = "ia3")]
     feedforward: Vec<String>,
+    /// Train so many layers whole, counted from the top, in place of LoRA; with --targets, those modules of theirs.
+    #[arg(long, value_name = "LAYERS", conflicts_with_all = ["ia3", "unfreeze_layers", "rank", "alpha", "dropout", "layers", "rslora", "dora", "head_only"])]
+    unfreeze_last: Option<u32>,
+    /// The same for these layers.
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',', conflicts_with_all = ["ia3", "rank", "alpha", "dropout", "layers", "rslora", "dora", "head_only"])]
+    unfreeze_layers: Vec<u32>,
 }
 
 impl HyperArgs {
@@ -259,7 +265,8 @@ impl HyperArgs {
 
 impl LoraArgs {
     fn message(&self) -> Option<v1::LoraConfig> {
-        (!self.ia3).then(|| v1::LoraConfig {
+        let other = self.ia3 || self.unfreezes();
+        (!other).then(|| v1::LoraConfig {
             rank: self.rank,
             alpha: self.alpha,
             dropout: self.dropout,
@@ -268,6 +275,18 @@ impl LoraArgs {
             use_dora: self.dora.then_some(true),
             layers_to_transform: self.layers.clone(),
             ..Default::default()
+        })
+    }
+
+    fn unfreezes(&self) -> bool {
+        self.unfreeze_last.is_some() || !self.unfreeze_layers.is_empty()
+    }
+
+    fn unfreeze(&self) -> Option<v1::UnfreezeConfig> {
+        self.unfreezes().then(|| v1::UnfreezeConfig {
+            last_layers: self.unfreeze_last,
+            layers: self.unfreeze_layers.clone(),
+            modules: self.targets.clone(),
         })
     }
 
@@ -372,6 +391,7 @@ impl Train {
             hyper_parameters: Some(self.hyper.message()),
             lora: self.lora.message(),
             ia3: self.lora.ia3(),
+            unfreeze: self.lora.unfreeze(),
             seed: self.hyper.seed,
             profile,
             set_aliases_on_success: self.alias.clone(),

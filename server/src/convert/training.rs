@@ -437,6 +437,7 @@ fn spec(spec: JobSpec) -> v1::TrainingSpec {
         },
         hyper_parameters: Some(hyper_parameters),
         ia3: ways::ia3_reply(spec.way.as_ref()),
+        unfreeze: ways::unfreeze_reply(spec.way.as_ref()),
         lora: spec.lora.map(lora_reply),
         seed: Some(spec.seed),
         profile: Some(profile_reply(&spec.profile)),

@@ -351,7 +351,8 @@ fn quote(
         Some(way) => way.hyper(&request.hyper)?,
         None => request.hyper.clone(),
     };
-    let way = way.map(|way| way.decide(head_only)).transpose()?;
+    let way = way.map(|way| way.decide(head_only, &base.shape, limits));
+    let way = way.transpose()?;
     let (hyper, epochs) = spec::hyper_parameters(&asked, &at, head_only, limits)?;
     let total_steps = hyper.max_steps.unwrap_or_default();
     let lora = if head_only || way.is_some() {

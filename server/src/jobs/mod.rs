@@ -37,7 +37,7 @@ pub use spec::{
     LoraSpec, Validation, ValidationInput,
 };
 pub use watch::WatchItem;
-pub use ways::{Ia3Spec, WayRequest, WaySpec};
+pub use ways::{Ia3Spec, UnfreezeSpec, WayRequest, WaySpec};
 
 use crate::artifact_store::{ArtifactStore, StoreError};
 use crate::database::{Database, DatabaseError};

@@ -318,6 +318,10 @@ pub struct JobLimits {
     pub max_rank: u32,
     /// Labels of a head.
     pub max_labels: usize,
+    /// Bytes of a version's file.
+    pub max_adapter_bytes: u64,
+    /// Bytes of all versions in memory.
+    pub adapter_cache_bytes: u64,
     /// Bytes of a description.
     pub max_description_bytes: usize,
 }
@@ -665,4 +669,4 @@ impl LoraSpec {
 
 #[cfg(test)]
 #[path = "spec_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -220,6 +220,8 @@ async fn open(dir: &Arc<tempfile::TempDir>, fake: Fake) -> Bench {
             max_batch_size: 64,
             max_rank: 64,
             max_labels: 16,
+            max_adapter_bytes: 1 << 30,
+            adapter_cache_bytes: 1 << 30,
             max_description_bytes: 100,
         },
         artifact_limits: peft::Limits::default(),

@@ -2,15 +2,23 @@
 //!
 //! This file must not know data, storage or time.
 
-use espalier_adapters::config::{AdapterConfig, Ia3Config, Modules, Site};
+use espalier_adapters::config::{
+    AdapterConfig, BaseShape, FullConfig, Ia3Config, LayerTensor, Modules, Site,
+};
 use serde::{Deserialize, Serialize};
 
 use super::JobError;
-use super::spec::HyperRequest;
+use super::spec::{HyperRequest, JobLimits};
 use crate::registry::VersionSummary;
 
 /// Peak learning rate of (IA)3's vectors: that of the paper (Liu et al., 2022, section 3.2), whatever the width of the base.
 const IA3_LEARNING_RATE: f64 = 3e-3;
+
+/// Peak learning rate of whole tensors: what full fine-tuning of such models usually takes, a tenth to a fiftieth of LoRA's.
+const UNFREEZE_LEARNING_RATE: f64 = 2e-5;
+
+/// Bytes that a trained number takes: its delta, its gradient, two moments, the sum that is multiplied by, and the best so far.
+const TRAINED_BYTES: u64 = 24;
 
 /// What is trained in LoRA's place, as a request names it.
 #[derive(Debug, Clone)]
@@ -22,6 +30,15 @@ pub enum WayRequest {
         /// Those of them whose input is multiplied; empty is down_proj, where it is targeted.
         feedforward_modules: Vec<String>,
     },
+    /// Layers, whole.
+    Unfreeze {
+        /// So many from the top.
+        last_layers: Option<u32>,
+        /// These.
+        layers: Vec<u32>,
+        /// Modules of theirs; empty is all.
+        modules: Vec<String>,
+    },
 }
 
 /// What is trained in LoRA's place, frozen.
@@ -30,6 +47,17 @@ pub enum WayRequest {
 pub enum WaySpec {
     /// Vectors of (IA)3.
     Ia3(Ia3Spec),
+    /// Layers, whole.
+    Unfreeze(UnfreezeSpec),
+}
+
+/// Which layers are unfrozen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnfreezeSpec {
+    /// The layers, ascending.
+    pub layers: Vec<u32>,
+    /// Modules of theirs; empty is all.
+    pub modules: Vec<String>,
 }
 
 /// Which modules (IA)3 scales.
@@ -55,11 +83,17 @@ impl WayRequest {
     fn field(&self) -> &'static str {
         match self {
             Self::Ia3 { .. } => "ia3",
+            Self::Unfreeze { .. } => "unfreeze",
         }
     }
 
     /// Fills the gaps and checks the rest.
-    pub(super) fn decide(&self, head_only: bool) -> Result<WaySpec, JobError> {
+    pub(super) fn decide(
+        &self,
+        head_only: bool,
+        base: &BaseShape,
+        limits: &JobLimits,
+    ) -> Result<WaySpec, JobError> {
         if head_only {
             let field = self.field();
             let reason = "head_only trains a head alone: leave one of them out";
@@ -70,6 +104,15 @@ impl WayRequest {
                 target_modules,
                 feedforward_modules,
             } => ia3(target_modules, feedforward_modules).map(WaySpec::Ia3),
+            Self::Unfreeze {
+                last_layers,
+                layers,
+                modules,
+            } => {
+                let spec = unfreeze((*last_layers, layers), modules, base)?;
+                fits(&spec, base, limits)?;
+                Ok(WaySpec::Unfreeze(spec))
+            }
         }
     }
 
@@ -84,6 +127,7 @@ impl WayRequest {
         }
         let rate = match self {
             Self::Ia3 { .. } => IA3_LEARNING_RATE,
+            Self::Unfreeze { .. } => UNFREEZE_LEARNING_RATE,
         };
         Ok(HyperRequest {
             learning_rate: asked.learning_rate.or(Some(rate)),
@@ -124,11 +168,102 @@ fn ia3(targets: &[String], feedforward: &[String]) -> Result<Ia3Spec, JobError> 
     })
 }
 
+fn unfreeze(
+    (last, layers): (Option<u32>, &[u32]),
+    modules: &[String],
+    base: &BaseShape,
+) -> Result<UnfreezeSpec, JobError> {
+    let count = u32::try_from(base.layers).unwrap_or(u32::MAX);
+    let mut layers = match (last, layers) {
+        (Some(last), []) if (1..=count).contains(&last) => (count - last..count).collect(),
+        (Some(last), []) => {
+            let reason = format!("{last} is outside 1 to {count}, the layers of the base");
+            return Err(invalid("unfreeze.last_layers", reason));
+        }
+        (Some(_), _) => {
+            let reason = "layers is set too: name one of them";
+            return Err(invalid("unfreeze.last_layers", reason));
+        }
+        (None, []) => {
+            let reason = "last_layers or layers is required";
+            return Err(invalid("unfreeze", reason));
+        }
+        (None, layers) => layers.to_vec(),
+    };
+    layers.sort_unstable();
+    layers.dedup();
+    if let Some(layer) = layers.iter().find(|layer| **layer >= count) {
+        let reason = format!("layer {layer} does not exist: the base has {count}");
+        return Err(invalid("unfreeze.layers", reason));
+    }
+    let known = |module: &str| LayerTensor::ALL.iter().any(|t| t.module() == module);
+    if let Some(module) = modules.iter().find(|module| !known(module)) {
+        let reason = match module.as_str() {
+            "norm" | "embed_tokens" | "lm_head" => {
+                format!("{module:?} cannot be unfrozen: modules of layers can, so leave it out")
+            }
+            _ => format!(
+                "{module:?} is none of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, input_layernorm, \
+                 post_attention_layernorm, q_norm and k_norm"
+            ),
+        };
+        return Err(invalid("unfreeze.modules", reason));
+    }
+    let modules = modules.to_vec();
+    Ok(UnfreezeSpec { layers, modules })
+}
+
+/// The version that comes of it can be stored, and served: what cannot is refused before anything is trained.
+fn fits(spec: &UnfreezeSpec, base: &BaseShape, limits: &JobLimits) -> Result<(), JobError> {
+    let tensors = spec.config().tensors();
+    // Biases and head norms that the family lacks are counted: next to nothing.
+    let numbers =
+        |(_, tensor): &(usize, LayerTensor)| -> usize { tensor.shape(base).iter().product() };
+    let count: usize = tensors.iter().map(numbers).sum();
+    let bytes = 4 * count as u64;
+    let limits = [
+        (
+            "a version's file may have (max_adapter_bytes)",
+            limits.max_adapter_bytes,
+        ),
+        (
+            "all versions in memory may have (adapter_cache_bytes)",
+            limits.adapter_cache_bytes,
+        ),
+    ];
+    match limits.into_iter().find(|(_, limit)| bytes > *limit) {
+        None => Ok(()),
+        Some((what, limit)) => {
+            let reason = format!(
+                "{count} numbers make a version of {bytes} bytes (and take {} while it trains), more than the {limit} that {what}: \
+                 unfreeze fewer layers or modules, or have the limit raised",
+                TRAINED_BYTES * count as u64
+            );
+            Err(invalid("unfreeze", reason))
+        }
+    }
+}
+
+impl UnfreezeSpec {
+    fn config(&self) -> FullConfig {
+        FullConfig {
+            modules: self.modules.clone(),
+            ..FullConfig::new(self.layers.iter().map(|layer| *layer as usize).collect())
+        }
+    }
+}
+
 // === impl WaySpec ===
 
 impl WaySpec {
     /// That of a version; `None` of LoRA and of a head alone.
     pub(super) fn of(summary: &VersionSummary) -> Option<Self> {
+        if summary.unfrozen {
+            return Some(Self::Unfreeze(UnfreezeSpec {
+                layers: summary.layers.clone(),
+                modules: summary.target_modules.clone(),
+            }));
+        }
         let feedforward_modules = summary.feedforward_modules.clone()?;
         Some(Self::Ia3(Ia3Spec {
             target_modules: summary.target_modules.clone(),
@@ -138,18 +273,22 @@ impl WaySpec {
 
     /// As the trainer and the artifact want it.
     pub(super) fn config(&self, base_name: &str, classify: bool) -> AdapterConfig {
+        let base_model_name_or_path = Some(base_name.to_owned());
         let config = match self {
-            Self::Ia3(spec) => Ia3Config {
+            Self::Ia3(spec) => AdapterConfig::Ia3(Ia3Config {
                 target_modules: Modules::List(spec.target_modules.clone()),
                 feedforward_modules: match spec.feedforward_modules.as_slice() {
                     [] => Modules::Nothing,
                     some => Modules::List(some.to_vec()),
                 },
-                base_model_name_or_path: Some(base_name.to_owned()),
+                base_model_name_or_path,
                 ..Ia3Config::default()
-            },
+            }),
+            Self::Unfreeze(spec) => AdapterConfig::Full(FullConfig {
+                base_model_name_or_path,
+                ..spec.config()
+            }),
         };
-        let config = AdapterConfig::from(config);
         if classify {
             config.with_score_head()
         } else {
@@ -160,13 +299,20 @@ impl WaySpec {
 
 impl std::fmt::Display for WaySpec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let sorted = |modules: &[String]| {
+            let mut modules = modules.to_vec();
+            modules.sort_unstable();
+            modules.join(", ")
+        };
         match self {
-            Self::Ia3(spec) => {
-                let sorted = |modules: &[String]| {
-                    let mut modules = modules.to_vec();
-                    modules.sort_unstable();
-                    modules.join(", ")
+            Self::Unfreeze(spec) => {
+                let modules = match sorted(&spec.modules) {
+                    all if all.is_empty() => "all modules".to_owned(),
+                    some => some,
                 };
+                write!(f, "{modules} of layers {:?}, unfrozen", spec.layers)
+            }
+            Self::Ia3(spec) => {
                 let targets = sorted(&spec.target_modules);
                 write!(f, "(IA)3 on {targets}")?;
                 match sorted(&spec.feedforward_modules) {
@@ -184,6 +330,75 @@ mod tests {
 
     use super::*;
 
+    const BASE: BaseShape = BaseShape {
+        layers: 4,
+        hidden: 6,
+        intermediate: 10,
+        heads: 4,
+        kv_heads: 1,
+        head_dim: 2,
+        vocab: 11,
+    };
+
+    fn decide(request: &WayRequest, head_only: bool) -> Result<WaySpec, JobError> {
+        request.decide(head_only, &BASE, &crate::jobs::spec::tests::limits())
+    }
+
+    fn unfreeze(last: Option<u32>, layers: &[u32], modules: &[&str]) -> WayRequest {
+        WayRequest::Unfreeze {
+            last_layers: last,
+            layers: layers.to_vec(),
+            modules: modules.iter().map(|m| (*m).to_owned()).collect(),
+        }
+    }
+
+    #[test]
+    fn layers_are_named_from_the_top_or_one_by_one() {
+        let text = |request| decide(&request, false).unwrap().to_string();
+        let top = text(unfreeze(Some(2), &[], &[]));
+        assert_eq!(top, "all modules of layers [2, 3], unfrozen");
+        let some = text(unfreeze(None, &[3, 0, 3], &["up_proj", "input_layernorm"]));
+        assert_eq!(some, "input_layernorm, up_proj of layers [0, 3], unfrozen");
+        let refused = |request| decide(&request, false).unwrap_err().to_string();
+        for (request, expected) in [
+            (
+                unfreeze(None, &[], &[]),
+                "unfreeze: last_layers or layers is required",
+            ),
+            (
+                unfreeze(Some(5), &[], &[]),
+                "unfreeze.last_layers: 5 is outside 1 to 4",
+            ),
+            (
+                unfreeze(Some(1), &[1], &[]),
+                "unfreeze.last_layers: layers is set too",
+            ),
+            (
+                unfreeze(None, &[4], &[]),
+                "unfreeze.layers: layer 4 does not exist",
+            ),
+            (
+                unfreeze(Some(1), &[], &["lm_head"]),
+                "\"lm_head\" cannot be unfrozen",
+            ),
+            (unfreeze(Some(1), &[], &["w1"]), "\"w1\" is none of q_proj"),
+        ] {
+            let error = refused(request);
+            assert!(error.contains(expected), "{error}");
+        }
+        let narrow = JobLimits {
+            adapter_cache_bytes: 4 * 328 - 1,
+            ..crate::jobs::spec::tests::limits()
+        };
+        let error = unfreeze(Some(1), &[], &[]).decide(false, &BASE, &narrow);
+        let error = error.unwrap_err().to_string();
+        let expected = "328 numbers make a version of 1312 bytes (and take 7872 while it trains), more than the 1311";
+        assert!(
+            error.contains(expected) && error.contains("fewer layers"),
+            "{error}"
+        );
+    }
+
     fn request(targets: &[&str], feedforward: &[&str]) -> WayRequest {
         let owned = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect();
         WayRequest::Ia3 {
@@ -194,12 +409,12 @@ mod tests {
 
     #[test]
     fn gaps_are_filled_as_the_paper_has_it() {
-        let all = request(&[], &[]).decide(false).unwrap();
+        let all = decide(&request(&[], &[]), false).unwrap();
         let text = "(IA)3 on down_proj, k_proj, v_proj, on the inputs of down_proj";
         assert_eq!(all.to_string(), text);
         let config = all.config("base", true);
         assert!(config.wants_score());
-        let queries = request(&["q_proj"], &[]).decide(false).unwrap();
+        let queries = decide(&request(&["q_proj"], &[]), false).unwrap();
         assert_eq!(queries.to_string(), "(IA)3 on q_proj");
         let hyper = request(&[], &[]).hyper(&HyperRequest::default()).unwrap();
         assert_eq!(hyper.learning_rate, Some(3e-3));
@@ -208,7 +423,7 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused_by_field_value_and_next_step() {
         let refused = |request: WayRequest, head_only: bool| {
-            request.decide(head_only).unwrap_err().to_string()
+            decide(&request, head_only).unwrap_err().to_string()
         };
         let error = refused(request(&["lm_head"], &[]), false);
         assert!(

@@ -247,6 +247,8 @@ pub struct VersionSummary {
     pub layers: Vec<u32>,
     /// Those of `target_modules` that (IA)3 scales on their inputs; `None` for another kind than (IA)3.
     pub feedforward_modules: Option<Vec<String>>,
+    /// `target_modules` of `layers` are unfrozen, all of them where none is named.
+    pub unfrozen: bool,
     /// Labels of the head, by row; empty without a head.
     pub labels: Vec<String>,
     /// The files.

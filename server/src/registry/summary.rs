@@ -18,15 +18,16 @@ pub fn summarize(
         let sites = Site::ALL.into_iter().filter(|site| changed(*site));
         sites.map(|site| site.module().to_owned()).collect()
     };
-    let target_modules = match config.target_modules() {
-        Modules::List(list) => list.clone(),
+    let target_modules = match (config, config.target_modules()) {
+        (AdapterConfig::Full(full), _) => full.modules.clone(),
+        (_, Some(Modules::List(list))) => list.clone(),
         _ => named(&|site| {
             let mut changed = weights.sites.keys().chain(weights.scales.keys());
             changed.any(|(_, found)| *found == site)
         }),
     };
     let feedforward_modules = match config {
-        AdapterConfig::Lora(_) => None,
+        AdapterConfig::Lora(_) | AdapterConfig::Full(_) => None,
         AdapterConfig::Ia3(_) => Some(named(&|site| {
             let mut scales = weights.scales.iter();
             scales.any(|((_, found), scale)| *found == site && scale.on == ScaleOn::Inputs)
@@ -55,7 +56,15 @@ pub fn summarize(
                 })
             })
             .collect(),
-        ..config.lora().map(low_rank).unwrap_or_default()
+        ..match config {
+            AdapterConfig::Lora(lora) => low_rank(lora),
+            AdapterConfig::Ia3(_) => VersionSummary::default(),
+            AdapterConfig::Full(full) => VersionSummary {
+                layers: full.layers.iter().map(|layer| *layer as u32).collect(),
+                unfrozen: true,
+                ..VersionSummary::default()
+            },
+        }
     }
 }
 

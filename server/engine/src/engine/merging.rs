@@ -67,10 +67,9 @@ impl Engine {
     }
 
     fn candidate(&self, view: &MergeView) -> Candidate {
-        // A copy holds what is added to weights: an (IA)3 version adds nothing, and its vectors scale biases too.
-        let policy = match view.adapter.scales_alone() {
-            true => MergePolicy::Unmerged,
-            false => view.policy,
+        let policy = match view.adapter.can_merge() {
+            false => MergePolicy::Unmerged,
+            true => view.policy,
         };
         Candidate {
             policy,

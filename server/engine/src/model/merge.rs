@@ -1,10 +1,11 @@
 //! A base and one adapter made into one model, written as a Hugging Face directory that any runtime loads: `W + s B A` in f64, DoRA's
-//! rows included, rows or columns times (IA)3's vectors, a head as a sequence classifier's. The base is held once, as its file stores it, and leaves memory as it is written.
+//! rows included, rows or columns times (IA)3's vectors, `W + d` where a
+//! tensor was unfrozen, a head as a sequence classifier's. The base is held once, as its file stores it, and leaves memory as it is written.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use espalier_adapters::config::{ScaleOn, Site};
+use espalier_adapters::config::{LayerTensor, ScaleOn, Site};
 use espalier_adapters::linear::{merged, scaled};
 use espalier_adapters::weights::AdapterWeights;
 use serde_json::{Map, Value, json};
@@ -116,6 +117,10 @@ fn write_files(
         }) {
             values = scaled(&values, scale);
         }
+        if let Some(delta) = tensor_of(slot).and_then(|at| adapter.full.get(&at)) {
+            let pairs = values.iter_mut().zip(&delta.values);
+            pairs.for_each(|(w, d)| *w += *d);
+        }
         file.add(&slot.hf(), &values)?;
     }
     if let Some(head) = &adapter.head {
@@ -146,6 +151,30 @@ fn site_of(slot: Slot) -> Option<(usize, Site)> {
         _ => return None,
     };
     Some((layer, site))
+}
+
+/// The tensor that an unfrozen version may have changed in this place.
+fn tensor_of(slot: Slot) -> Option<(usize, LayerTensor)> {
+    let Slot::Layer(layer, part) = slot else {
+        return None;
+    };
+    let tensor = match part {
+        Part::AttnNorm => LayerTensor::AttnNorm,
+        Part::MlpNorm => LayerTensor::MlpNorm,
+        Part::QNorm => LayerTensor::QNorm,
+        Part::KNorm => LayerTensor::KNorm,
+        Part::QBias => LayerTensor::Bias(Site::Q),
+        Part::KBias => LayerTensor::Bias(Site::K),
+        Part::VBias => LayerTensor::Bias(Site::V),
+        Part::Q => LayerTensor::Weight(Site::Q),
+        Part::K => LayerTensor::Weight(Site::K),
+        Part::V => LayerTensor::Weight(Site::V),
+        Part::O => LayerTensor::Weight(Site::O),
+        Part::Gate => LayerTensor::Weight(Site::Gate),
+        Part::Up => LayerTensor::Weight(Site::Up),
+        Part::Down => LayerTensor::Weight(Site::Down),
+    };
+    Some((layer, tensor))
 }
 
 /// The site whose vector multiplies what is in this place, and whether that is its bias.

@@ -374,8 +374,9 @@ impl Trainer {
                 let _asked_again_at_the_next_step = pace.breathe();
             }
         }
-        self.learner.renew_gains(pace);
         let (rate, head_rate) = hp.rates();
+        self.learner.decay_whole(rate * share * hp.weight_decay);
+        self.learner.renew(pace);
         if self.plan.head_only() {
             head_rate * share
         } else {
@@ -508,7 +509,7 @@ fn groups(hp: &HyperParameters, adapter: &ResidentAdapter, share: f64) -> Vec<Gr
     let mut groups: Vec<Group> = Vec::new();
     for (range, tensor) in adapter.tensors() {
         let peak = match tensor {
-            Tensor::A | Tensor::Scale => rate,
+            Tensor::A | Tensor::Scale | Tensor::Whole => rate,
             Tensor::B | Tensor::Magnitude => rate * hp.lora_plus_ratio,
             Tensor::Head => head_rate,
         };

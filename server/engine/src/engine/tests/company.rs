@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use espalier_adapters::config::{Ia3Config, LoraConfig, Site};
+use espalier_adapters::config::{FullConfig, Ia3Config, LoraConfig, Site};
 use espalier_adapters::train::examples::{Example, Examples};
 use espalier_adapters::version::AdapterArtifact;
 
@@ -53,6 +53,7 @@ fn plan(number: u64) -> TrainPlan {
         },
         adapter: Some(match number {
             6 => Ia3Config::default().into(),
+            7 => FullConfig::new(vec![1]).into(),
             _ => lora.into(),
         }),
         hp: HyperParameters {
@@ -93,7 +94,7 @@ fn end(job: &mut TrainingJob) -> (AdapterArtifact, TrainingImpact) {
 
 fn config() -> EngineConfig {
     EngineConfig {
-        max_training_jobs: 8,
+        max_training_jobs: 9,
         ..small()
     }
 }
@@ -101,7 +102,7 @@ fn config() -> EngineConfig {
 #[test]
 fn jobs_in_company_end_as_they_do_alone() {
     let quiet = fixture(config());
-    let alone: Vec<_> = (0..7)
+    let alone: Vec<_> = (0..8)
         .map(|number| end(&mut start(&quiet, number)))
         .collect();
     assert!(alone.iter().all(|(_, impact)| impact.shared_passes == 0));
@@ -109,8 +110,8 @@ fn jobs_in_company_end_as_they_do_alone() {
     let together = fixture(config());
     let ask = || together.ask(Some(0), sampled(prompt(5, 10), 5, 20));
     let before = ask();
-    let mut jobs: Vec<_> = (0..7).map(|number| start(&together, number)).collect();
-    let mut cancelled = start(&together, 7);
+    let mut jobs: Vec<_> = (0..8).map(|number| start(&together, number)).collect();
+    let mut cancelled = start(&together, 8);
     let during = ask();
     while !matches!(
         cancelled.events.blocking_recv(),

@@ -11,9 +11,9 @@ pub(crate) mod precision;
 use std::sync::Arc;
 
 use espalier_adapters::batch::{Mixture, Segment};
-use espalier_adapters::config::{ScaleOn, Site};
+use espalier_adapters::config::{LayerTensor, ScaleOn, Site};
 use espalier_adapters::ops::{Backend, Buffer, Ops, Real};
-use espalier_adapters::weights::{AdapterWeights, SiteAdapter, SiteScale};
+use espalier_adapters::weights::{AdapterWeights, Delta, SiteAdapter, SiteScale};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -246,6 +246,35 @@ pub(crate) fn random_scales<O: Ops>(
         }
     }
     weights
+}
+
+/// Deltas of the tensors that are asked for and that the model has, in steps that leave sums with snapped weights exact.
+pub(crate) fn random_deltas<O: Ops>(
+    model: &Decoder<O>,
+    at: impl Fn(usize, LayerTensor) -> bool,
+    seed: u64,
+) -> AdapterWeights {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let (shape, mut weights) = (model.config().base_shape(), AdapterWeights::default());
+    for layer in 0..model.layers() {
+        for tensor in LayerTensor::ALL.into_iter().filter(|t| at(layer, *t)) {
+            let is_weight = matches!(tensor, LayerTensor::Weight(_));
+            if is_weight || model.vector(layer, tensor).is_some() {
+                let dims = tensor.shape(&shape);
+                let rows = if is_weight { dims[0] } else { 1 };
+                let len: usize = dims.iter().product();
+                let values = (0..len).map(|_| snapped(rng.random_range(-0.2..0.2f32)));
+                let values = values.collect();
+                weights.full.insert((layer, tensor), Delta { rows, values });
+            }
+        }
+    }
+    weights
+}
+
+/// To a multiple of 2^-13.
+pub(crate) fn snapped(number: f32) -> f32 {
+    (number * 8192.0).round() / 8192.0
 }
 
 pub(crate) fn resident<O: Ops>(

@@ -386,11 +386,13 @@ impl TrainPlan {
                     "a head that is trained alone has nothing below it that is trained",
                 )),
                 None if !self.head_only() => Err(TrainError::plan("adapter", "is missing")),
-                Some(AdapterConfig::Ia3(_)) if self.hp.lora_plus_ratio != 1.0 => {
+                Some(AdapterConfig::Ia3(_) | AdapterConfig::Full(_))
+                    if self.hp.lora_plus_ratio != 1.0 =>
+                {
                     Err(TrainError::plan(
                         "lora_plus_ratio",
                         format!(
-                            "{} is for LoRA's factors, and (IA)3 has none; leave it at 1",
+                            "{} is for LoRA's factors, which this plan does not train; leave it at 1",
                             self.hp.lora_plus_ratio
                         ),
                     ))
@@ -473,6 +475,11 @@ impl TrainPlan {
         for ((layer, site), scale) in self.init.iter().flat_map(|init| &init.scales) {
             hash.update(format!("{} {:?}", site.path(*layer), scale.on));
             scale.l.iter().for_each(|x| hash.update(x.to_le_bytes()));
+        }
+        for ((layer, tensor), delta) in self.init.iter().flat_map(|init| &init.full) {
+            hash.update(tensor.path(*layer));
+            let values = delta.values.iter();
+            values.for_each(|x| hash.update(x.to_le_bytes()));
         }
         if let Some(head) = self.init.as_ref().and_then(|init| init.head.as_ref()) {
             head.weight

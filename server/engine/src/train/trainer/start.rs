@@ -1,11 +1,13 @@
 //! Where a run starts: given weights; or A uniform, B zero and DoRA's magnitudes those of W, drawn by seed and site so that every
-//! site's numbers are its own; or vectors of ones.
+//! site's numbers are its own; or vectors of ones; or deltas of zeros.
 
-use espalier_adapters::config::{AdapterConfig, Ia3Config, LoraConfig, ScaleOn, Site};
+use espalier_adapters::config::{
+    AdapterConfig, FullConfig, Ia3Config, LayerTensor, LoraConfig, ScaleOn, Site,
+};
 use espalier_adapters::error::AdapterError;
 use espalier_adapters::linear::{BaseSites, row_norms};
 use espalier_adapters::ops::Ops;
-use espalier_adapters::weights::{AdapterWeights, ScoreHead, SiteAdapter, SiteScale};
+use espalier_adapters::weights::{AdapterWeights, Delta, ScoreHead, SiteAdapter, SiteScale};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -31,9 +33,7 @@ pub(super) fn order(seed: u64, epoch: u64) -> ChaCha8Rng {
 /// The plan's first weights: its own, completed by drawn ones.
 pub(super) fn initial(plan: &TrainPlan, model: &Model) -> Result<AdapterWeights, TrainError> {
     let mut weights = match (&plan.init, &plan.adapter) {
-        (Some(init), _)
-            if plan.head_only() && !(init.sites.is_empty() && init.scales.is_empty()) =>
-        {
+        (Some(init), _) if plan.head_only() && adapts(init) => {
             return Err(TrainError::plan(
                 "init",
                 "adapts modules, but the head is to be trained alone",
@@ -43,13 +43,20 @@ pub(super) fn initial(plan: &TrainPlan, model: &Model) -> Result<AdapterWeights,
         (Some(init), _) => init.clone().widened(),
         (None, Some(AdapterConfig::Lora(lora))) => drawn(lora, plan.seed, model)?,
         (None, Some(AdapterConfig::Ia3(ia3))) => ones(ia3, model)?,
+        (None, Some(AdapterConfig::Full(full))) => zeros(full, model)?,
         (None, None) => AdapterWeights::default(),
     };
-    if weights.sites.is_empty() && weights.scales.is_empty() && !plan.head_only() {
+    if !adapts(&weights) && !plan.head_only() {
         return Err(TrainError::plan("adapter", "adapts no module of this base"));
     }
     let lora = plan.adapter.as_ref().and_then(AdapterConfig::lora);
-    if !plan.head_only() && lora.is_some() == weights.sites.is_empty() {
+    let fits = match &plan.adapter {
+        Some(AdapterConfig::Lora(_)) => !weights.sites.is_empty(),
+        Some(AdapterConfig::Ia3(_)) => !weights.scales.is_empty(),
+        Some(AdapterConfig::Full(_)) => !weights.full.is_empty(),
+        None => true,
+    };
+    if !fits {
         let reason =
             "is another way to adapt than the plan's: go on from a version of the same way";
         return Err(TrainError::plan("init", reason));
@@ -130,6 +137,33 @@ fn ones(ia3: &Ia3Config, model: &Model) -> Result<AdapterWeights, TrainError> {
         scales: plan.into_iter().map(scale).collect(),
         ..AdapterWeights::default()
     })
+}
+
+/// Deltas of zeros, which leave the base as it is.
+fn zeros(full: &FullConfig, model: &Model) -> Result<AdapterWeights, TrainError> {
+    let (shape, mut weights) = (model.config().base_shape(), AdapterWeights::default());
+    for (layer, tensor) in full.tensors() {
+        if layer >= shape.layers {
+            let reason = format!(
+                "layer {layer} does not exist: the base has {}",
+                shape.layers
+            );
+            return Err(TrainError::plan("adapter", reason));
+        }
+        let is_weight = matches!(tensor, LayerTensor::Weight(_));
+        if is_weight || model.vector(layer, tensor).is_some() {
+            let dims = tensor.shape(&shape);
+            let rows = if is_weight { dims[0] } else { 1 };
+            let values = vec![0.0; dims.iter().product()];
+            weights.full.insert((layer, tensor), Delta { rows, values });
+        }
+    }
+    Ok(weights)
+}
+
+/// Whether anything but a head is changed.
+fn adapts(weights: &AdapterWeights) -> bool {
+    !(weights.sites.is_empty() && weights.scales.is_empty() && weights.full.is_empty())
 }
 
 fn bad_patterns(errors: Vec<AdapterError>) -> TrainError {

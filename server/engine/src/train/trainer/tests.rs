@@ -5,10 +5,10 @@ mod device;
 
 use std::cell::Cell;
 
-use espalier_adapters::config::{Ia3Config, Site};
+use espalier_adapters::config::{FullConfig, Ia3Config, LayerTensor, Site};
 use espalier_adapters::pace::Unpaced;
 use espalier_adapters::train::examples::Examples;
-use espalier_adapters::weights::SiteScale;
+use espalier_adapters::weights::{Delta, SiteScale};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -115,6 +115,13 @@ fn ia3_plan() -> TrainPlan {
     }
 }
 
+fn full_plan() -> TrainPlan {
+    TrainPlan {
+        adapter: Some(FullConfig::new(vec![1]).into()),
+        ..lm_plan()
+    }
+}
+
 fn class_plan(head_only: bool) -> TrainPlan {
     let (train, labels) = classes(40, 1);
     let (valid, _) = classes(20, 2);
@@ -168,7 +175,7 @@ fn cutting_changes_no_bit() {
 }
 
 pub(crate) fn cuts_change_no_bit(on: &Under<Backend>) {
-    for plan in [lm_plan(), dora_plan(), ia3_plan()] {
+    for plan in [lm_plan(), dora_plan(), ia3_plan(), full_plan()] {
         cuts_of_a_plan_change_no_bit(on, &plan);
     }
 }
@@ -245,6 +252,7 @@ pub(crate) fn breaks_change_no_bit(on: &Under<Backend>) {
         lm_plan(),
         dora_plan(),
         ia3_plan(),
+        full_plan(),
         class_plan(false),
         class_plan(true),
     ] {
@@ -498,6 +506,62 @@ fn an_ia3_adapter_is_trained_served_and_trained_again() {
         let error = Trainer::new(model(&on), plan).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
+}
+
+#[test]
+fn layers_are_unfrozen_served_and_trained_again() {
+    let on = host();
+    let mut trainer = Trainer::new(model(&on), full_plan()).unwrap();
+    let (finished, _) = finish(&mut trainer, &Unpaced);
+    assert!(finished.summary.last_loss < finished.summary.first_loss);
+    let shape = model(&on).config().base_shape();
+    let (config, weights, _) =
+        peft::read(&finished.artifact, &shape, &peft::Limits::default()).unwrap();
+    assert_eq!(config, FullConfig::new(vec![1]).into());
+    assert!(weights.full.keys().all(|(layer, _)| *layer == 1));
+    assert!(
+        weights.full.contains_key(&(1, LayerTensor::QNorm)),
+        "{config:?}"
+    );
+    let moved = |delta: &Delta| delta.values.iter().filter(|d| **d != 0.0).count();
+    let still = |delta: &&Delta| moved(delta) < delta.values.len();
+    assert_eq!(
+        weights.full.values().filter(still).count(),
+        0,
+        "every number learns"
+    );
+
+    // What is served is what was judged.
+    let served = ResidentAdapter::build(&weights, model(&on).as_ref()).unwrap();
+    assert_eq!(
+        served.bytes(),
+        ResidentAdapter::bytes_for(&weights, model(&on).as_ref())
+    );
+    assert!(served.bytes() >= 4 * weights.parameters());
+    let mut learner = Learner::new(model(&on), served, (1 << 20, 0.0), 1);
+    let valid = full_plan().valid.unwrap();
+    let again = learner.judge(&numbered(&valid.items), &Unpaced).unwrap();
+    assert_eq!(again.mean(), finished.summary.best.unwrap().loss);
+
+    let next = TrainPlan {
+        init: Some(weights),
+        ..full_plan()
+    };
+    let digest = |plan: &TrainPlan| plan.digest(model(&on).config());
+    assert_ne!(
+        digest(&next),
+        digest(&full_plan()),
+        "a checkpoint knows its start"
+    );
+    let (further, _) = finish(&mut Trainer::new(model(&on), next).unwrap(), &Unpaced);
+    assert!(further.summary.first_loss < finished.summary.first_loss);
+    let mut beyond = full_plan();
+    beyond.adapter = Some(FullConfig::new(vec![3]).into());
+    let error = Trainer::new(model(&on), beyond).unwrap_err().to_string();
+    assert!(
+        error.contains("layer 3 does not exist: the base has 3"),
+        "{error}"
+    );
 }
 
 #[test]

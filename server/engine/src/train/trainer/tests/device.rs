@@ -23,6 +23,7 @@ fn numbers(weights: &AdapterWeights) -> Vec<f64> {
     let mut all: Vec<f32> = factors.flat_map(|numbers| numbers.to_vec()).collect();
     all.extend(magnitudes(weights));
     all.extend(weights.scales.values().flat_map(|scale| &scale.l));
+    all.extend(weights.full.values().flat_map(|delta| &delta.values));
     all.extend(weights.head.iter().flat_map(|head| &head.weight));
     all.into_iter().map(f64::from).collect()
 }
@@ -53,6 +54,7 @@ fn a_run_there_is_nearly_the_processors() {
         lm_plan(),
         dora_plan(),
         ia3_plan(),
+        full_plan(),
         class_plan(false),
         class_plan(true),
     ] {
@@ -145,6 +147,7 @@ fn resumed_is_uninterrupted_there_too() {
             lm_plan(),
             dora_plan(),
             ia3_plan(),
+            full_plan(),
             class_plan(false),
             class_plan(true),
         ] {
