@@ -26,8 +26,8 @@ pub struct Segment<O: Ops = Backend> {
 // === impl Mixture ===
 
 impl<O: Ops> Mixture<O> {
-    /// Adapters with their weights. One of weight 0 adds nothing, to the last bit. DoRA's gains are no summands: an adapter
-    /// that has them is alone, with weight 1.
+    /// Adapters with their weights. One of weight 0 adds nothing, to the last bit. DoRA's gains and (IA)3's vectors
+    /// are no summands: an adapter that has them is alone, with weight 1.
     pub fn new(parts: Vec<(Arc<ResidentAdapter<O>>, f32)>) -> Self {
         Self(parts)
     }
@@ -168,6 +168,8 @@ pub struct Thin<O: Ops> {
     pub(crate) gained: O::Buf,
     /// `(W x + s B A x) / |W + s B A|`, exact, then its product with the output's gradient.
     pub(crate) direction: O::Buf,
+    /// Inputs behind (IA)3's vectors, or the gradients before them.
+    pub(crate) scaled: O::Buf,
     /// As many ones as were wanted so far, exact: they sum rows.
     pub(crate) ones: O::Buf,
 }
@@ -181,6 +183,7 @@ impl<O: Ops> Thin<O> {
             masked: ops.working(),
             gained: ops.working(),
             direction: ops.exact(),
+            scaled: ops.working(),
             ones: ops.exact(),
         }
     }

@@ -46,6 +46,26 @@ pub enum CombineError {
         /// The module.
         site: String,
     },
+    /// (IA)3 multiplies what the base makes, so it is no sum.
+    #[error(
+        "{name}: {site} is scaled by (IA)3, which cannot be added up; serve it alone, or merge it into its base"
+    )]
+    Scale {
+        /// The term.
+        name: String,
+        /// The module.
+        site: String,
+    },
+    /// A delta of a whole tensor has no low-rank factors.
+    #[error(
+        "{name}: {tensor} is unfrozen, and a delta of a whole tensor has no factors to add up; serve it alone, or merge it into its base"
+    )]
+    Full {
+        /// The term.
+        name: String,
+        /// The tensor.
+        tensor: String,
+    },
     /// A head is a whole and no update: there can be one.
     #[error(
         "{first} and {second} both have a classification head; at most one of the adapters may have one"
@@ -78,6 +98,7 @@ pub enum CombineError {
 /// [`CombineError`].
 pub fn combine(terms: &[Term<'_>], rank: Option<usize>) -> Result<Combined, CombineError> {
     let head = head_of(terms)?;
+    refuse_scales(terms)?;
     let keys: BTreeSet<(usize, Site)> = terms
         .iter()
         .flat_map(|term| term.weights.sites.keys().copied())
@@ -111,9 +132,34 @@ pub fn combine(terms: &[Term<'_>], rank: Option<usize>) -> Result<Combined, Comb
     };
     Ok(Combined {
         config,
-        weights: AdapterWeights { sites, head },
+        weights: AdapterWeights {
+            sites,
+            head,
+            ..AdapterWeights::default()
+        },
         relative_error,
     })
+}
+
+fn refuse_scales(terms: &[Term<'_>]) -> Result<(), CombineError> {
+    for term in terms {
+        // By name, so that a new part does not compile before it has been thought of here.
+        let AdapterWeights {
+            sites: _,
+            scales,
+            full,
+            head: _,
+        } = term.weights;
+        if let Some((layer, tensor)) = full.keys().next() {
+            let (name, tensor) = (term.name.to_owned(), tensor.path(*layer));
+            return Err(CombineError::Full { name, tensor });
+        }
+        if let Some((layer, site)) = scales.keys().next() {
+            let (name, site) = (term.name.to_owned(), site.path(*layer));
+            return Err(CombineError::Scale { name, site });
+        }
+    }
+    Ok(())
 }
 
 fn head_of(terms: &[Term<'_>]) -> Result<Option<ScoreHead>, CombineError> {

@@ -1,15 +1,20 @@
-//! What an adapter adapts: the seven linear sites of a decoder layer, the shape of the base, and PEFT's `LoraConfig`.
+//! What an adapter adapts: the seven linear sites of a decoder layer, the shape of the base, and PEFT's `LoraConfig`; the other
+//! ways to adapt stand in `ways`.
 //!
 //! Plain values that everything else in the workspace may hold. Which module a pattern matches is decided in `targets`,
 //! how the file is spelled in `peft`; this file must know neither JSON nor regular expressions, and nothing of tensors.
 
+mod full;
 mod targets;
+mod ways;
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use full::{FullConfig, LayerTensor};
 pub use targets::{MAX_PATTERN_BYTES, SitePlan};
+pub use ways::{AdapterConfig, Ia3Config, ScaleOn};
 
 /// One of the seven linear projections of a decoder layer that an adapter may change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

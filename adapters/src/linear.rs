@@ -1,29 +1,34 @@
 //! A frozen projection with adapters on it, and an adapter as operations like to read it.
 //!
 //! LoRA: `y = W x + b + s B (A x)`. DoRA (Liu et al., 2024, eq. 5; PEFT's `dora.py`), with the norm taken over
-//! each output row: `y = g (W x + s B (A x)) + b` where `g = m / |W + s B A|`. It must not know files, names or layers'
-//! order: a site is asked for by (layer, site).
+//! each output row: `y = g (W x + s B (A x)) + b` where `g = m / |W + s B A|`. (IA)3: `scale`. Unfrozen: `whole`. It must not know files, names or
+//! layers' order: a site is asked for by (layer, site).
 
 mod dora;
 mod grads;
 mod layout;
+mod norm;
 mod overlay;
 mod resident;
+mod scale;
 mod update;
+mod whole;
 
 use std::ops::Range;
 
 use crate::batch::{Pass, Segment, Thin};
-use crate::config::Site;
+use crate::config::{ScaleOn, Site};
 use crate::ops::{Buffer, LowRank, Ops, Real, View, ViewMut};
 use crate::pace::{Stopped, pieces};
 
 pub use grads::AdapterGrads;
+pub use norm::RmsNorm;
 pub use overlay::{Overlay, OverlayBytes};
 pub use resident::{BaseSites, BuildError, Misfit, ResidentAdapter, SiteView, Tensor};
-pub use update::{merged, row_norms};
+pub use update::{merged, row_norms, scaled};
 
 use resident::TrainedView;
+use scale::ScaleWork;
 
 /// A frozen projection `[out, in]`, its optional bias, and its place in the model. The only type that a block multiplies by.
 #[derive(Debug)]
@@ -142,7 +147,7 @@ fn number(layer: usize, site: Site) -> usize {
 }
 
 /// Projections that share their input `x [rows, in]`, each into its `y [rows, out]`: the bases once over all rows, then every
-/// segment's updates of all of them in one list, then gains and biases.
+/// segment's updates of all of them in one list, then gains, biases and (IA)3's vectors.
 ///
 /// # Errors
 /// [`Stopped`] when the pace says so.
@@ -154,6 +159,7 @@ pub fn forward<O: Ops, const N: usize>(
     thin: &mut Thin<O>,
 ) -> Result<(), Stopped> {
     for (projection, y) in projections.iter().zip(&mut outputs) {
+        let x = projection.scaled_input(pass, x, &mut thin.scaled);
         projection.base(pass, x, y)?;
     }
     match pass.dropout {
@@ -206,6 +212,11 @@ impl<O: Ops> LoraLinear<O> {
         }
     }
 
+    /// The frozen bias, working.
+    pub fn bias(&self) -> Option<View<'_, O>> {
+        self.bias.as_ref().map(Buffer::all)
+    }
+
     /// The frozen weight.
     pub fn weight(&self) -> &O::Matrix {
         &self.weight
@@ -221,29 +232,46 @@ impl<O: Ops> LoraLinear<O> {
         self.inputs
     }
 
-    /// `y = W x`, with the merged weight in the base's place for rows that one covers: adjacent rows of one weight in one
+    /// `y = W x`, with another weight in the base's place for rows that one covers: adjacent rows of one weight in one
     /// product, so that each weight is read once.
     fn base(&self, pass: &Pass<'_, O>, x: &O::Buf, y: &mut O::Buf) -> Result<(), Stopped> {
         let rows = x.len() / self.inputs;
         let (mut from, mut at) = (0, 0);
         let mut weight = &self.weight;
-        for covered in pass.overlays {
-            let base = (at..covered.rows.start, &self.weight);
-            let merged = covered.overlay.site(self.layer, self.site);
-            let merged = (covered.rows.clone(), merged.unwrap_or(&self.weight));
-            for (rows, next) in [base, merged] {
+        for (covered, other) in self.others(pass) {
+            let base = (at..covered.start, &self.weight);
+            for (rows, next) in [base, (covered.clone(), other)] {
                 if !rows.is_empty() && !std::ptr::eq(weight, next) {
                     self.product(pass, weight, from..rows.start, (x, &mut *y))?;
                     (from, weight) = (rows.start, next);
                 }
             }
-            at = covered.rows.end;
+            at = covered.end;
         }
         if at < rows && !std::ptr::eq(weight, &self.weight) {
             self.product(pass, weight, from..at, (x, &mut *y))?;
             (from, weight) = (at, &self.weight);
         }
         self.product(pass, weight, from..rows, (x, y))
+    }
+
+    /// Rows that another weight than the base's covers, in row order: a merged one, or a segment's own.
+    fn others<'a>(
+        &'a self,
+        pass: &'a Pass<'_, O>,
+    ) -> impl Iterator<Item = (Range<usize>, &'a O::Matrix)> {
+        let merged = pass.overlays.iter().map(|covered| {
+            let merged = covered.overlay.site(self.layer, self.site);
+            (covered.rows.clone(), merged.unwrap_or(&self.weight))
+        });
+        let own = pass.segments.iter();
+        let own = own.filter_map(|segment| Some((segment.rows.clone(), self.own(segment)?)));
+        let (mut merged, mut own) = (merged.peekable(), own.peekable());
+        std::iter::from_fn(move || match (merged.peek(), own.peek()) {
+            (Some((m, _)), Some((o, _))) if o.start < m.start => own.next(),
+            (None, _) => own.next(),
+            _ => merged.next(),
+        })
     }
 
     fn product(
@@ -264,12 +292,11 @@ impl<O: Ops> LoraLinear<O> {
         Ok(())
     }
 
-    /// DoRA's gains and the bias.
+    /// DoRA's gains, the bias, and (IA)3's vectors.
     fn finish(&self, pass: &Pass<'_, O>, y: &mut O::Buf) {
         self.gain(pass, y);
-        if let Some(bias) = &self.bias {
-            pass.ops.add_bias(bias.all(), y.all_mut());
-        }
+        self.add_bias(pass, y);
+        self.scale(pass, y);
     }
 
     /// `y *= gain` in the rows that DoRA's gains are for.
@@ -311,18 +338,17 @@ impl<O: Ops> LoraLinear<O> {
             masked,
             gained,
             direction,
+            scaled,
             ones,
         } = thin;
-        let rows = dy.len() / self.outputs;
         let inner = self.inner_gradient(pass, dy, gained);
-        if let Some(dx) = dx.as_deref_mut() {
-            for (rows, part) in pieces(pass.pace, rows, self.outputs, self.inputs) {
-                let dx = dx.part_mut(numbers(&rows, self.inputs));
-                let inner = inner.part(numbers(&rows, self.outputs));
-                pass.ops.matmul_backward_part(inner, &self.weight, part, dx);
-                pass.pace.breathe()?;
-            }
-        }
+        let work = ScaleWork {
+            scaled,
+            product: direction,
+            ones,
+        };
+        self.scale_backward(pass, (x, dy, inner), dx.as_deref_mut(), grads, work)?;
+        self.whole_gradients(pass, (x, inner), grads, (&mut *direction, &mut *ones))?;
         for (index, segment) in pass.segments.iter().enumerate() {
             let Some(trained) = self.trained(segment) else {
                 continue;
@@ -357,7 +383,27 @@ impl<O: Ops> LoraLinear<O> {
         Ok(())
     }
 
-    /// The gradient of `W x + s B A x`: `dy`, times the gains in the rows that they are for.
+    /// `dx += dy W` of some rows.
+    fn product_backward(
+        &self,
+        pass: &Pass<'_, O>,
+        rows: Range<usize>,
+        (dy, dx): (&O::Buf, &mut O::Buf),
+    ) -> Result<(), Stopped> {
+        for (rows, weight) in self.cut(pass, rows) {
+            let first = rows.start;
+            for (rows, part) in pieces(pass.pace, rows.len(), self.outputs, self.inputs) {
+                let rows = first + rows.start..first + rows.end;
+                let dx = dx.part_mut(numbers(&rows, self.inputs));
+                let dy = dy.part(numbers(&rows, self.outputs));
+                pass.ops.matmul_backward_part(dy, weight, part, dx);
+                pass.pace.breathe()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The gradient of `W x + s B A x`: `dy`, times the gains and the vectors on outputs in the rows that they are for.
     fn inner_gradient<'a>(
         &self,
         pass: &Pass<'_, O>,
@@ -370,6 +416,7 @@ impl<O: Ops> LoraLinear<O> {
                 .parts()
                 .map(|(a, _)| a.site(self.layer, self.site));
             views.any(|view| view.is_some_and(|view| view.gain.is_some()))
+                || self.vector(segment, ScaleOn::Outputs).is_some()
         };
         if !pass.segments.iter().any(gains) {
             return dy;
@@ -377,6 +424,7 @@ impl<O: Ops> LoraLinear<O> {
         pass.ops.resize(gained, dy.len());
         pass.ops.copy(dy.all(), gained.all_mut());
         self.gain(pass, gained);
+        self.scale(pass, gained);
         gained
     }
 
@@ -400,11 +448,7 @@ impl<O: Ops> LoraLinear<O> {
         ops.expand(h.all(), trained.bt, trained.rank, trained.scale, y);
         ops.scale_columns(inverse, direction.part_mut(at.clone()));
         ops.multiply(dy.part(at.clone()), direction.part_mut(at.clone()));
-        if ones.len() < rows.len() {
-            ops.resize(ones, rows.len());
-            ops.write(&vec![O::T::ONE; rows.len()], ones.all_mut());
-        }
-        let ones = ones.part(0..rows.len());
+        let ones = some_ones(ops, ones, rows.len());
         ops.outer(ones, direction.part(at), 1, O::T::ONE, dm);
         Ok(())
     }
@@ -461,6 +505,29 @@ impl<O: Ops> LoraLinear<O> {
         pass.ops
             .dropout(masked.all(), keys, self.number(), dropout.rate, dx, true);
     }
+}
+
+/// An exact copy `[rows, width]` of working numbers.
+fn exact_copy<O: Ops>(
+    ops: &O,
+    from: View<'_, O>,
+    (rows, width): (usize, usize),
+    (to, ones): (&mut O::Buf, &mut O::Buf),
+) {
+    some_ones(ops, ones, width);
+    ops.resize(to, rows * width);
+    ops.clear(to.all_mut());
+    ops.add_bias(ones.part(0..width), to.all_mut());
+    ops.multiply(from, to.all_mut());
+}
+
+/// So many ones, exact, from a buffer that is kept filled with them.
+fn some_ones<'a, O: Ops>(ops: &O, ones: &'a mut O::Buf, count: usize) -> View<'a, O> {
+    if ones.len() < count {
+        ops.resize(ones, count);
+        ops.write(&vec![O::T::ONE; count], ones.all_mut());
+    }
+    ones.part(0..count)
 }
 
 /// Where rows of a width lie.

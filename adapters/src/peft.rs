@@ -5,6 +5,7 @@
 
 mod config_file;
 mod directory;
+mod full;
 mod keys;
 mod read;
 mod tensor_file;

@@ -1,4 +1,5 @@
-//! An adapter's numbers: A, B and magnitude of each adapted site, and a classification head.
+//! An adapter's numbers: A, B and magnitude of each site with a low-rank update, the vector of each site that (IA)3 scales, and
+//! a classification head.
 //!
 //! A and B stay in the dtype that their file stores; the rest is f32. This file must not know files, names of tensors or devices.
 
@@ -7,7 +8,7 @@ use std::collections::BTreeMap;
 
 use half::{bf16, f16};
 
-use crate::config::{BaseShape, Site};
+use crate::config::{BaseShape, LayerTensor, ScaleOn, Site};
 use crate::head::HeadSettings;
 
 /// Numbers in the dtype that their file stores.
@@ -36,6 +37,24 @@ pub struct SiteAdapter {
     pub magnitude: Option<Vec<f32>>,
 }
 
+/// (IA)3's vector at one site (Liu et al., 2022): `y = l * (W x + b)` on the outputs, `y = W (l * x) + b` on the inputs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SiteScale {
+    /// Which side of the projection it multiplies.
+    pub on: ScaleOn,
+    /// The vector, `[out]` or `[in]`.
+    pub l: Vec<f32>,
+}
+
+/// What is added to a whole tensor of the base.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Delta {
+    /// Outputs of a projection's weight; 1 of a vector.
+    pub rows: usize,
+    /// Row-major.
+    pub values: Vec<f32>,
+}
+
 /// A classification head without bias: logits = weight h, h the last token's state after the final norm.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ScoreHead {
@@ -50,8 +69,12 @@ pub struct ScoreHead {
 /// Everything an adapter changes in its base.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AdapterWeights {
-    /// Adapted sites by (layer, site).
+    /// Sites with a low-rank update, by (layer, site).
     pub sites: BTreeMap<(usize, Site), SiteAdapter>,
+    /// Sites that (IA)3 scales, by (layer, site).
+    pub scales: BTreeMap<(usize, Site), SiteScale>,
+    /// What is added to whole tensors of the base, by (layer, tensor).
+    pub full: BTreeMap<(usize, LayerTensor), Delta>,
     /// The head, when the adapter classifies.
     pub head: Option<ScoreHead>,
 }
@@ -119,7 +142,9 @@ impl AdapterWeights {
         let low_rank: usize = sites
             .map(|s| s.a.len() + s.b.len() + s.magnitude.as_ref().map_or(0, Vec::len))
             .sum();
-        low_rank + self.head.as_ref().map_or(0, |h| h.weight.len())
+        let scales: usize = self.scales.values().map(|s| s.l.len()).sum();
+        let full: usize = self.full.values().map(|delta| delta.values.len()).sum();
+        low_rank + scales + full + self.head.as_ref().map_or(0, |h| h.weight.len())
     }
 
     /// The largest rank, 0 without any site.
@@ -152,6 +177,29 @@ impl AdapterWeights {
                 continue;
             };
             return Some((site.path(layer), wrong));
+        }
+        for (&(layer, site), scale) in &self.scales {
+            let expected = scale.on.width(base.dims(site));
+            let wrong = if layer >= base.layers {
+                format!("layer {layer} of a base with {} layers", base.layers)
+            } else if scale.l.len() != expected {
+                format!("l has {} values, not {expected}", scale.l.len())
+            } else {
+                continue;
+            };
+            return Some((site.path(layer), wrong));
+        }
+        for (&(layer, tensor), delta) in &self.full {
+            let expected: usize = tensor.shape(base).iter().product();
+            let wrong = if layer >= base.layers {
+                format!("layer {layer} of a base with {} layers", base.layers)
+            } else if delta.values.len() != expected {
+                let found = delta.values.len();
+                format!("the delta has {found} values, not {expected}")
+            } else {
+                continue;
+            };
+            return Some((tensor.path(layer), wrong));
         }
         let head = self.head.as_ref()?;
         let expected = head.labels.len() * base.hidden;

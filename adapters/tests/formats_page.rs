@@ -126,7 +126,7 @@ fn the_configuration_is_read_and_its_digest_is_pythons() {
         });
     let weights = AdapterWeights {
         sites: sites.collect(),
-        head: None,
+        ..AdapterWeights::default()
     };
     let written = write(&config, &weights).unwrap();
     let artifact = AdapterArtifact {
@@ -134,7 +134,7 @@ fn the_configuration_is_read_and_its_digest_is_pythons() {
         ..written
     };
     let (config_read, weights_read, _) = read(&artifact, &base, &Limits::default()).unwrap();
-    assert_eq!((config_read, weights_read), (config, weights));
+    assert_eq!((config_read, weights_read), (config.into(), weights));
 
     let dir = tempfile::tempdir().unwrap();
     to_dir(&artifact, dir.path()).unwrap();

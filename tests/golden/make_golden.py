@@ -9,7 +9,7 @@ large goldens that ESPALIER_GOLDEN names, so that one test reads both.
 """
 import json, os, shutil, sys
 import numpy as np, torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -93,6 +93,7 @@ def randomise(peft, seed):
             if "lora_A" in name: p.normal_(0, 0.3)
             if "lora_B" in name: p.normal_(0, 0.2)
             if "magnitude" in name: p.mul_(1 + 0.2 * torch.rand_like(p))
+            if "ia3_l" in name: p.normal_(1, 0.3)
             if "score" in name and "modules_to_save" in name: p.normal_(0, 0.5)
 
 
@@ -142,10 +143,10 @@ def classifier(labels, c):
     return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **c))
 
 
-def train(peft, path, batches, loss_of, ratio=None):
+def train(peft, path, batches, loss_of, ratio=None, keep=save):
     """Twenty steps: AdamW with decay 0.1 on every trained tensor, five steps of warm-up, clipping at 1; LoRA+ with a ratio."""
     lr, decay, clip = 2e-3, 0.1, 1.0
-    save(peft, f"{path}/init")
+    keep(peft, f"{path}/init")
     peft.train()
     params = [p for p in peft.parameters() if p.requires_grad]
     adam = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8)
@@ -165,7 +166,7 @@ def train(peft, path, batches, loss_of, ratio=None):
         opt.step(), opt.zero_grad()
         steps.append(dict(batch=batch, lr=now, loss=float(f"{loss.item():.8g}"), grad_norm=float(f"{norm.item():.8g}")))
     peft.eval()
-    save(peft, f"{path}/final")
+    keep(peft, f"{path}/final")
     way = dict(lora_plus_ratio=ratio) if ratio else {}
     write(f"{path}/curve.json", dict(lr=lr, weight_decay=decay, betas=[0.9, 0.999], eps=1e-8, clip=clip, **way, steps=steps))
 
@@ -271,7 +272,62 @@ HEADS = [
     dict(name="regression", problem="regression", rows=1, seed=22, answer=lambda labels, n: dict(score=0.5 * n - len(labels))),
     dict(name="weighted", problem="single_label_classification", rows=3, seed=23, weights=[0.5, 1.0, 3.0], answer=lambda labels, n: dict(label=min(len(labels), 2))),
 ]
-WAYS = dict(loraplus=loraplus, dora=dora, **{way["name"]: lambda tok, way=way: heads(tok, way) for way in HEADS})
+
+
+def ia3(tok):
+    scaled = lambda **c: get_peft_model(base(), IA3Config(task_type="CAUSAL_LM", **c))
+    cases = dict(
+        ia3=dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        ia3_wide=dict(target_modules="all-linear", feedforward_modules=["q_proj", "o_proj", "up_proj"], exclude_modules=["gate_proj"]),
+    )
+    for i, (name, c) in enumerate(cases.items()):
+        peft = scaled(**c).eval()
+        randomise(peft, 300 + i)
+        shutil.rmtree(f"{HERE}/adapters/{name}", ignore_errors=True)
+        save(peft, f"{HERE}/adapters/{name}")
+        write(f"{HERE}/adapters/{name}/expected.json", expected(peft, tok, TEXTS))
+    peft = scaled(**cases["ia3"])
+    randomise(peft, 15)
+    train(peft, f"{HERE}/train_ia3", batches(tok)[0], sft_loss)
+
+
+def delta(model, path, layers, modules):
+    """What was added to the base's layers, in our own form: PEFT has none for single tensors."""
+    start = dict(base().named_parameters())
+    deltas = {f"{name}.delta": p.detach() - start[name] for name, p in model.named_parameters() if p.requires_grad}
+    os.makedirs(path, exist_ok=True)
+    save_file(deltas, f"{path}/adapter_model.safetensors", metadata={"format": "pt"})
+    config = dict(base_model_name_or_path="espalier/tiny-golden", layers=layers, modules=modules, modules_to_save=None, peft_type="ESPALIER_FULL", task_type="CAUSAL_LM")
+    with open(f"{path}/adapter_config.json", "w") as f:
+        json.dump(config, f, indent=2, sort_keys=True)
+
+
+def unfrozen(layers, modules):
+    """A base of which only these modules of these layers learn."""
+    model = base()
+    for name, p in model.named_parameters():
+        parts = name.split(".")
+        p.requires_grad_(parts[1] == "layers" and int(parts[2]) in layers and (not modules or parts[-2] in modules))
+    return model
+
+
+def unfreeze(tok):
+    cases = dict(unfreeze=([1], []), unfreeze_some=([0, 1], ["q_proj", "down_proj", "input_layernorm", "post_attention_layernorm"]))
+    for i, (name, (layers, modules)) in enumerate(cases.items()):
+        shutil.rmtree(f"{HERE}/train_{name}", ignore_errors=True)
+        torch.manual_seed(16 + i)
+        train(unfrozen(layers, modules), f"{HERE}/train_{name}", batches(tok)[0], sft_loss, keep=lambda m, path: delta(m, path, layers, modules))
+    layers, modules = cases["unfreeze_some"]
+    model = unfrozen(layers, modules)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad: p.add_(0.1 * torch.randn_like(p))
+    shutil.rmtree(f"{HERE}/adapters/unfrozen", ignore_errors=True)
+    delta(model, f"{HERE}/adapters/unfrozen", layers, modules)
+    write(f"{HERE}/adapters/unfrozen/expected.json", expected(model.eval(), tok, TEXTS))
+
+
+WAYS = dict(loraplus=loraplus, dora=dora, ia3=ia3, unfreeze=unfreeze, **{way["name"]: lambda tok, way=way: heads(tok, way) for way in HEADS})
 
 
 def only(ways):

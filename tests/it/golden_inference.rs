@@ -11,8 +11,8 @@ use std::process::Output;
 use std::sync::Arc;
 
 use espalier_adapters::batch::Segment;
-use espalier_adapters::config::Site;
-use espalier_adapters::linear::merged;
+use espalier_adapters::config::{LayerTensor, Site};
+use espalier_adapters::linear::{merged, scaled};
 use espalier_adapters::ops::cuda::driver::Element;
 use espalier_adapters::ops::cuda::{self, Cuda, Emulated};
 use espalier_adapters::ops::{Backend, Buffer, Ops};
@@ -66,7 +66,7 @@ pub(crate) fn json<T: for<'de> Deserialize<'de>>(path: &Path) -> T {
 pub(crate) fn adapter(
     dir: &Path,
     config: &ModelConfig,
-) -> (espalier_adapters::config::LoraConfig, AdapterWeights) {
+) -> (espalier_adapters::config::AdapterConfig, AdapterWeights) {
     let limits = peft::Limits::default();
     let artifact = peft::from_dir(dir, &limits).unwrap();
     let read = peft::read(&artifact, &config.base_shape(), &limits);
@@ -283,7 +283,10 @@ fn check_cases(model: &Model, name: &str, cases: &[Case], adapter: Option<&Arc<R
 }
 
 fn merge(mut weights: ModelWeights, adapter: &AdapterWeights) -> ModelWeights {
-    for ((layer, site), delta) in &adapter.sites {
+    let layers = weights.layers.iter();
+    let norms = layers.map(|layer| (layer.attn_norm.clone(), layer.mlp_norm.clone()));
+    let mut norms: Vec<_> = norms.collect();
+    let mut change = |(layer, site): &(usize, Site), of: &dyn Fn(&[f32]) -> Vec<f32>| {
         let layer = &mut weights.layers[*layer];
         let weight = match site {
             Site::Q => &mut layer.q,
@@ -294,7 +297,28 @@ fn merge(mut weights: ModelWeights, adapter: &AdapterWeights) -> ModelWeights {
             Site::Up => &mut layer.up,
             Site::Down => &mut layer.down,
         };
-        *weight = merged(weight, delta);
+        *weight = of(weight);
+    };
+    for (at, delta) in &adapter.sites {
+        change(at, &|weight| merged(weight, delta));
+    }
+    for (at, scale) in &adapter.scales {
+        change(at, &|weight| scaled(weight, scale));
+    }
+    for ((layer, tensor), delta) in &adapter.full {
+        let sum = |weight: &[f32]| -> Vec<f32> {
+            let pairs = weight.iter().zip(&delta.values);
+            pairs.map(|(w, d)| w + d).collect()
+        };
+        match tensor {
+            LayerTensor::Weight(site) => change(&(*layer, *site), &sum),
+            LayerTensor::AttnNorm => norms[*layer].0 = sum(&norms[*layer].0),
+            LayerTensor::MlpNorm => norms[*layer].1 = sum(&norms[*layer].1),
+            other => panic!("Llama has no {other:?}"),
+        }
+    }
+    for (layer, (attn, mlp)) in weights.layers.iter_mut().zip(norms) {
+        (layer.attn_norm, layer.mlp_norm) = (attn, mlp);
     }
     weights
 }
@@ -451,7 +475,7 @@ fn merged_directories_answer_as_peft() {
     }
     assert_eq!(
         std::fs::read_dir(dir.path()).unwrap().count(),
-        7,
+        10,
         "something stayed behind"
     );
 }

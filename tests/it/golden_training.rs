@@ -75,7 +75,7 @@ impl Item {
 }
 
 fn plan(curve: &Curve, dir: &Path, model: &Model) -> TrainPlan {
-    let (lora, mut init) = adapter(&dir.join("init"), model.config());
+    let (adapter, mut init) = adapter(&dir.join("init"), model.config());
     let problem = curve.problem_type.unwrap_or_default();
     if let Some(head) = &mut init.head {
         head.settings.problem = problem;
@@ -104,7 +104,7 @@ fn plan(curve: &Curve, dir: &Path, model: &Model) -> TrainPlan {
     });
     TrainPlan {
         method,
-        lora: Some(lora),
+        adapter: Some(adapter),
         hp: HyperParameters {
             learning_rate: Some(curve.lr),
             lora_plus_ratio: curve.lora_plus_ratio.unwrap_or(1.0),
@@ -140,11 +140,19 @@ fn tensors(weights: &AdapterWeights) -> BTreeMap<String, Cow<'_, [f32]>> {
         let magnitude = magnitude.map(|m| (format!("{path}.magnitude"), m.as_slice().into()));
         factors.into_iter().chain(magnitude)
     });
+    let scales = weights.scales.iter().map(|((layer, site), scale)| {
+        let name = format!("{}.ia3_l", site.path(*layer));
+        (name, scale.l.as_slice().into())
+    });
     let head = weights
         .head
         .as_ref()
         .map(|head| ("score".to_owned(), head.weight.as_slice().into()));
-    sites.chain(head).collect()
+    let full = weights
+        .full
+        .iter()
+        .map(|((layer, tensor), delta)| (tensor.path(*layer), delta.values.as_slice().into()));
+    sites.chain(scales).chain(full).chain(head).collect()
 }
 
 /// The relative Frobenius error of each tensor's update, ascending.

@@ -83,7 +83,7 @@ fn lora(seed: u64, hidden: usize) -> AdapterArtifact {
     };
     let weights = AdapterWeights {
         sites: BTreeMap::from([((0, Site::Q), site(0)), ((1, Site::Q), site(1))]),
-        head: None,
+        ..AdapterWeights::default()
     };
     peft::write(&config, &weights).unwrap()
 }

@@ -58,3 +58,96 @@ async fn dora_with_lora_plus_is_trained_served_and_gone_on_from() {
     assert!(reason.contains("0.1 cannot be combined"), "{reason}");
     server.ended().await;
 }
+
+#[tokio::test]
+async fn ia3_is_trained_served_and_gone_on_from() {
+    let server = TestServer::start(&[]).await;
+    let acme = tenant(server.addr, "acme").await;
+    let spec = |lora: Option<v1::LoraConfig>| {
+        let mut spec = supervised(&acme, "a", lessons(), 30);
+        spec.lora = lora;
+        spec.ia3 = Some(v1::Ia3Config::default());
+        spec.hyper_parameters.as_mut().unwrap().learning_rate = Some(0.1);
+        spec
+    };
+    let job = succeeded(&acme, &start(&acme, spec(None)).await).await;
+    let decided = job.spec.unwrap();
+    assert_eq!(decided.lora, None);
+    let ia3 = decided.ia3.unwrap();
+    assert_eq!(ia3.target_modules, ["k_proj", "v_proj", "down_proj"]);
+    assert_eq!(ia3.feedforward_modules, ["down_proj"]);
+    let version = acme.get_adapter_version(&job.version).await.unwrap();
+    assert_eq!((version.config, version.ia3), (None, Some(ia3)));
+    let (taught, by) = answer(&acme, Some("a"), "case 3", 12).await;
+    let (plain, _) = answer(&acme, None, "case 3", 12).await;
+    assert_eq!(by, std::slice::from_ref(&job.version));
+    assert_ne!(taught, plain, "nothing was learnt");
+
+    let next = |lora: Option<v1::LoraConfig>, ia3| v1::TrainingSpec {
+        from_version: job.version.clone(),
+        lora,
+        ia3,
+        ..spec(None)
+    };
+    let further = next(None, Some(v1::Ia3Config::default()));
+    let further = succeeded(&acme, &start(&acme, further).await).await;
+    assert_ne!(further.version, job.version);
+    let refusals = [
+        (next(None, None), "found (IA)3 on down_proj, k_proj, v_proj"),
+        (
+            spec(Some(v1::LoraConfig::default())),
+            "spec.ia3: lora is set too",
+        ),
+    ];
+    for (spec, expected) in refusals {
+        let (_, reason) = refused(acme.create_training_job(create(&acme, spec)).await);
+        assert!(reason.contains(expected), "{reason}");
+    }
+    server.ended().await;
+}
+
+#[tokio::test]
+async fn layers_are_unfrozen_served_and_gone_on_from() {
+    let server = TestServer::start(&[]).await;
+    let acme = tenant(server.addr, "acme").await;
+    let last = |layers| v1::UnfreezeConfig {
+        last_layers: Some(layers),
+        ..Default::default()
+    };
+    let spec = |unfreeze: v1::UnfreezeConfig| {
+        let mut spec = supervised(&acme, "a", lessons(), 30);
+        spec.lora = None;
+        spec.unfreeze = Some(unfreeze);
+        spec.hyper_parameters.as_mut().unwrap().learning_rate = Some(0.01);
+        spec
+    };
+    let job = succeeded(&acme, &start(&acme, spec(last(1))).await).await;
+    let decided = job.spec.unwrap().unfreeze.unwrap();
+    assert_eq!((decided.last_layers, &decided.layers[..]), (None, &[1][..]));
+    let version = acme.get_adapter_version(&job.version).await.unwrap();
+    assert_eq!((version.config, version.unfreeze), (None, Some(decided)));
+    let (taught, by) = answer(&acme, Some("a"), "case 3", 12).await;
+    let (plain, _) = answer(&acme, None, "case 3", 12).await;
+    assert_eq!(by, std::slice::from_ref(&job.version));
+    assert_ne!(taught, plain, "nothing was learnt");
+
+    let next = |unfreeze| v1::TrainingSpec {
+        from_version: job.version.clone(),
+        ..spec(unfreeze)
+    };
+    let further = succeeded(&acme, &start(&acme, next(last(1))).await).await;
+    assert_ne!(further.version, job.version);
+    let both = v1::TrainingSpec {
+        ia3: Some(v1::Ia3Config::default()),
+        ..spec(last(1))
+    };
+    for (spec, expected) in [
+        (next(last(2)), "found all modules of layers [1], unfrozen"),
+        (both, "spec.unfreeze: ia3 is set too"),
+        (spec(last(9)), "unfreeze.last_layers: 9 is outside"),
+    ] {
+        let (_, reason) = refused(acme.create_training_job(create(&acme, spec)).await);
+        assert!(reason.contains(expected), "{reason}");
+    }
+    server.ended().await;
+}

@@ -36,7 +36,7 @@ fn adapter(seed: u64, r: usize, scale: f32, sites: &[(usize, Site)]) -> AdapterW
     });
     AdapterWeights {
         sites: sites.collect(),
-        head: None,
+        ..AdapterWeights::default()
     }
 }
 
@@ -165,7 +165,7 @@ fn a_cut_loses_the_tail_of_the_singular_values_and_nothing_more() {
         };
         AdapterWeights {
             sites: [(key, site)].into(),
-            head: None,
+            ..AdapterWeights::default()
         }
     };
     let (even, odd) = (half(0, 2.0, 0.5), half(1, 0.25, -3.0));

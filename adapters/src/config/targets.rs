@@ -1,4 +1,4 @@
-//! Which modules a `LoraConfig` adapts, with what rank and scale: PEFT's matching rules, applied to every site of a base.
+//! Which modules a configuration adapts, with what rank and scale: PEFT's matching rules, applied to every site of a base.
 //!
 //! Source: `check_target_module_exists` and `get_pattern_key` of PEFT 0.21. Patterns are untrusted. They run on an
 //! engine without backtracking, and each is compiled, applied to all sites and dropped, so that memory is bounded by one
@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use regex::bytes::{Regex, RegexBuilder};
 
-use super::{LoraConfig, Modules, Site};
+use super::{Ia3Config, LoraConfig, Modules, ScaleOn, Site};
 use crate::error::AdapterError;
 
 /// Bytes that one compiled pattern may take, and again its lazily built automaton.
@@ -118,6 +118,59 @@ impl LoraConfig {
             }
         }
         numbers
+    }
+}
+
+impl Ia3Config {
+    /// Every site that this configuration scales in a base of so many layers, and on which side.
+    ///
+    /// # Errors
+    /// Every pattern that cannot be compiled.
+    pub fn plan(
+        &self,
+        layers: usize,
+    ) -> Result<BTreeMap<(usize, Site), ScaleOn>, Vec<AdapterError>> {
+        let mut errors = Vec::new();
+        let sites: Vec<(usize, Site)> = (0..layers)
+            .flat_map(|layer| Site::ALL.map(|site| (layer, site)))
+            .collect();
+        let paths: Vec<String> = sites
+            .iter()
+            .map(|(layer, site)| site.path(*layer))
+            .collect();
+        let targets = matching(&self.target_modules, "target_modules", &paths, &mut errors);
+        let excluded = self.exclude_modules.as_ref().map(|modules| {
+            let field = "exclude_modules";
+            matching(modules, field, &paths, &mut errors)
+        });
+        let inputs = feedforward(&self.feedforward_modules, &paths, &mut errors);
+        if !errors.is_empty() {
+            return Err(errors);
+        }
+        let taken = |i: usize| targets[i].hit && !excluded.as_ref().is_some_and(|e| e[i].hit);
+        let plan = (0..sites.len()).filter(|i| taken(*i)).map(|i| {
+            let on = if inputs[i] {
+                ScaleOn::Inputs
+            } else {
+                ScaleOn::Outputs
+            };
+            (sites[i], on)
+        });
+        Ok(plan.collect())
+    }
+}
+
+/// Which modules are feedforward. Source: `_check_target_module_feedforward`, which asks for the end of a path, at a dot or not.
+fn feedforward(modules: &Modules, paths: &[String], errors: &mut Vec<AdapterError>) -> Vec<bool> {
+    match modules {
+        Modules::List(names) => {
+            let ends = |path: &String| names.iter().any(|name| path.ends_with(name.as_str()));
+            paths.iter().map(ends).collect()
+        }
+        other => {
+            let found = matching(other, "feedforward_modules", paths, errors);
+            found.iter().map(|found| found.hit).collect()
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! rank, so that what rsLoRA and `alpha_pattern` say otherwise is multiplied into B. An alpha of zero means a factor of one.
 
 use super::write::{NewTensor, NewValue, write};
-use crate::config::{LoraConfig, Site};
+use crate::config::{AdapterConfig, LoraConfig, Site};
 use crate::weights::{AdapterWeights, ScoreHead, SiteAdapter};
 
 /// What the file must know of the base that it is for.
@@ -44,15 +44,15 @@ pub const fn half_of_pair(row: usize, head_dim: usize) -> usize {
 /// The bytes of the file: an f32 tensor for each A and B, whatever type they are stored in here. `name` is for people.
 ///
 /// # Errors
-/// [`NotInGguf`] for a head, DoRA's magnitudes, and an adapter that has no low-rank part at all.
+/// [`NotInGguf`] for a head, DoRA's magnitudes, (IA)3's vectors, and an adapter that has no low-rank part at all.
 pub fn write_lora(
     name: &str,
-    config: &LoraConfig,
+    config: &AdapterConfig,
     weights: &AdapterWeights,
     base: &LoraBase,
 ) -> Result<Vec<u8>, NotInGguf> {
     refuse(weights)?;
-    let alpha = file_alpha(config);
+    let alpha = config.lora().map_or(1.0, file_alpha);
     let mut tensors = Vec::with_capacity(2 * weights.sites.len());
     for (&(layer, site), adapter) in &weights.sites {
         let stem = format!("blk.{layer}.{}.weight", site_name(site));
@@ -91,11 +91,26 @@ fn refuse(weights: &AdapterWeights) -> Result<(), NotInGguf> {
             next_step,
         })
     };
-    if let Some(ScoreHead { labels, .. }) = &weights.head {
+    // By name, so that a new part does not compile before it has been thought of here.
+    let AdapterWeights {
+        sites,
+        scales,
+        full,
+        head,
+    } = weights;
+    if let Some(ScoreHead { labels, .. }) = head {
         let what = format!("a classification head ({} labels)", labels.len());
         return refused("score".to_owned(), what, MERGE_INSTEAD);
     }
-    for (&(layer, site), adapter) in &weights.sites {
+    if let Some((layer, site)) = scales.keys().next() {
+        let what = "a vector of (IA)3, which multiplies what the base makes".to_owned();
+        return refused(site.path(*layer), what, MERGE_INSTEAD);
+    }
+    if let Some((layer, tensor)) = full.keys().next() {
+        let what = "a whole tensor that was unfrozen".to_owned();
+        return refused(tensor.path(*layer), what, MERGE_INSTEAD);
+    }
+    for (&(layer, site), adapter) in sites {
         // By name, so that a new part of a site does not compile before it has been thought of here.
         let SiteAdapter {
             r: _,
@@ -109,7 +124,7 @@ fn refuse(weights: &AdapterWeights) -> Result<(), NotInGguf> {
             return refused(site.path(layer), what, MERGE_INSTEAD);
         }
     }
-    if weights.sites.is_empty() {
+    if sites.is_empty() {
         let what = "an adapter without low-rank weights".to_owned();
         return refused(
             "target_modules".to_owned(),

@@ -40,7 +40,7 @@ fn adapter(name: &str) -> (LoraConfig, AdapterWeights) {
     let dir = golden(&format!("adapters/{name}"));
     let artifact = peft::from_dir(&dir, &limits).unwrap();
     let (config, weights, _) = peft::read(&artifact, &SHAPE, &limits).unwrap();
-    (config, weights)
+    (config.lora().unwrap().clone(), weights)
 }
 
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
@@ -84,7 +84,7 @@ fn files_are_those_of_llama_cpp_s_converter() {
     ];
     for (name, file, base) in cases {
         let (config, weights) = adapter(name);
-        let ours = read(write_lora(name, &config, &weights, &base).unwrap());
+        let ours = read(write_lora(name, &config.clone().into(), &weights, &base).unwrap());
         let theirs = read(std::fs::read(golden(&format!("gguf/{file}.gguf"))).unwrap());
         for key in ["general.architecture", "general.type", "adapter.type"] {
             let (ours, theirs) = (ours.0.text(key).unwrap(), theirs.0.text(key).unwrap());
@@ -121,7 +121,7 @@ fn what_llama_cpp_computes_is_what_peft_computes() {
         for (key, site) in &mut weights.sites {
             site.scale = plan[key].scale;
         }
-        let (metadata, tensors) = read(write_lora("a", &config, &weights, &LLAMA).unwrap());
+        let (metadata, tensors) = read(write_lora("a", &config.into(), &weights, &LLAMA).unwrap());
         let alpha = f64::from(metadata.float("adapter.lora.alpha").unwrap().unwrap());
         assert!(alpha != 0.0, "llama.cpp takes an alpha of zero for none");
         for (&(layer, site), adapter) in &weights.sites {
@@ -168,7 +168,7 @@ fn rows_in_pairs_are_a_permutation_that_changes_every_inner_row() {
 #[test]
 fn what_the_form_cannot_hold_is_refused_with_a_way_out() {
     let refused = |config: &LoraConfig, weights: &AdapterWeights| {
-        write_lora("a", config, weights, &LLAMA)
+        write_lora("a", &config.into(), weights, &LLAMA)
             .unwrap_err()
             .to_string()
     };

@@ -6,8 +6,9 @@ use std::ops::Range;
 use std::panic::panic_any;
 
 use super::ResidentAdapter;
-use super::layout::Place;
-use crate::config::Site;
+use super::layout::{Place, ScalePlace};
+use super::whole::Deltas;
+use crate::config::{LayerTensor, Site};
 use crate::ops::{ArenaSize, Backend, Ops, Real, Span, View, ViewMut};
 
 /// Gradients of an adapter's parameters, in its layout.
@@ -16,6 +17,8 @@ pub struct AdapterGrads<O: Ops = Backend> {
     arena: O::Arena,
     len: usize,
     sites: Vec<Option<Place<O::T>>>,
+    scales: Vec<Option<ScalePlace>>,
+    deltas: Deltas,
     head: Option<Range<usize>>,
 }
 
@@ -41,6 +44,8 @@ impl<O: Ops> AdapterGrads<O> {
             arena: arena.unwrap_or_else(|error| panic_any(error)),
             len: size.full,
             sites: adapter.sites.clone(),
+            scales: adapter.scales.clone(),
+            deltas: adapter.deltas.clone(),
             head: adapter.head.clone(),
         }
     }
@@ -59,11 +64,19 @@ impl<O: Ops> AdapterGrads<O> {
     pub fn norms(&self, ops: &O) -> Vec<((usize, Site), f64)> {
         let mut norms = Vec::new();
         for index in 0..self.sites.len() {
-            let Some(SiteGrads { a, bt, magnitude }) = self.site(index) else {
+            let low_rank = self.site(index);
+            let low_rank = low_rank.map(|s| [Some(s.a), Some(s.bt), s.magnitude]);
+            let parts = low_rank.into_iter().flatten().flatten();
+            let (layer, site) = (index / Site::ALL.len(), Site::ALL[index % Site::ALL.len()]);
+            let whole = self.delta((layer, LayerTensor::Weight(site)));
+            let parts: Vec<Range<usize>> = parts.chain(self.scale(index)).chain(whole).collect();
+            if parts.is_empty() {
                 continue;
-            };
-            let parts = [Some(a), Some(bt), magnitude].into_iter().flatten();
-            let squares: f64 = parts.map(|at| ops.sum_of_squares(self.part(at))).sum();
+            }
+            let squares: f64 = parts
+                .into_iter()
+                .map(|at| ops.sum_of_squares(self.part(at)))
+                .sum();
             let count = Site::ALL.len();
             norms.push(((index / count, Site::ALL[index % count]), squares.sqrt()));
         }
@@ -92,6 +105,17 @@ impl<O: Ops> AdapterGrads<O> {
             }),
             _ => None,
         }
+    }
+
+    /// Where the gradient of a whole tensor lies.
+    pub(super) fn delta(&self, at: (usize, LayerTensor)) -> Option<Range<usize>> {
+        self.deltas.get(&at).map(|place| place.at.clone())
+    }
+
+    /// Where the gradient of a site's vector lies.
+    pub(super) fn scale(&self, index: usize) -> Option<Range<usize>> {
+        let place = self.scales.get(index)?.as_ref()?;
+        Some(place.at.clone())
     }
 
     /// Some of them, to be added to.

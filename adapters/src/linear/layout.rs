@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::dora::Norms;
-use crate::config::Site;
+use super::whole::{DeltaPlace, Deltas};
+use crate::config::{ScaleOn, Site};
 use crate::ops::{self, ARENA_ALIGN, ArenaSize, Ops, Real, Span};
 use crate::weights::{AdapterWeights, Numbers};
 
@@ -21,6 +22,14 @@ pub(super) struct Place<T> {
     pub(super) magnitude: Option<Range<usize>>,
     /// DoRA's gain.
     pub(super) gain: Option<Range<usize>>,
+}
+
+/// Where (IA)3's vector of a site lies.
+#[derive(Clone, Debug)]
+pub(super) struct ScalePlace {
+    pub(super) on: ScaleOn,
+    /// The vector, among the parameters.
+    pub(super) at: Range<usize>,
 }
 
 /// Lays parts one after the other, each at an aligned start.
@@ -48,6 +57,10 @@ pub(super) type ByRow<T> = BTreeMap<(usize, Site), Vec<T>>;
 /// Where everything goes, before there is memory for it: what may be trained first, then what follows from it.
 pub(super) struct Layout<T> {
     pub(super) sites: Vec<Option<Place<T>>>,
+    /// By layer * 7 + site; empty where nothing is scaled.
+    pub(super) scales: Vec<Option<ScalePlace>>,
+    /// Of whole tensors in training.
+    pub(super) deltas: Deltas,
     pub(super) head: Option<Range<usize>>,
     pub(super) size: ArenaSize,
     /// Numbers of full width that may be trained, those between the parts included.
@@ -60,6 +73,7 @@ impl<T: Real> Layout<T> {
     /// Of an adapter that serves: gains stand for DoRA's magnitudes.
     pub(super) fn served(weights: &AdapterWeights, layers: usize) -> Self {
         let (mut layout, mut full) = Self::factors(weights, layers);
+        layout.scales(weights, &mut full);
         layout.end_parameters(weights, &mut full);
         for (place, magnitude) in layout.magnitudes(weights) {
             place.gain = Some(full.part(magnitude.len()));
@@ -76,6 +90,14 @@ impl<T: Real> Layout<T> {
             place.magnitude = Some(full.part(magnitude.len()));
         }
         let magnitudes = first..full.next;
+        layout.scales(weights, &mut full);
+        let deltas = weights.full.iter();
+        let deltas = deltas.map(|(tensor, delta)| {
+            let at = full.part(delta.values.len());
+            let rows = delta.rows;
+            (*tensor, DeltaPlace { at, rows })
+        });
+        layout.deltas = deltas.collect();
         layout.end_parameters(weights, &mut full);
         if !magnitudes.is_empty() {
             let len = magnitudes.len();
@@ -118,6 +140,8 @@ impl<T: Real> Layout<T> {
         }
         let layout = Self {
             sites,
+            scales: Vec::new(),
+            deltas: Deltas::new(),
             head: None,
             size: ArenaSize {
                 full: 0,
@@ -127,6 +151,20 @@ impl<T: Real> Layout<T> {
             norms: None,
         };
         (layout, full)
+    }
+
+    /// Places for the vectors of (IA)3.
+    fn scales(&mut self, weights: &AdapterWeights, full: &mut Parts) {
+        if weights.scales.is_empty() {
+            return;
+        }
+        self.scales = vec![None; self.sites.len()];
+        for (&(layer, site), scale) in &weights.scales {
+            self.scales[layer * Site::ALL.len() + site.index()] = Some(ScalePlace {
+                on: scale.on,
+                at: full.part(scale.l.len()),
+            });
+        }
     }
 
     /// The head is the last of the parameters.
@@ -148,7 +186,9 @@ impl<T: Real> Layout<T> {
 
     /// Bytes of numbers and table.
     pub(super) fn bytes<O: Ops<T = T>>(&self, ops: &O) -> usize {
-        ops.arena_bytes(self.size) + size_of_val(self.sites.as_slice())
+        ops.arena_bytes(self.size)
+            + size_of_val(self.sites.as_slice())
+            + size_of_val(self.scales.as_slice())
     }
 
     /// Every number into its place. Memory that was never touched is the slow part of it, so all threads touch it; a few sites
@@ -184,6 +224,14 @@ impl<T: Real> Layout<T> {
         for (place, (_, adapter)) in placed() {
             if let (Some(at), Some(magnitude)) = (&place.magnitude, &adapter.magnitude) {
                 widened(magnitude, full.part(at));
+            }
+        }
+        for (place, scale) in self.scales.iter().flatten().zip(weights.scales.values()) {
+            widened(&scale.l, full.part(&place.at));
+        }
+        for (tensor, place) in &self.deltas {
+            if let Some(delta) = weights.full.get(tensor) {
+                widened(&delta.values, full.part(&place.at));
             }
         }
         if let (Some(at), Some(head)) = (&self.head, &weights.head) {

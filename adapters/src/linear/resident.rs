@@ -6,13 +6,14 @@ use std::ops::Range;
 use std::panic::panic_any;
 
 use super::dora::Norms;
-use super::layout::{ByRow, Layout, Place, columns_as_rows};
+use super::layout::{ByRow, Layout, Place, ScalePlace, columns_as_rows};
 use super::update::{dora_gain, row_squares};
-use crate::config::Site;
+use super::whole::{self, Deltas, Whole};
+use crate::config::{LayerTensor, Site};
 use crate::head::HeadSettings;
 use crate::ops::{Backend, Ops, OutOfMemory, Real, Span, View, ViewMut};
 use crate::pace::Unpaced;
-use crate::weights::{AdapterWeights, ScoreHead, SiteAdapter};
+use crate::weights::{AdapterWeights, Delta, ScoreHead, SiteAdapter, SiteScale};
 
 /// The frozen weights that an adapter is made for.
 pub trait BaseSites<O: Ops> {
@@ -22,6 +23,8 @@ pub trait BaseSites<O: Ops> {
     fn layers(&self) -> usize;
     /// The frozen weight of a site.
     fn weight(&self, layer: usize, site: Site) -> &O::Matrix;
+    /// The frozen bias or norm of a layer, working; `None` where the base has none.
+    fn vector(&self, layer: usize, tensor: LayerTensor) -> Option<View<'_, O>>;
     /// Numbers in the state that a classification head reads.
     fn hidden(&self) -> usize;
 }
@@ -56,6 +59,12 @@ pub struct ResidentAdapter<O: Ops = Backend> {
     pub(super) parameters: usize,
     /// By layer * 7 + site.
     pub(super) sites: Vec<Option<Place<O::T>>>,
+    /// By layer * 7 + site; empty where nothing is scaled.
+    pub(super) scales: Vec<Option<ScalePlace>>,
+    /// Tensors in the base's place.
+    pub(super) whole: Whole<O>,
+    /// Where their deltas lie; in training alone.
+    pub(super) deltas: Deltas,
     /// Of DoRA in training.
     pub(super) norms: Option<Norms>,
     labels: Vec<String>,
@@ -73,6 +82,10 @@ pub enum Tensor {
     B,
     /// DoRA's lengths of output rows.
     Magnitude,
+    /// A vector of (IA)3.
+    Scale,
+    /// The delta of a whole tensor.
+    Whole,
     /// A classification head.
     Head,
 }
@@ -131,6 +144,9 @@ impl<O: Ops> ResidentAdapter<O> {
             parameters: 0,
             bytes: layout.bytes(ops),
             sites: layout.sites,
+            scales: layout.scales,
+            whole: Whole::empty(),
+            deltas: layout.deltas,
             norms: None,
             labels: Vec::new(),
             settings: HeadSettings::default(),
@@ -138,9 +154,10 @@ impl<O: Ops> ResidentAdapter<O> {
         }
     }
 
-    /// What [`ResidentAdapter::bytes`] will be once these weights are built for a base of `layers` layers.
-    pub fn bytes_for(ops: &O, weights: &AdapterWeights, layers: usize) -> usize {
-        Layout::<O::T>::served(weights, layers).bytes(ops)
+    /// What [`ResidentAdapter::bytes`] will be once these weights are built for a base.
+    pub fn bytes_for(weights: &AdapterWeights, base: &impl BaseSites<O>) -> usize {
+        let layout = Layout::<O::T>::served(weights, base.layers());
+        layout.bytes(base.ops()) + whole::bytes(&weights.full, base)
     }
 
     /// Lays out an adapter for a base. DoRA's norms read the base's rows, so this takes as long as reading the
@@ -168,7 +185,16 @@ impl<O: Ops> ResidentAdapter<O> {
             dora_gain(&ops, base.weight(layer, site), adapter, magnitude)
         });
         let layout = Layout::served(weights, base.layers());
-        Ok(Self::laid(spare, weights, &ops, layout, &gains)?)
+        let mut adapter = Self::laid(spare, weights, &ops, layout, &gains)?;
+        for (tensor, delta) in &weights.full {
+            let delta = delta.values.iter();
+            let delta: Vec<O::T> = delta.map(|d| O::T::from_f32(*d)).collect();
+            adapter.whole.set((base, &ops), *tensor, &delta);
+        }
+        // Steps read them on a queue of their own.
+        ops.wait();
+        adapter.bytes += whole::bytes(&weights.full, base);
+        Ok(adapter)
     }
 
     /// Lays out an adapter to be trained: DoRA's magnitudes are parameters, and its gains are those of
@@ -187,7 +213,9 @@ impl<O: Ops> ResidentAdapter<O> {
         });
         let layout = Layout::trained(weights, base.layers());
         let mut adapter = Self::laid(None, weights, &ops, layout, &squares)?;
-        adapter.renew_gains(base, &base.ops().apart(), &Unpaced);
+        let ops = base.ops().apart();
+        adapter.renew_gains(base, &ops, &Unpaced);
+        adapter.renew_whole(base, &ops, &Unpaced);
         Ok(adapter)
     }
 
@@ -210,6 +238,9 @@ impl<O: Ops> ResidentAdapter<O> {
             parameters: layout.parameters,
             bytes: layout.bytes(ops),
             sites: layout.sites,
+            scales: layout.scales,
+            whole: Whole::empty(),
+            deltas: layout.deltas,
             norms: layout.norms,
             labels,
             settings,
@@ -288,10 +319,28 @@ impl<O: Ops> ResidentAdapter<O> {
 
     /// The lowest adapted layer.
     pub fn lowest_layer(&self) -> Option<usize> {
-        self.sites
-            .iter()
-            .position(Option::is_some)
-            .map(|i| i / Site::ALL.len())
+        let updated = self.sites.iter().position(Option::is_some);
+        let scaled = self.scales.iter().position(Option::is_some);
+        let first = updated.into_iter().chain(scaled).min();
+        let first = first.map(|i| i / Site::ALL.len());
+        first.into_iter().chain(self.whole.lowest_layer()).min()
+    }
+
+    /// Whether all that it does is to add to what the base makes, so that others can add to it too and a merged weight can take its
+    /// place: neither DoRA's gains, nor (IA)3's vectors, nor whole tensors.
+    pub fn only_adds(&self) -> bool {
+        !self.has_gains() && self.can_merge()
+    }
+
+    /// Whether all that it changes are weights of projections, so that a merged copy of those does the same: neither (IA)3's
+    /// vectors, which scale biases too, nor whole tensors, which are such a copy already.
+    pub fn can_merge(&self) -> bool {
+        self.scales.is_empty() && !self.has_whole()
+    }
+
+    /// Whether whole tensors stand in the base's place.
+    pub fn has_whole(&self) -> bool {
+        !self.whole.is_empty()
     }
 
     /// Whether a site has DoRA's magnitude.
@@ -335,8 +384,17 @@ impl<O: Ops> ResidentAdapter<O> {
         let places = self.sites.iter().flatten();
         let magnitudes =
             places.filter_map(|place| Some((place.magnitude.clone()?, Tensor::Magnitude)));
+        let scales = self.scales.iter().flatten();
+        let scales = scales.map(|place| (place.at.clone(), Tensor::Scale));
+        let whole = self.deltas.values();
+        let whole = whole.map(|place| (place.at.clone(), Tensor::Whole));
         let head = self.head.clone().map(|at| (at, Tensor::Head));
-        factors.flatten().chain(magnitudes).chain(head)
+        factors
+            .flatten()
+            .chain(magnitudes)
+            .chain(scales)
+            .chain(whole)
+            .chain(head)
     }
 
     /// Where the head lies among the parameters.
@@ -344,8 +402,8 @@ impl<O: Ops> ResidentAdapter<O> {
         self.head.clone()
     }
 
-    /// The adapter as a file would hold it. DoRA's magnitude goes into its gain unless it is trained, and is not given back then:
-    /// `None`.
+    /// The adapter as a file would hold it. DoRA's magnitude goes into its gain and a delta into its tensor unless they are trained,
+    /// and are not given back then: `None`.
     pub fn weights(&self, ops: &O) -> Option<AdapterWeights> {
         let mut parameters = vec![O::T::ZERO; self.parameters];
         ops.read(self.parameters(), &mut parameters);
@@ -354,7 +412,8 @@ impl<O: Ops> ResidentAdapter<O> {
 
     /// The same if its [`ResidentAdapter::parameters`] were these.
     pub fn weights_with(&self, ops: &O, parameters: &[O::T]) -> Option<AdapterWeights> {
-        if self.has_gains() && self.norms.is_none() {
+        let whole = self.has_whole() && self.deltas.is_empty();
+        if whole || self.has_gains() && self.norms.is_none() {
             return None;
         }
         let stored = |span: &Span| match span {
@@ -378,6 +437,22 @@ impl<O: Ops> ResidentAdapter<O> {
             };
             weights.sites.insert(at, adapter);
         }
+        for (index, place) in self.scales.iter().enumerate() {
+            let Some(ScalePlace { on, at }) = place else {
+                continue;
+            };
+            let l = parameters[at.clone()].iter().map(|l| l.to_f32()).collect();
+            let key = (index / Site::ALL.len(), Site::ALL[index % Site::ALL.len()]);
+            weights.scales.insert(key, SiteScale { on: *on, l });
+        }
+        for (tensor, place) in &self.deltas {
+            let values = parameters[place.at.clone()].iter().map(|d| d.to_f32());
+            let delta = Delta {
+                rows: place.rows,
+                values: values.collect(),
+            };
+            weights.full.insert(*tensor, delta);
+        }
         weights.head = self.head.clone().map(|head| ScoreHead {
             labels: self.labels.clone(),
             settings: self.settings.clone(),
@@ -388,6 +463,7 @@ impl<O: Ops> ResidentAdapter<O> {
 }
 
 fn check<O: Ops>(weights: &AdapterWeights, base: &impl BaseSites<O>) -> Result<(), Misfit> {
+    whole::check(&weights.full, base)?;
     for (&(layer, site), adapter) in &weights.sites {
         let misfit = |reason: String| {
             Err(Misfit {
@@ -415,6 +491,19 @@ fn check<O: Ops>(weights: &AdapterWeights, base: &impl BaseSites<O>) -> Result<(
                     adapter.r
                 ));
             }
+        }
+    }
+    for (&(layer, site), scale) in &weights.scales {
+        let path = site.path(layer);
+        if layer >= base.layers() {
+            let reason = format!("layer {layer} of {}", base.layers());
+            return Err(Misfit { path, reason });
+        }
+        let (outputs, inputs) = base.ops().dims(base.weight(layer, site));
+        let (found, expected) = (scale.l.len(), scale.on.width((inputs, outputs)));
+        if found != expected {
+            let reason = format!("l has {found} values, the projection needs {expected}");
+            return Err(Misfit { path, reason });
         }
     }
     let head = weights

@@ -5,8 +5,9 @@
 use std::borrow::Cow;
 
 use super::dora::inverse;
+use crate::config::ScaleOn;
 use crate::ops::{Buffer, Ops, Real};
-use crate::weights::SiteAdapter;
+use crate::weights::{SiteAdapter, SiteScale};
 
 /// Rows of a weight that are read at a time.
 const ROWS: usize = 64;
@@ -92,6 +93,21 @@ impl<'a> Update<'a> {
         }
         row
     }
+}
+
+/// The weight `[out, in]` that alone does what base and (IA)3's vector do together: rows times `l`, or columns. A bias is scaled as a
+/// row of the outputs is.
+pub fn scaled(weight: &[f32], scale: &SiteScale) -> Vec<f32> {
+    let width = match scale.on {
+        ScaleOn::Outputs => weight.len() / scale.l.len(),
+        ScaleOn::Inputs => scale.l.len(),
+    };
+    let factor = |at: usize| match scale.on {
+        ScaleOn::Outputs => scale.l[at / width],
+        ScaleOn::Inputs => scale.l[at % width],
+    };
+    let numbers = weight.iter().enumerate();
+    numbers.map(|(at, w)| factor(at) * w).collect()
 }
 
 /// The weight `[out, in]` that alone does what base and adapter do together: `W + s B A`, or DoRA's

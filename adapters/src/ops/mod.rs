@@ -599,7 +599,7 @@ pub trait Ops: Clone + Debug + Send + Sync + 'static {
 
     /// `y += x`.
     fn add(&self, x: View<'_, Self>, y: ViewMut<'_, Self>);
-    /// `y += bias` in each row of `bias`'s length.
+    /// `y += bias` in each row of `bias`'s length; both are working or both exact.
     fn add_bias(&self, bias: View<'_, Self>, y: ViewMut<'_, Self>);
     /// `y *= gain` in each row of `gain`'s length; `gain` is exact.
     fn scale_columns(&self, gain: View<'_, Self>, y: ViewMut<'_, Self>);

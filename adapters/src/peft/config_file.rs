@@ -7,8 +7,10 @@
 
 use serde_json::{Map, Value};
 
-use super::Checker;
-use crate::config::{Init, LoraConfig, MAX_PATTERN_BYTES, Modules, TaskType};
+use super::{Checker, full};
+use crate::config::{
+    AdapterConfig, Ia3Config, Init, LoraConfig, MAX_PATTERN_BYTES, Modules, Site, TaskType,
+};
 use crate::report::Rule;
 use crate::strict_json;
 
@@ -70,8 +72,28 @@ const READ: [&str; 17] = [
     "use_rslora",
 ];
 
+/// Fields of an (IA)3 configuration that [`Fields::ia3`] reads.
+const READ_IA3: [&str; 7] = [
+    "base_model_name_or_path",
+    "exclude_modules",
+    "feedforward_modules",
+    "modules_to_save",
+    "peft_type",
+    "target_modules",
+    "task_type",
+];
+
+/// Fields of an (IA)3 configuration that change nothing in what the adapter computes.
+const HISTORY_IA3: [&str; 5] = [
+    "auto_mapping",
+    "inference_mode",
+    "init_ia3_weights",
+    "peft_version",
+    "revision",
+];
+
 /// Reads the configuration. `None` when it has no usable form; the findings say why.
-pub(super) fn read(bytes: &[u8], check: &mut Checker) -> Option<LoraConfig> {
+pub(super) fn read(bytes: &[u8], check: &mut Checker) -> Option<AdapterConfig> {
     const FILE: &str = crate::version::AdapterArtifact::CONFIG_FILE;
     if bytes.len() > check.limits.max_config_bytes {
         let (found, limit) = (bytes.len(), check.limits.max_config_bytes);
@@ -105,12 +127,30 @@ pub(super) fn read(bytes: &[u8], check: &mut Checker) -> Option<LoraConfig> {
         }
     };
     let before = check.report.errors();
-    let config = Fields {
+    let mut fields = Fields {
         object: &object,
         check,
-    }
-    .config();
-    unknown_fields(&object, check);
+    };
+    let kind = object.get("peft_type").and_then(Value::as_str);
+    let config = match kind {
+        Some("IA3") => {
+            let ia3 = fields.ia3();
+            let known: [&[&str]; 3] = [&READ_IA3, &HISTORY_IA3, &["fan_in_fan_out"]];
+            unknown_fields(&object, &known, check);
+            Some(AdapterConfig::Ia3(ia3))
+        }
+        Some(full::KIND) => {
+            let full = fields.full();
+            unknown_fields(&object, &[&full::READ], check);
+            Some(AdapterConfig::Full(full))
+        }
+        _ => {
+            let lora = fields.config();
+            let switches = SWITCHES.map(|(name, _)| name);
+            unknown_fields(&object, &[&READ, &HISTORY, &switches], check);
+            lora.map(AdapterConfig::Lora)
+        }
+    };
     (check.report.errors() == before)
         .then_some(config)
         .flatten()
@@ -126,11 +166,9 @@ fn is_off(value: &Value) -> bool {
     }
 }
 
-fn unknown_fields(object: &Map<String, Value>, check: &mut Checker) {
+fn unknown_fields(object: &Map<String, Value>, known: &[&[&str]], check: &mut Checker) {
     for (key, value) in object {
-        let known = READ.contains(&key.as_str())
-            || HISTORY.contains(&key.as_str())
-            || SWITCHES.iter().any(|(name, _)| name == key);
+        let known = known.iter().any(|names| names.contains(&key.as_str()));
         if known || is_off(value) {
             continue;
         }
@@ -168,9 +206,9 @@ fn brief(value: &Value) -> String {
     format!("{head}...")
 }
 
-struct Fields<'a, 'b> {
+pub(super) struct Fields<'a, 'b> {
     object: &'a Map<String, Value>,
-    check: &'a mut Checker<'b>,
+    pub(super) check: &'a mut Checker<'b>,
 }
 
 impl Fields<'_, '_> {
@@ -182,14 +220,9 @@ impl Fields<'_, '_> {
             r: self.rank("r", self.object.get("r"), 8),
             lora_alpha: self.alpha("lora_alpha", self.object.get("lora_alpha"), 8.0),
             lora_dropout: self.dropout(),
-            target_modules: self.modules("target_modules").unwrap_or_else(|| {
-                let next =
-                    "list the modules that the adapter changes, such as [\"q_proj\", \"v_proj\"]";
-                self.value_error("target_modules", "no modules", "a list or a pattern", next);
-                Modules::Nothing
-            }),
+            target_modules: self.target_modules(),
             exclude_modules: self.modules("exclude_modules"),
-            layers_to_transform: self.layers(),
+            layers_to_transform: self.numbers("layers_to_transform"),
             layers_pattern: self.strings("layers_pattern"),
             rank_pattern: self.table("rank_pattern", |f, k, v| f.rank(k, Some(v), 0)),
             alpha_pattern: self.table("alpha_pattern", |f, k, v| f.alpha(k, Some(v), 0.0)),
@@ -204,18 +237,58 @@ impl Fields<'_, '_> {
         Some(config)
     }
 
+    fn ia3(&mut self) -> Ia3Config {
+        let fan = self.object.get("fan_in_fan_out").filter(|v| !is_off(v));
+        if let Some(value) = fan {
+            let next = "merge it into the base, or train without it";
+            let found = format!("{} (weights stored as [in, out])", brief(value));
+            let expected = "null or false";
+            self.check
+                .error("fan_in_fan_out", Rule::Unsupported, found, expected, next);
+        }
+        // What PEFT fills in for the families that are served here.
+        let down = || Modules::sites(&[Site::Down]);
+        let feedforward_modules = match self.object.get("feedforward_modules") {
+            None | Some(Value::Null) => down(),
+            Some(_) => match self.modules("feedforward_modules") {
+                // A word is a pattern here, and no path is one of PEFT's shorthands.
+                None | Some(Modules::AllLinear) => Modules::Nothing,
+                Some(modules) => modules,
+            },
+        };
+        Ia3Config {
+            target_modules: self.target_modules(),
+            exclude_modules: self.modules("exclude_modules"),
+            feedforward_modules,
+            modules_to_save: self.modules_to_save(),
+            task_type: self.task_type(),
+            base_model_name_or_path: self.text("base_model_name_or_path"),
+        }
+    }
+
+    fn target_modules(&mut self) -> Modules {
+        self.modules("target_modules").unwrap_or_else(|| {
+            let next =
+                "list the modules that the adapter changes, such as [\"q_proj\", \"v_proj\"]";
+            self.value_error("target_modules", "no modules", "a list or a pattern", next);
+            Modules::Nothing
+        })
+    }
+
     fn peft_type(&mut self) {
         match self.object.get("peft_type") {
             Some(Value::String(kind)) if kind == "LORA" => {}
             Some(other) => {
                 let found = brief(other);
-                let next = "train or convert it to LoRA";
+                let next = "train or convert it to LoRA or (IA)3";
+                let expected = "\"LORA\" or \"IA3\"";
                 self.check
-                    .error("peft_type", Rule::Unsupported, found, "\"LORA\"", next);
+                    .error("peft_type", Rule::Unsupported, found, expected, next);
             }
             None => {
                 let next = "upload the file that PEFT's save_pretrained wrote";
-                self.value_error("peft_type", "nothing", "\"LORA\"", next);
+                let expected = "\"LORA\" or \"IA3\"";
+                self.value_error("peft_type", "nothing", expected, next);
             }
         }
     }
@@ -242,13 +315,13 @@ impl Fields<'_, '_> {
     }
 
     /// `score` heads only. PEFT itself adds both names for a sequence classifier, whichever the model has.
-    fn modules_to_save(&mut self) -> Option<Vec<String>> {
+    pub(super) fn modules_to_save(&mut self) -> Option<Vec<String>> {
         let modules = self.strings("modules_to_save")?;
         for name in modules
             .iter()
             .filter(|m| !["score", "classifier"].contains(&m.as_str()))
         {
-            let next = "train without it: only a score head can stand beside LoRA here";
+            let next = "train without it: only a score head can stand beside an adapter here";
             self.check.error(
                 "modules_to_save",
                 Rule::Unsupported,
@@ -294,7 +367,7 @@ impl Fields<'_, '_> {
         Init::Named(name.clone())
     }
 
-    fn task_type(&mut self) -> Option<TaskType> {
+    pub(super) fn task_type(&mut self) -> Option<TaskType> {
         match self.object.get("task_type") {
             None | Some(Value::Null) => None,
             Some(Value::String(task)) if task == "CAUSAL_LM" => Some(TaskType::CausalLm),
@@ -322,10 +395,10 @@ impl Fields<'_, '_> {
         }
     }
 
-    fn layers(&mut self) -> Option<Vec<usize>> {
-        const FIELD: &str = "layers_to_transform";
+    /// A list of layers, or one layer.
+    pub(super) fn numbers(&mut self, field: &'static str) -> Option<Vec<usize>> {
         let one;
-        let items = match self.object.get(FIELD)? {
+        let items = match self.object.get(field)? {
             Value::Null => return None,
             Value::Array(items) => items,
             other => {
@@ -333,12 +406,12 @@ impl Fields<'_, '_> {
                 &one
             }
         };
-        self.list_limit(FIELD, items.len());
+        self.list_limit(field, items.len());
         let mut layers = Vec::with_capacity(items.len());
         for item in items {
             match item.as_u64().and_then(|n| usize::try_from(n).ok()) {
                 Some(layer) => layers.push(layer),
-                None => self.value_error(FIELD, &brief(item), "layer numbers from 0", ""),
+                None => self.value_error(field, &brief(item), "layer numbers from 0", ""),
             }
         }
         Some(layers)
@@ -437,7 +510,7 @@ impl Fields<'_, '_> {
         }
     }
 
-    fn text(&mut self, field: &'static str) -> Option<String> {
+    pub(super) fn text(&mut self, field: &'static str) -> Option<String> {
         match self.object.get(field)? {
             Value::Null => None,
             Value::String(text) => Some(text.clone()),
@@ -449,7 +522,7 @@ impl Fields<'_, '_> {
     }
 
     /// A list of names, or one name.
-    fn strings(&mut self, field: &'static str) -> Option<Vec<String>> {
+    pub(super) fn strings(&mut self, field: &'static str) -> Option<Vec<String>> {
         let one;
         let items = match self.object.get(field)? {
             Value::Null => return None,
@@ -489,7 +562,7 @@ impl Fields<'_, '_> {
         }
     }
 
-    fn value_error(&mut self, subject: &str, found: &str, expected: &str, next: &str) {
+    pub(super) fn value_error(&mut self, subject: &str, found: &str, expected: &str, next: &str) {
         self.check
             .error(subject, Rule::FieldValue, found, expected, next);
     }

@@ -3,7 +3,8 @@
 //! Source: `get_peft_model_state_dict` of PEFT 0.21: the adapter's name is left out, a magnitude has no `.weight`, a saved
 //! module no `modules_to_save`. This file must not know shapes or values.
 
-use crate::config::Site;
+use super::full;
+use crate::config::{LayerTensor, Site};
 
 /// Before a module's path in the base, for causal models and sequence classifiers alike.
 const PREFIX: &str = "base_model.model.";
@@ -20,16 +21,19 @@ pub(super) enum Part {
     B,
     /// [out].
     Magnitude,
+    /// (IA)3's vector: [out, 1], or [1, in] of a feedforward module.
+    Scale,
 }
 
 impl Part {
-    const ALL: [Self; 3] = [Self::A, Self::B, Self::Magnitude];
+    const ALL: [Self; 4] = [Self::A, Self::B, Self::Magnitude, Self::Scale];
 
     const fn suffix(self) -> &'static str {
         match self {
             Self::A => "lora_A.weight",
             Self::B => "lora_B.weight",
             Self::Magnitude => "lora_magnitude_vector",
+            Self::Scale => "ia3_l",
         }
     }
 }
@@ -37,8 +41,10 @@ impl Part {
 /// What a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Key {
-    /// One part of one site's update.
+    /// One part of what changes one site.
     Site(usize, Site, Part),
+    /// The delta of a whole tensor.
+    Whole(usize, LayerTensor),
     /// The classification head.
     Score,
     /// Something PEFT writes and we cannot honour: (what it is, what to do).
@@ -54,7 +60,8 @@ pub(super) fn name(layer: usize, site: Site, part: Part) -> String {
 
 /// What a tensor's name stands for.
 pub(super) fn classify(name: &str) -> Key {
-    site(name).unwrap_or_else(|| match name {
+    let whole = || full::tensor(name).map(|(layer, tensor)| Key::Whole(layer, tensor));
+    site(name).or_else(whole).unwrap_or_else(|| match name {
         SCORE => Key::Score,
         _ => refuse(name),
     })
@@ -99,6 +106,10 @@ fn refuse(name: &str) -> Key {
     } else if contains("modules_to_save.") || contains(".default.") {
         Key::Unknown(
             "this looks like a training checkpoint: write the adapter with save_pretrained",
+        )
+    } else if contains("ia3_l") {
+        Key::Unknown(
+            "(IA)3 is supported on q, k, v, o, gate, up and down projections of the decoder's layers",
         )
     } else if contains("lora_A") || contains("lora_B") || contains("lora_magnitude") {
         Key::Unknown(

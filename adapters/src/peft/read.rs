@@ -3,7 +3,7 @@
 //! The configuration says which modules carry what rank; the tensors must be exactly those. This file must not know how
 //! either file is spelled.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use serde_json::Value;
 
@@ -11,15 +11,25 @@ use super::config_file::cut;
 use super::keys::{self, Key, Part};
 use super::tensor_file::{self, Tensor};
 use super::{Checker, Limits, config_file};
-use crate::config::{BaseShape, LoraConfig, Modules, Site, SitePlan, TaskType};
+use crate::config::{AdapterConfig, BaseShape, LayerTensor, Modules, ScaleOn, Site, SitePlan};
 use crate::error::AdapterError;
 use crate::head::{HeadSettings, Problem};
 use crate::report::{Finding, Report, Rule, Severity};
 use crate::strict_json;
 use crate::version::AdapterArtifact;
-use crate::weights::{AdapterWeights, Numbers, ScoreHead, SiteAdapter};
+use crate::weights::{AdapterWeights, Delta, Numbers, ScoreHead, SiteAdapter, SiteScale};
 
 type Plan = BTreeMap<(usize, Site), SitePlan>;
+
+/// What the configuration promises to be in the file.
+enum Promise {
+    /// Low-rank updates, with magnitudes or without.
+    LowRank { plan: Plan, dora: bool },
+    /// Vectors of (IA)3.
+    Scales(BTreeMap<(usize, Site), ScaleOn>),
+    /// Deltas of whole tensors.
+    Whole(BTreeSet<(usize, LayerTensor)>),
+}
 
 /// Reads an adapter for a base of this shape. The report beside the weights holds warnings only.
 ///
@@ -29,15 +39,15 @@ pub fn read(
     artifact: &AdapterArtifact,
     base: &BaseShape,
     limits: &Limits,
-) -> Result<(LoraConfig, AdapterWeights, Report), Report> {
+) -> Result<(AdapterConfig, AdapterWeights, Report), Report> {
     let mut check = Checker {
         limits,
         report: Report::default(),
     };
     let config = config_file::read(&artifact.config_json, &mut check);
-    let plan = config
+    let promise = config
         .as_ref()
-        .and_then(|config| plan(config, base, &mut check));
+        .and_then(|config| Promise::of(config, base, &mut check));
     let labels = artifact
         .labels_json
         .as_deref()
@@ -48,25 +58,42 @@ pub fn read(
         parts.note(&keys::classify(name));
     }
     for tensor in tensors.iter().flat_map(|t| &t.sound) {
-        parts.add(tensor, config.as_ref().zip(plan.as_ref()), base, &mut check);
+        parts.add(
+            tensor,
+            config.as_ref().zip(promise.as_ref()),
+            base,
+            &mut check,
+        );
     }
     // Without the configuration or the container "missing" would only repeat what is wrong there.
-    let (Some(config), Some(plan), Some(_)) = (config, plan, tensors) else {
+    let (Some(config), Some(promise), Some(_)) = (config, promise, tensors) else {
         return Err(check.report);
     };
-    parts.missing(&config, &plan, &mut check);
+    parts.missing(&config, &promise, &mut check);
     let settings = settings(artifact, &config, &mut check);
     let head = parts.head(&config, (labels, settings), &mut check);
     if !check.report.is_ok() {
         return Err(check.report);
     }
-    let sites = plan
-        .iter()
-        .filter_map(|(site, plan)| Some((*site, parts.site(*site, plan)?)));
-    let weights = AdapterWeights {
-        sites: sites.collect(),
+    let mut weights = AdapterWeights {
         head,
+        ..AdapterWeights::default()
     };
+    match promise {
+        Promise::LowRank { plan, .. } => {
+            let sites = plan
+                .iter()
+                .filter_map(|(site, plan)| Some((*site, parts.site(*site, plan)?)));
+            weights.sites = sites.collect();
+        }
+        Promise::Scales(plan) => {
+            let scales = plan
+                .iter()
+                .filter_map(|(site, on)| Some((*site, parts.scale(*site, *on)?)));
+            weights.scales = scales.collect();
+        }
+        Promise::Whole(_) => weights.full = parts.whole,
+    }
     Ok((config, weights, check.report))
 }
 
@@ -90,11 +117,8 @@ pub fn read_labels(bytes: &[u8], limits: &Limits) -> Result<Vec<String>, Report>
 /// The warning for an adapter that names another base than the one it is used on. Shapes have been checked by then;
 /// the names of one base differ between a hub, a path and a quantised copy, so that this is no error.
 #[must_use]
-pub fn base_name_warning(config: &LoraConfig, base_name: &str) -> Option<Finding> {
-    let named = config
-        .base_model_name_or_path
-        .as_deref()
-        .filter(|n| !n.is_empty())?;
+pub fn base_name_warning(config: &AdapterConfig, base_name: &str) -> Option<Finding> {
+    let named = config.base_name().filter(|n| !n.is_empty())?;
     (named != base_name).then(|| Finding {
         severity: Severity::Warning,
         subject: "base_model_name_or_path".to_owned(),
@@ -106,59 +130,137 @@ pub fn base_name_warning(config: &LoraConfig, base_name: &str) -> Option<Finding
     })
 }
 
-fn plan(config: &LoraConfig, base: &BaseShape, check: &mut Checker) -> Option<Plan> {
-    let last = base.layers.saturating_sub(1);
-    for layer in config
-        .layers_to_transform
-        .iter()
-        .flatten()
-        .filter(|l| **l >= base.layers)
-    {
-        let next = "use the base that the adapter was trained on";
-        let expected = format!("layers 0 to {last}");
-        check.error(
-            "layers_to_transform",
-            Rule::Layer,
-            layer.to_string(),
-            expected,
-            next,
-        );
-    }
-    unknown_targets(config, base, check);
-    match config.plan(base.layers) {
-        Ok(plan) if plan.is_empty() && config.target_modules != Modules::Nothing => {
-            let next =
-                "name modules among q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj";
-            let (found, expected) = ("no module of this base matches", "at least one");
-            check.error("target_modules", Rule::NoTargets, found, expected, next);
-            None
-        }
-        Ok(plan) => {
-            rank_limits(&plan, base, check);
-            Some(plan)
-        }
-        Err(errors) => {
-            for error in errors {
-                let AdapterError::Pattern {
-                    field,
-                    pattern,
-                    reason,
-                } = error
-                else {
-                    continue;
-                };
-                let found = format!("'{pattern}' {reason}");
-                let next = "list the modules instead";
-                check.error(field, Rule::Pattern, found, "a regular expression", next);
+// === impl Promise ===
+
+impl Promise {
+    fn of(config: &AdapterConfig, base: &BaseShape, check: &mut Checker) -> Option<Self> {
+        match config {
+            AdapterConfig::Lora(lora) => {
+                let layers = lora.layers_to_transform.iter().flatten();
+                layers_exist("layers_to_transform", layers, base, check);
             }
-            None
+            AdapterConfig::Ia3(_) => {}
+            AdapterConfig::Full(full) => {
+                layers_exist("layers", full.layers.iter(), base, check);
+                return Some(Self::Whole(full.tensors()));
+            }
+        }
+        let modules = config.target_modules().unwrap_or(&Modules::Nothing);
+        unknown_targets(modules, base, check);
+        let planned = match config {
+            AdapterConfig::Lora(lora) => lora.plan(base.layers).map(|plan| Self::LowRank {
+                plan,
+                dora: lora.use_dora,
+            }),
+            AdapterConfig::Ia3(ia3) => ia3.plan(base.layers).map(Self::Scales),
+            AdapterConfig::Full(full) => Ok(Self::Whole(full.tensors())),
+        };
+        match planned {
+            Ok(promise) if promise.sites().is_empty() && *modules != Modules::Nothing => {
+                let next = "name modules among q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj";
+                let (found, expected) = ("no module of this base matches", "at least one");
+                check.error("target_modules", Rule::NoTargets, found, expected, next);
+                None
+            }
+            Ok(promise) => {
+                if let Self::LowRank { plan, .. } = &promise {
+                    rank_limits(plan, base, check);
+                }
+                Some(promise)
+            }
+            Err(errors) => {
+                bad_patterns(errors, check);
+                None
+            }
+        }
+    }
+
+    /// Every site that the file is to change.
+    fn sites(&self) -> Vec<(usize, Site)> {
+        match self {
+            Self::LowRank { plan, .. } => plan.keys().copied().collect(),
+            Self::Scales(plan) => plan.keys().copied().collect(),
+            Self::Whole(_) => Vec::new(),
+        }
+    }
+
+    fn changes(&self, at: (usize, Site)) -> bool {
+        match self {
+            Self::LowRank { plan, .. } => plan.contains_key(&at),
+            Self::Scales(plan) => plan.contains_key(&at),
+            Self::Whole(_) => false,
+        }
+    }
+
+    /// The tensors of each.
+    fn parts(&self) -> &'static [Part] {
+        match self {
+            Self::LowRank { dora: true, .. } => &[Part::A, Part::B, Part::Magnitude],
+            Self::LowRank { .. } => &[Part::A, Part::B],
+            Self::Scales(_) => &[Part::Scale],
+            Self::Whole(_) => &[],
+        }
+    }
+
+    /// The shape of a promised tensor.
+    fn shape(
+        &self,
+        (layer, site, part): (usize, Site, Part),
+        base: &BaseShape,
+    ) -> Option<Vec<usize>> {
+        let (inputs, outputs) = base.dims(site);
+        match self {
+            Self::LowRank { plan, .. } => {
+                let r = plan.get(&(layer, site))?.r;
+                match part {
+                    Part::A => Some(vec![r, inputs]),
+                    Part::B => Some(vec![outputs, r]),
+                    Part::Magnitude => Some(vec![outputs]),
+                    Part::Scale => None,
+                }
+            }
+            Self::Scales(plan) => match plan.get(&(layer, site))? {
+                ScaleOn::Outputs => Some(vec![outputs, 1]),
+                ScaleOn::Inputs => Some(vec![1, inputs]),
+            },
+            Self::Whole(_) => None,
         }
     }
 }
 
+fn layers_exist<'a>(
+    field: &str,
+    layers: impl Iterator<Item = &'a usize>,
+    base: &BaseShape,
+    check: &mut Checker,
+) {
+    let last = base.layers.saturating_sub(1);
+    for layer in layers.filter(|layer| **layer >= base.layers) {
+        let next = "use the base that the adapter was trained on";
+        let expected = format!("layers 0 to {last}");
+        check.error(field, Rule::Layer, layer.to_string(), expected, next);
+    }
+}
+
+fn bad_patterns(errors: Vec<AdapterError>, check: &mut Checker) {
+    for error in errors {
+        let AdapterError::Pattern {
+            field,
+            pattern,
+            reason,
+        } = error
+        else {
+            continue;
+        };
+        let found = format!("'{pattern}' {reason}");
+        let next = "list the modules instead";
+        check.error(field, Rule::Pattern, found, "a regular expression", next);
+    }
+}
+
 /// A listed module that is no linear site of a decoder layer: PEFT would adapt it (or fail), we cannot.
-fn unknown_targets(config: &LoraConfig, base: &BaseShape, check: &mut Checker) {
-    let Modules::List(names) = &config.target_modules else {
+fn unknown_targets(modules: &Modules, base: &BaseShape, check: &mut Checker) {
+    let Modules::List(names) = modules else {
         return;
     };
     let paths = (0..base.layers).flat_map(|layer| Site::ALL.map(|s| s.path(layer)));
@@ -176,7 +278,7 @@ fn unknown_targets(config: &LoraConfig, base: &BaseShape, check: &mut Checker) {
         let found = format!("'{}'", cut(name));
         let expected =
             "modules among q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj";
-        let next = "train without it; embeddings and the output head cannot carry LoRA here";
+        let next = "train without it; embeddings and the output head cannot be adapted here";
         check.error("target_modules", Rule::Unsupported, found, expected, next);
     }
 }
@@ -252,7 +354,11 @@ fn labels(bytes: &[u8], check: &mut Checker) -> Option<Vec<String>> {
 }
 
 /// What `head.json` says; the defaults without one.
-fn settings(artifact: &AdapterArtifact, config: &LoraConfig, check: &mut Checker) -> HeadSettings {
+fn settings(
+    artifact: &AdapterArtifact,
+    config: &AdapterConfig,
+    check: &mut Checker,
+) -> HeadSettings {
     const FILE: &str = AdapterArtifact::HEAD_FILE;
     let Some(bytes) = &artifact.head_json else {
         return HeadSettings::default();
@@ -264,7 +370,7 @@ fn settings(artifact: &AdapterArtifact, config: &LoraConfig, check: &mut Checker
             "upload the file that was written",
         );
         check.error(FILE, Rule::Limit, found, format!("at most {limit}"), next);
-    } else if !wants_score(config) {
+    } else if !config.wants_score() {
         let next = "upload no head settings with an adapter that has no head";
         check.error(
             FILE,
@@ -287,6 +393,8 @@ struct Parts {
     values: BTreeMap<(usize, Site, Part), Numbers>,
     /// Parts that are in the file, sound or not, so that a bad tensor is not called missing too.
     present: HashSet<(usize, Site, Part)>,
+    whole: BTreeMap<(usize, LayerTensor), Delta>,
+    whole_present: HashSet<(usize, LayerTensor)>,
     score: Option<Vec<f32>>,
     score_rows: Option<usize>,
 }
@@ -296,6 +404,7 @@ impl Parts {
     fn note(&mut self, key: &Key) {
         match *key {
             Key::Site(layer, site, part) => drop(self.present.insert((layer, site, part))),
+            Key::Whole(layer, tensor) => drop(self.whole_present.insert((layer, tensor))),
             Key::Score => self.score_rows = Some(0),
             Key::Unsupported(..) | Key::Unknown(_) => {}
         }
@@ -304,22 +413,27 @@ impl Parts {
     fn add(
         &mut self,
         tensor: &Tensor,
-        wanted: Option<(&LoraConfig, &Plan)>,
+        wanted: Option<(&AdapterConfig, &Promise)>,
         base: &BaseShape,
         check: &mut Checker,
     ) {
         match keys::classify(&tensor.name) {
             Key::Site(layer, site, part) => {
                 self.present.insert((layer, site, part));
-                if let Some((config, plan)) = wanted {
-                    self.add_part((layer, site, part), tensor, (config, plan, base), check);
+                if let Some((_, promise)) = wanted {
+                    self.add_part((layer, site, part), tensor, (promise, base), check);
                 } else {
                     finite(tensor, &tensor.numbers(), check);
                 }
             }
+            Key::Whole(layer, whole) => {
+                self.whole_present.insert((layer, whole));
+                let promise = wanted.map(|(_, promise)| promise);
+                self.add_whole((layer, whole), tensor, (promise, base), check);
+            }
             Key::Score => self.add_score(tensor, wanted.map(|w| w.0), base, check),
             Key::Unsupported(found, next) => {
-                let expected = "LoRA weights of decoder layers, or a score head";
+                let expected = "weights for decoder layers' projections, or a score head";
                 check.error(cut(&tensor.name), Rule::Unsupported, found, expected, next);
             }
             Key::Unknown(next) => {
@@ -339,7 +453,7 @@ impl Parts {
         &mut self,
         key: (usize, Site, Part),
         tensor: &Tensor,
-        (config, plan, base): (&LoraConfig, &Plan, &BaseShape),
+        (promise, base): (&Promise, &BaseShape),
         check: &mut Checker,
     ) {
         let (layer, site, part) = key;
@@ -349,24 +463,17 @@ impl Parts {
             let next = "use the base that the adapter was trained on";
             return check.error(name, Rule::Layer, format!("layer {layer}"), expected, next);
         }
-        let Some(site_plan) = plan.get(&(layer, site)) else {
+        if !promise.changes((layer, site)) {
             let next = "correct target_modules, exclude_modules or layers_to_transform, or remove the tensor";
             let (found, expected) = (
                 "weights of a module that is not targeted",
                 "targeted modules only",
             );
             return check.error(name, Rule::OutsideTargets, found, expected, next);
-        };
-        if part == Part::Magnitude && !config.use_dora {
-            let next = "set use_dora to true if the adapter was trained with DoRA";
-            let (found, expected) = ("a DoRA magnitude with use_dora false", "no magnitude");
-            return check.error(name, Rule::OutsideTargets, found, expected, next);
         }
-        let ((inputs, outputs), r) = (base.dims(site), site_plan.r);
-        let expected = match part {
-            Part::A => vec![r, inputs],
-            Part::B => vec![outputs, r],
-            Part::Magnitude => vec![outputs],
+        let shape = promise.shape(key, base);
+        let Some(expected) = shape.filter(|_| promise.parts().contains(&part)) else {
+            return unpromised(name, (part, promise), check);
         };
         if tensor.shape != expected {
             return wrong_shape(name, part, &tensor.shape, &expected, check);
@@ -376,15 +483,52 @@ impl Parts {
         self.values.insert(key, values);
     }
 
+    fn add_whole(
+        &mut self,
+        at: (usize, LayerTensor),
+        tensor: &Tensor,
+        (promise, base): (Option<&Promise>, &BaseShape),
+        check: &mut Checker,
+    ) {
+        let name = tensor.name.as_str();
+        let values = tensor.numbers();
+        finite(tensor, &values, check);
+        let promised = match promise {
+            None => return,
+            Some(Promise::Whole(tensors)) => tensors.contains(&at),
+            Some(_) => false,
+        };
+        let shape = at.1.shape(base);
+        if !promised {
+            let next = "correct layers or modules, or remove the tensor";
+            let (found, expected) = (
+                "a delta of a tensor that is not unfrozen",
+                "unfrozen tensors only",
+            );
+            check.error(name, Rule::OutsideTargets, found, expected, next);
+        } else if tensor.shape != shape {
+            let found = cut(&format!("{:?}", tensor.shape));
+            let next = "use the base that the version was trained on";
+            check.error(name, Rule::Shape, found, format!("{shape:?}"), next);
+        } else {
+            let rows = match at.1 {
+                LayerTensor::Weight(_) => shape[0],
+                _ => 1,
+            };
+            let values = values.to_f32().into_owned();
+            self.whole.insert(at, Delta { rows, values });
+        }
+    }
+
     fn add_score(
         &mut self,
         tensor: &Tensor,
-        config: Option<&LoraConfig>,
+        config: Option<&AdapterConfig>,
         base: &BaseShape,
         check: &mut Checker,
     ) {
         let name = tensor.name.as_str();
-        if config.is_some_and(|c| !wants_score(c)) {
+        if config.is_some_and(|config| !config.wants_score()) {
             let next = "name score in modules_to_save, or remove the tensor";
             let (found, expected) = ("a head that the configuration does not name", "no head");
             return check.error(name, Rule::OutsideTargets, found, expected, next);
@@ -419,13 +563,10 @@ impl Parts {
     }
 
     /// Everything the configuration promises and the file does not hold.
-    fn missing(&self, config: &LoraConfig, plan: &Plan, check: &mut Checker) {
-        let parts: &[Part] = if config.use_dora {
-            &[Part::A, Part::B, Part::Magnitude]
-        } else {
-            &[Part::A, Part::B]
-        };
-        for &(layer, site) in plan.keys() {
+    fn missing(&self, config: &AdapterConfig, promise: &Promise, check: &mut Checker) {
+        let parts = promise.parts();
+        let sites = promise.sites();
+        for &(layer, site) in &sites {
             let absent: Vec<Part> = parts
                 .iter()
                 .copied()
@@ -433,8 +574,12 @@ impl Parts {
                 .collect();
             if absent.len() == parts.len() {
                 let next = "correct target_modules, or save the adapter again";
-                let (found, expected) =
-                    ("no tensors of a targeted module", "its lora_A and lora_B");
+                let found = "no tensors of a targeted module";
+                let expected = match promise {
+                    Promise::LowRank { .. } => "its lora_A and lora_B",
+                    Promise::Scales(_) => "its ia3_l",
+                    Promise::Whole(_) => "its deltas",
+                };
                 check.error(site.path(layer), Rule::MissingTensor, found, expected, next);
                 continue;
             }
@@ -444,7 +589,16 @@ impl Parts {
                 check.error(name, Rule::MissingTensor, "nothing", "this tensor", next);
             }
         }
-        if wants_score(config) && self.score_rows.is_none() {
+        if let Promise::Whole(tensors) = promise {
+            let absent =
+                |at: &&(usize, LayerTensor)| at.1.everywhere() && !self.whole_present.contains(*at);
+            for (layer, tensor) in tensors.iter().filter(absent) {
+                let next = "save or upload the file again; this one is incomplete";
+                let name = super::full::name(*layer, *tensor);
+                check.error(name, Rule::MissingTensor, "nothing", "this tensor", next);
+            }
+        }
+        if config.wants_score() && self.score_rows.is_none() {
             let next = "save the adapter from a sequence-classification model, or remove score from modules_to_save";
             check.error(
                 keys::SCORE,
@@ -454,7 +608,8 @@ impl Parts {
                 next,
             );
         }
-        if plan.is_empty() && !wants_score(config) {
+        let nothing = sites.is_empty() && !matches!(promise, Promise::Whole(_));
+        if nothing && !config.wants_score() {
             let next = "name target_modules or a score head";
             let (found, expected) = ("neither modules nor a head", "at least one of them");
             check.error("target_modules", Rule::NoTargets, found, expected, next);
@@ -464,12 +619,12 @@ impl Parts {
     /// The head with its labels; without any given, LABEL_0 and so on, as transformers names them.
     fn head(
         &mut self,
-        config: &LoraConfig,
+        config: &AdapterConfig,
         (labels, settings): (Option<Option<Vec<String>>>, HeadSettings),
         check: &mut Checker,
     ) -> Option<ScoreHead> {
         const FILE: &str = AdapterArtifact::LABELS_FILE;
-        if labels.is_some() && !wants_score(config) {
+        if labels.is_some() && !config.wants_score() {
             let next = "upload no labels with an adapter that has no head";
             check.error(
                 FILE,
@@ -530,20 +685,44 @@ impl Parts {
             magnitude,
         })
     }
+
+    fn scale(&mut self, (layer, site): (usize, Site), on: ScaleOn) -> Option<SiteScale> {
+        let l = self.values.remove(&(layer, site, Part::Scale))?;
+        let l = l.to_f32().into_owned();
+        Some(SiteScale { on, l })
+    }
 }
 
-/// Whether the configuration promises a head. PEFT adds the names itself for a sequence classifier.
-pub(super) fn wants_score(config: &LoraConfig) -> bool {
-    let named = config
-        .modules_to_save
-        .as_ref()
-        .is_some_and(|m| m.iter().any(|n| n == "score"));
-    named || config.task_type == Some(TaskType::SeqCls)
+/// A tensor of a targeted module that the configuration's way of adapting does not have.
+fn unpromised(name: &str, (part, promise): (Part, &Promise), check: &mut Checker) {
+    let (found, expected, next) = match (part, promise) {
+        (Part::Magnitude, Promise::LowRank { .. }) => (
+            "a DoRA magnitude with use_dora false",
+            "no magnitude",
+            "set use_dora to true if the adapter was trained with DoRA",
+        ),
+        (_, Promise::LowRank { .. }) => (
+            "a vector of (IA)3 with peft_type LORA",
+            "lora_A and lora_B",
+            "upload the adapter_config.json that belongs to these weights",
+        ),
+        (_, Promise::Whole(_)) => (
+            "weights of an adapter with peft_type ESPALIER_FULL",
+            "deltas of whole tensors",
+            "upload the adapter_config.json that belongs to these weights",
+        ),
+        (_, Promise::Scales(_)) => (
+            "weights of LoRA with peft_type IA3",
+            "ia3_l",
+            "upload the adapter_config.json that belongs to these weights",
+        ),
+    };
+    check.error(name, Rule::OutsideTargets, found, expected, next);
 }
 
 fn wrong_shape(name: &str, part: Part, found: &[usize], expected: &[usize], check: &mut Checker) {
     let rank_axis = usize::from(part == Part::B);
-    let only_rank = part != Part::Magnitude
+    let only_rank = matches!(part, Part::A | Part::B)
         && found.len() == 2
         && found[1 - rank_axis] == expected[1 - rank_axis];
     let (rule, next) = if only_rank {

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod full;
+mod ia3;
 mod refusals;
 
 use std::path::PathBuf;
@@ -12,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::config::{BaseShape, LoraConfig, Modules, Site};
+use crate::config::{AdapterConfig, BaseShape, LoraConfig, Modules, Site};
 use crate::version::AdapterArtifact;
 use crate::weights::{AdapterWeights, Numbers, ScoreHead, SiteAdapter};
 
@@ -65,7 +67,11 @@ fn weights(config: &LoraConfig, base: &BaseShape, labels: usize, seed: u64) -> A
         weight: random(labels * base.hidden, &mut rng),
         ..ScoreHead::default()
     });
-    AdapterWeights { sites, head }
+    AdapterWeights {
+        sites,
+        head,
+        ..AdapterWeights::default()
+    }
 }
 
 /// A small adapter that uses most features at once.
@@ -90,7 +96,9 @@ fn rich() -> (LoraConfig, AdapterWeights) {
     (config, weights)
 }
 
-fn read_tiny(artifact: &AdapterArtifact) -> Result<(LoraConfig, AdapterWeights, Report), Report> {
+fn read_tiny(
+    artifact: &AdapterArtifact,
+) -> Result<(AdapterConfig, AdapterWeights, Report), Report> {
     read(artifact, &TINY, &Limits::default())
 }
 
@@ -167,7 +175,10 @@ fn what_is_written_reads_back_the_same() {
         "the same values give the same bytes"
     );
     let (config_read, weights_read, report) = read_tiny(&artifact).unwrap();
-    assert_eq!((&config_read, &weights_read), (&config, &weights));
+    assert_eq!(
+        (&config_read, &weights_read),
+        (&config.clone().into(), &weights)
+    );
     assert_eq!(report, Report::default());
     assert_eq!(
         write(&config_read, &weights_read).unwrap().digest(),
@@ -220,7 +231,7 @@ proptest! {
         let weights = weights(&config, &TINY, labels, seed);
         let artifact = write(&config, &weights).unwrap();
         let (config_read, weights_read, _) = read_tiny(&artifact).map_err(|r| TestCaseError::fail(r.to_string()))?;
-        prop_assert_eq!(config_read, config);
+        prop_assert_eq!(config_read, config.into());
         prop_assert_eq!(weights_read, weights);
     }
 
@@ -357,14 +368,14 @@ fn writing_what_would_read_back_differently_is_refused() {
 #[test]
 fn another_base_by_name_is_a_warning() {
     let (config, _) = rich();
-    assert_eq!(base_name_warning(&config, "org/bäse"), None);
-    let warning = base_name_warning(&config, "other").unwrap();
+    assert_eq!(base_name_warning(&config.clone().into(), "org/bäse"), None);
+    let warning = base_name_warning(&config.into(), "other").unwrap();
     assert_eq!(
         (warning.severity, warning.rule),
         (Severity::Warning, Rule::BaseModel)
     );
     assert_eq!(
-        base_name_warning(&LoraConfig::new(1, 1.0, &[]), "other"),
+        base_name_warning(&LoraConfig::new(1, 1.0, &[]).into(), "other"),
         None
     );
 }

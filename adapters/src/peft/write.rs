@@ -2,7 +2,7 @@
 //!
 //! This file must not know a base: the weights say how large everything is.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use safetensors::tensor::{Dtype, TensorView};
 use serde::Serialize as _;
@@ -10,12 +10,14 @@ use serde_json::ser::{PrettyFormatter, Serializer};
 use serde_json::{Map, Number, Value, json};
 
 use super::config_file::NO_MODULES;
+use super::full;
 use super::keys::{self, Part};
-use super::read::wants_score;
-use crate::config::{Init, LoraConfig, Modules};
+use crate::config::{
+    AdapterConfig, Ia3Config, Init, LayerTensor, LoraConfig, Modules, ScaleOn, Site, SitePlan,
+};
 use crate::error::AdapterError;
 use crate::version::AdapterArtifact;
-use crate::weights::{AdapterWeights, Numbers};
+use crate::weights::{AdapterWeights, Delta, Numbers, SiteAdapter};
 
 /// The version whose fields and spelling are written.
 const PEFT_VERSION: &str = "0.21.2";
@@ -26,11 +28,16 @@ const PEFT_VERSION: &str = "0.21.2";
 /// [`AdapterError::Inconsistent`] when the weights are not those that the configuration describes: reading the files
 /// back would give another adapter, or none.
 pub fn write(
-    config: &LoraConfig,
+    config: impl Into<AdapterConfig>,
     weights: &AdapterWeights,
 ) -> Result<AdapterArtifact, AdapterError> {
-    consistent(config, weights)?;
-    let config_json = config_json(config);
+    let config = config.into();
+    consistent(&config, weights)?;
+    let config_json = match &config {
+        AdapterConfig::Lora(lora) => config_json(lora),
+        AdapterConfig::Ia3(ia3) => ia3_json(ia3),
+        AdapterConfig::Full(config) => pretty(&full::fields(config)),
+    };
     let safetensors = tensors(weights)?;
     let labels_json = weights
         .head
@@ -58,60 +65,128 @@ fn inconsistent(
     }
 }
 
-fn consistent(config: &LoraConfig, weights: &AdapterWeights) -> Result<(), AdapterError> {
-    let layers = weights
-        .sites
-        .keys()
-        .map(|(layer, _)| layer + 1)
-        .max()
-        .unwrap_or(0);
-    let plan = config.plan(layers).map_err(|mut errors| errors.remove(0))?;
-    if let Some((layer, site)) = plan.keys().find(|key| !weights.sites.contains_key(key)) {
+fn consistent(config: &AdapterConfig, weights: &AdapterWeights) -> Result<(), AdapterError> {
+    // By name, so that a new part does not compile before it has been thought of here.
+    let AdapterWeights {
+        sites,
+        scales,
+        full,
+        head: _,
+    } = weights;
+    whole(config, full)?;
+    let changed: BTreeSet<(usize, Site)> = sites.keys().chain(scales.keys()).copied().collect();
+    let layers = changed.iter().map(|(layer, _)| layer + 1).max();
+    let layers = layers.unwrap_or(0);
+    match config {
+        AdapterConfig::Lora(lora) => {
+            let plan = lora.plan(layers).map_err(|mut errors| errors.remove(0))?;
+            targeted(&changed, &plan.keys().copied().collect())?;
+            for (&(layer, site), plan) in &plan {
+                let found = sites.get(&(layer, site));
+                low_rank(&site.path(layer), found, plan, lora.use_dora)?;
+            }
+        }
+        AdapterConfig::Full(_) => targeted(&changed, &BTreeSet::new())?,
+        AdapterConfig::Ia3(ia3) => {
+            let plan = ia3.plan(layers).map_err(|mut errors| errors.remove(0))?;
+            targeted(&changed, &plan.keys().copied().collect())?;
+            for (&(layer, site), on) in &plan {
+                if scales
+                    .get(&(layer, site))
+                    .is_none_or(|scale| scale.on != *on)
+                {
+                    let expected = format!("a vector on its {on:?}");
+                    return Err(inconsistent(&site.path(layer), "none such", expected));
+                }
+            }
+        }
+    }
+    head_consistent(config, weights)
+}
+
+/// Whole tensors are those that the configuration unfreezes; those that not every family has may lack.
+fn whole(
+    config: &AdapterConfig,
+    full: &BTreeMap<(usize, LayerTensor), Delta>,
+) -> Result<(), AdapterError> {
+    let unfrozen = match config {
+        AdapterConfig::Full(config) => config.tensors(),
+        AdapterConfig::Lora(_) | AdapterConfig::Ia3(_) => BTreeSet::new(),
+    };
+    if let Some((layer, tensor)) = full.keys().find(|at| !unfrozen.contains(at)) {
+        let expected = "none, because it is not unfrozen";
+        return Err(inconsistent(&tensor.path(*layer), "a delta", expected));
+    }
+    let absent = |at: &&(usize, LayerTensor)| at.1.everywhere() && !full.contains_key(at);
+    match unfrozen.iter().find(absent) {
+        Some((layer, tensor)) => {
+            let expected = "a delta, because it is unfrozen";
+            Err(inconsistent(&tensor.path(*layer), "nothing", expected))
+        }
+        None => Ok(()),
+    }
+}
+
+/// What the weights change is what the configuration targets.
+fn targeted(
+    changed: &BTreeSet<(usize, Site)>,
+    planned: &BTreeSet<(usize, Site)>,
+) -> Result<(), AdapterError> {
+    if let Some((layer, site)) = planned.difference(changed).next() {
+        let expected = "weights, because it is targeted";
+        return Err(inconsistent(&site.path(*layer), "no weights", expected));
+    }
+    if let Some((layer, site)) = changed.difference(planned).next() {
+        let expected = "none, because it is not targeted";
+        return Err(inconsistent(&site.path(*layer), "weights", expected));
+    }
+    Ok(())
+}
+
+/// A site's low-rank update is the one that is planned.
+fn low_rank(
+    path: &str,
+    adapter: Option<&SiteAdapter>,
+    plan: &SitePlan,
+    use_dora: bool,
+) -> Result<(), AdapterError> {
+    let Some(adapter) = adapter else {
+        let expected = "a low-rank update, as the configuration is LoRA's";
+        return Err(inconsistent(path, "a vector of (IA)3", expected));
+    };
+    let same = adapter.r == plan.r && adapter.scale.to_bits() == plan.scale.to_bits();
+    if !same {
+        let found = format!("rank {} and scale {}", adapter.r, adapter.scale);
         return Err(inconsistent(
-            &site.path(*layer),
-            "no weights",
-            "weights, because it is targeted",
+            path,
+            found,
+            format!("rank {} and scale {}", plan.r, plan.scale),
         ));
     }
-    for (&(layer, site), adapter) in &weights.sites {
-        let path = site.path(layer);
-        let Some(plan) = plan.get(&(layer, site)) else {
-            return Err(inconsistent(
-                &path,
-                "weights",
-                "none, because it is not targeted",
-            ));
-        };
-        let same = adapter.r == plan.r && adapter.scale.to_bits() == plan.scale.to_bits();
-        if !same {
-            let found = format!("rank {} and scale {}", adapter.r, adapter.scale);
-            return Err(inconsistent(
-                &path,
-                found,
-                format!("rank {} and scale {}", plan.r, plan.scale),
-            ));
-        }
-        if adapter.magnitude.is_some() != config.use_dora {
-            let expected = format!("a magnitude if use_dora, which is {}", config.use_dora);
-            return Err(inconsistent(&path, "the opposite", expected));
-        }
-        let whole =
-            adapter.r > 0 && adapter.a.len() % adapter.r == 0 && adapter.b.len() % adapter.r == 0;
-        let outputs = adapter.b.len() / adapter.r.max(1);
-        if !whole
-            || adapter
-                .magnitude
-                .as_ref()
-                .is_some_and(|m| m.len() != outputs)
-        {
-            return Err(inconsistent(
-                &path,
-                "lengths of A, B or magnitude",
-                "multiples of the rank",
-            ));
-        }
+    if adapter.magnitude.is_some() != use_dora {
+        let expected = format!("a magnitude if use_dora, which is {use_dora}");
+        return Err(inconsistent(path, "the opposite", expected));
     }
-    if weights.head.is_some() != wants_score(config) {
+    let whole =
+        adapter.r > 0 && adapter.a.len() % adapter.r == 0 && adapter.b.len() % adapter.r == 0;
+    let outputs = adapter.b.len() / adapter.r.max(1);
+    if !whole
+        || adapter
+            .magnitude
+            .as_ref()
+            .is_some_and(|m| m.len() != outputs)
+    {
+        return Err(inconsistent(
+            path,
+            "lengths of A, B or magnitude",
+            "multiples of the rank",
+        ));
+    }
+    Ok(())
+}
+
+fn head_consistent(config: &AdapterConfig, weights: &AdapterWeights) -> Result<(), AdapterError> {
+    if weights.head.is_some() != config.wants_score() {
         let found = if weights.head.is_some() {
             "a head"
         } else {
@@ -206,6 +281,39 @@ fn config_json(config: &LoraConfig) -> Vec<u8> {
     pretty(&Value::Object(object))
 }
 
+/// All fields that PEFT writes for (IA)3, in the same form.
+fn ia3_json(config: &Ia3Config) -> Vec<u8> {
+    let fields = [
+        ("auto_mapping", Value::Null),
+        (
+            "base_model_name_or_path",
+            json!(config.base_model_name_or_path),
+        ),
+        (
+            "exclude_modules",
+            config.exclude_modules.as_ref().map_or(Value::Null, modules),
+        ),
+        ("fan_in_fan_out", json!(false)),
+        (
+            "feedforward_modules",
+            match &config.feedforward_modules {
+                Modules::Nothing => json!([]),
+                other => modules(other),
+            },
+        ),
+        ("inference_mode", json!(true)),
+        ("init_ia3_weights", json!(true)),
+        ("modules_to_save", json!(config.modules_to_save)),
+        ("peft_type", json!("IA3")),
+        ("peft_version", json!(PEFT_VERSION)),
+        ("revision", Value::Null),
+        ("target_modules", modules(&config.target_modules)),
+        ("task_type", json!(config.task_type.map(|t| t.as_str()))),
+    ];
+    let fields: Map<String, Value> = fields.map(|(k, v)| (k.to_owned(), v)).into_iter().collect();
+    pretty(&Value::Object(fields))
+}
+
 fn modules(modules: &Modules) -> Value {
     match modules {
         Modules::List(names) => json!(names),
@@ -258,6 +366,25 @@ fn tensors(weights: &AdapterWeights) -> Result<Vec<u8>, AdapterError> {
             let shape = vec![magnitude.len()];
             add(name(Part::Magnitude), shape, single(magnitude));
         }
+    }
+    for (&(layer, site), scale) in &weights.scales {
+        let shape = match scale.on {
+            ScaleOn::Outputs => vec![scale.l.len(), 1],
+            ScaleOn::Inputs => vec![1, scale.l.len()],
+        };
+        add(
+            keys::name(layer, site, Part::Scale),
+            shape,
+            single(&scale.l),
+        );
+    }
+    for (&(layer, tensor), delta) in &weights.full {
+        let len = delta.values.len();
+        let shape = match tensor {
+            LayerTensor::Weight(_) => vec![delta.rows, len / delta.rows.max(1)],
+            _ => vec![len],
+        };
+        add(full::name(layer, tensor), shape, single(&delta.values));
     }
     if let Some(head) = &weights.head {
         let rows = head.labels.len();

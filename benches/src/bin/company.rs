@@ -132,7 +132,7 @@ fn submit(engine: &EngineHandle, args: &Args, number: u64) -> Fallible<TrainingJ
         .collect();
     let plan = TrainPlan {
         method: Method::Lm,
-        lora: Some(LoraConfig::new(args.rank, 32.0, &Site::ALL)),
+        adapter: Some(LoraConfig::new(args.rank, 32.0, &Site::ALL).into()),
         hp: HyperParameters {
             batch_size: 1,
             epochs: Some(1),

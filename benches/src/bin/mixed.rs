@@ -248,7 +248,7 @@ fn adapter(config: &ModelConfig, seed: u64) -> AdapterWeights {
     });
     AdapterWeights {
         sites: sites.collect(),
-        head: None,
+        ..AdapterWeights::default()
     }
 }
 
@@ -360,7 +360,7 @@ fn small(config: &ModelConfig, lora: &LoraConfig, seed: u64) -> Fallible<Adapter
     });
     let weights = AdapterWeights {
         sites: sites.collect(),
-        head: None,
+        ..AdapterWeights::default()
     };
     Ok(peft::write(lora, &weights)?)
 }

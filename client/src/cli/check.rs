@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use espalier_adapters::{
-    config::BaseShape,
+    config::{AdapterConfig, BaseShape},
     peft::{self, Limits},
     report::Report,
 };
@@ -65,11 +65,16 @@ impl Check {
         let digest = artifact.digest().to_string();
         let (report, summary) = match peft::read(&artifact, &base, &limits) {
             Ok((config, weights, report)) => {
+                let kind = match &config {
+                    AdapterConfig::Lora(lora) => {
+                        format!("rank {}, alpha {}", lora.r, lora.lora_alpha)
+                    }
+                    AdapterConfig::Ia3(_) => "(IA)3".to_owned(),
+                    AdapterConfig::Full(full) => format!("layers {:?} unfrozen", full.layers),
+                };
                 let text = format!(
-                    "rank {}, alpha {}, {} sites, {} parameters, {} labels",
-                    config.r,
-                    config.lora_alpha,
-                    weights.sites.len(),
+                    "{kind}, {} sites, {} parameters, {} labels",
+                    weights.sites.len() + weights.scales.len() + weights.full.len(),
                     weights.parameters(),
                     weights.head.as_ref().map_or(0, |head| head.labels.len()),
                 );

@@ -200,7 +200,7 @@ struct LoraArgs {
     /// Dropout before the adapter.
     #[arg(long)]
     dropout: Option<f32>,
-    /// Any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.
+    /// Any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (unfreezing: norms of layers too).
     #[arg(long, value_delimiter = ',')]
     targets: Vec<String>,
     /// Layers that are adapted; left out: all.
@@ -212,6 +212,18 @@ struct LoraArgs {
     /// Weight-decomposed LoRA.
     #[arg(long)]
     dora: bool,
+    /// Train vectors of (IA)3 in place of LoRA; with --targets, those modules.
+    #[arg(long, conflicts_with_all = ["rank", "alpha", "dropout", "layers", "rslora", "dora", "head_only"])]
+    ia3: bool,
+    /// (IA)3: modules whose input is multiplied; left out: down_proj.
+    #[arg(long, value_delimiter = ',', requires = "ia3")]
+    feedforward: Vec<String>,
+    /// Train so many layers whole, counted from the top, in place of LoRA; with --targets, those modules of theirs.
+    #[arg(long, value_name = "LAYERS", conflicts_with_all = ["ia3", "unfreeze_layers", "rank", "alpha", "dropout", "layers", "rslora", "dora", "head_only"])]
+    unfreeze_last: Option<u32>,
+    /// The same for these layers.
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',', conflicts_with_all = ["ia3", "rank", "alpha", "dropout", "layers", "rslora", "dora", "head_only"])]
+    unfreeze_layers: Vec<u32>,
 }
 
 impl HyperArgs {
@@ -249,8 +261,9 @@ impl HyperArgs {
 }
 
 impl LoraArgs {
-    fn message(&self) -> v1::LoraConfig {
-        v1::LoraConfig {
+    fn message(&self) -> Option<v1::LoraConfig> {
+        let other = self.ia3 || self.unfreezes();
+        (!other).then(|| v1::LoraConfig {
             rank: self.rank,
             alpha: self.alpha,
             dropout: self.dropout,
@@ -259,7 +272,26 @@ impl LoraArgs {
             use_dora: self.dora.then_some(true),
             layers_to_transform: self.layers.clone(),
             ..Default::default()
-        }
+        })
+    }
+
+    fn unfreezes(&self) -> bool {
+        self.unfreeze_last.is_some() || !self.unfreeze_layers.is_empty()
+    }
+
+    fn unfreeze(&self) -> Option<v1::UnfreezeConfig> {
+        self.unfreezes().then(|| v1::UnfreezeConfig {
+            last_layers: self.unfreeze_last,
+            layers: self.unfreeze_layers.clone(),
+            modules: self.targets.clone(),
+        })
+    }
+
+    fn ia3(&self) -> Option<v1::Ia3Config> {
+        self.ia3.then(|| v1::Ia3Config {
+            target_modules: self.targets.clone(),
+            feedforward_modules: self.feedforward.clone(),
+        })
     }
 }
 
@@ -354,7 +386,9 @@ impl Train {
             data: Some(data),
             validation,
             hyper_parameters: Some(self.hyper.message()),
-            lora: Some(self.lora.message()),
+            lora: self.lora.message(),
+            ia3: self.lora.ia3(),
+            unfreeze: self.lora.unfreeze(),
             seed: self.hyper.seed,
             profile,
             set_aliases_on_success: self.alias.clone(),

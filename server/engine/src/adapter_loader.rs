@@ -20,7 +20,7 @@ use crate::command::{CommandSender, EngineCommand};
 use crate::config::EngineConfig;
 use crate::error::EngineError;
 use crate::metrics;
-use crate::model::{BaseSites, Model, ModelConfig, ResidentAdapter};
+use crate::model::{Model, ModelConfig, ResidentAdapter};
 use crate::model_runner::SELF_CHECK_TOKENS;
 
 /// Two, so that one source that hangs or one adapter that waits for room does not hold up all others.
@@ -176,8 +176,7 @@ impl Loader {
             *spare = artifact.safetensors;
         }
         stage.end("parse");
-        let ops = self.model.ops();
-        let bytes = ResidentAdapter::bytes_for(ops, &weights, self.base.layers);
+        let bytes = ResidentAdapter::bytes_for(&weights, &*self.model);
         let Room { reservation, spare } = self.shelf.reserve(digest, bytes)?;
         stage.end("room");
         let adapter = ResidentAdapter::build_in(spare, &weights, &*self.model)
@@ -242,7 +241,8 @@ impl Stage {
 }
 
 /// How many times larger than a normed state (length sqrt(n)) an entry of the update's output can be:
-/// `s r n max|A| max|B|`. DoRA divides by a norm that may be next to nothing, so it has no bound.
+/// `s r n max|A| max|B|`. DoRA divides by a norm that may be next to nothing, (IA)3 multiplies what the base makes and a
+/// whole tensor takes its place, so they have no bound.
 fn largest_gain(weights: &AdapterWeights, base: &BaseShape) -> f32 {
     let largest = |values: &Numbers| {
         let values = values.to_f32();
@@ -255,6 +255,9 @@ fn largest_gain(weights: &AdapterWeights, base: &BaseShape) -> f32 {
         let products = (adapter.r * base.dims(*site).0) as f32;
         adapter.scale.abs() * products * largest(&adapter.a) * largest(&adapter.b)
     };
+    if !(weights.scales.is_empty() && weights.full.is_empty()) {
+        return f32::INFINITY;
+    }
     weights.sites.iter().map(gain).fold(0.0, f32::max)
 }
 

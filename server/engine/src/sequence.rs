@@ -136,17 +136,23 @@ impl ActiveRequest {
     /// Takes the leases of the whole target, in its order.
     ///
     /// # Errors
-    /// [`EngineError::InvalidField`] when these adapters cannot answer together: DoRA's gain scales the base's output too,
-    /// so it has neither weight nor company.
+    /// [`EngineError::InvalidField`] when these adapters cannot answer together: DoRA's gain, (IA)3's vectors and whole tensors change
+    /// what the base makes, so they have neither weight nor company.
     pub(crate) fn hold(&mut self, leases: Vec<AdapterLease>) -> Result<(), EngineError> {
         let field = "target";
         let plain = matches!(self.target[..], [alone] if alone.weight == 1.0);
-        let gains = leases.iter().position(|lease| lease.adapter.has_gains());
+        let gains = leases.iter().position(|lease| !lease.adapter.only_adds());
         if let Some(index) = gains.filter(|_| !plain) {
             let digest = self.target[index].digest;
-            let reason = format!(
-                "{digest} is a DoRA adapter, whose gain scales the base model's output too: name it alone, with weight 1"
-            );
+            let adapter = &leases[index].adapter;
+            let kind = match (adapter.has_whole(), adapter.has_gains()) {
+                (true, _) => "an unfrozen version, whose tensors stand in the base model's place",
+                (false, true) => "a DoRA adapter, whose gain scales the base model's output too",
+                (false, false) => {
+                    "an (IA)3 adapter, whose vectors scale the base model's output too"
+                }
+            };
+            let reason = format!("{digest} is {kind}: name it alone, with weight 1");
             return Err(EngineError::InvalidField { field, reason });
         }
         let parts = leases.iter().zip(&self.target);

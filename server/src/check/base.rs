@@ -186,7 +186,7 @@ pub(super) fn adapter(model: &Model, seed: u64, bound: f32) -> AdapterWeights {
     });
     AdapterWeights {
         sites: sites.collect(),
-        head: None,
+        ..AdapterWeights::default()
     }
 }
 

@@ -62,7 +62,7 @@ impl<'a> Training<'a> {
         let batch: Vec<Example> = (0..scale.examples).map(example).collect();
         let plan = TrainPlan {
             method: Method::Lm,
-            lora: Some(LoraConfig::new(RANK, 2.0 * RANK as f64, &Site::ALL)),
+            adapter: Some(LoraConfig::new(RANK, 2.0 * RANK as f64, &Site::ALL).into()),
             hp: HyperParameters {
                 batch_size: scale.examples,
                 epochs: Some(1000),

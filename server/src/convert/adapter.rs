@@ -85,7 +85,16 @@ pub(crate) fn version(version: Version) -> v1::AdapterVersion {
         size_bytes: content.size,
         base_model: content.base_name,
         base_digest: content.base_digest,
-        config: Some(lora_config(&content.summary)),
+        config: match &content.summary {
+            VersionSummary { unfrozen: true, .. } => None,
+            VersionSummary {
+                feedforward_modules: Some(_),
+                ..
+            } => None,
+            summary => Some(lora_config(summary)),
+        },
+        unfreeze: unfreeze_config(&content.summary),
+        ia3: ia3_config(&content.summary),
         labels: content.summary.labels.clone(),
         profile: Some(profile_reply(&content.profile)),
         training_job: match &content.provenance {
@@ -233,6 +242,22 @@ fn lora_config(summary: &VersionSummary) -> v1::LoraConfig {
             .collect(),
         layers_to_transform: summary.layers.clone(),
     }
+}
+
+fn unfreeze_config(summary: &VersionSummary) -> Option<v1::UnfreezeConfig> {
+    summary.unfrozen.then(|| v1::UnfreezeConfig {
+        last_layers: None,
+        layers: summary.layers.clone(),
+        modules: summary.target_modules.clone(),
+    })
+}
+
+fn ia3_config(summary: &VersionSummary) -> Option<v1::Ia3Config> {
+    let feedforward_modules = summary.feedforward_modules.clone()?;
+    Some(v1::Ia3Config {
+        target_modules: summary.target_modules.clone(),
+        feedforward_modules,
+    })
 }
 
 /// A report for the wire.

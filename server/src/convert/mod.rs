@@ -10,6 +10,7 @@ pub(crate) mod reply;
 pub(crate) mod request;
 pub(crate) mod tenant;
 pub(crate) mod training;
+mod ways;
 
 use crate::status::Refusal;
 

@@ -10,7 +10,7 @@ use prost_types::Duration;
 use tonic::Code;
 
 use super::adapter::{ProfileLimits, aliases, profile, profile_reply, timestamp};
-use super::{classification, outcome};
+use super::{classification, outcome, ways};
 use crate::datasets::{DataShape, Dataset};
 use crate::jobs::{
     DataInput, DataSource, DataStats, Event, Finding, Happening, HyperRequest, Job, JobFailure,
@@ -152,7 +152,7 @@ pub(crate) fn report(report: &DataReport, rows: u64) -> v1::DataReport {
 /// A job from the wire. `tenant` is the request's parent, to which all that it names must belong.
 pub(crate) fn job_request(
     tenant: &TenantId,
-    spec: v1::TrainingSpec,
+    mut spec: v1::TrainingSpec,
     limits: &ProfileLimits,
 ) -> Result<JobRequest, Refusal> {
     let adapter = AdapterName::parse(&spec.adapter)
@@ -178,6 +178,7 @@ pub(crate) fn job_request(
     if let Some(from) = &from {
         belongs("spec.from_version", &from.adapter.tenant)?;
     }
+    let way = ways::request(&mut spec)?;
     let data = data("spec.data", tenant, spec.data)?;
     let validation = match spec.validation {
         None => ValidationInput::None,
@@ -198,6 +199,7 @@ pub(crate) fn job_request(
         validation,
         hyper: hyper_request(spec.hyper_parameters.unwrap_or_default())?,
         lora: lora_request(spec.lora.unwrap_or_default()),
+        way,
         seed: spec.seed,
         profile: profile("spec.profile", spec.profile, limits)?,
         aliases: aliases("spec.set_aliases_on_success", &spec.set_aliases_on_success)?,
@@ -444,6 +446,8 @@ fn spec(spec: JobSpec) -> v1::TrainingSpec {
             }
         },
         hyper_parameters: Some(hyper_parameters),
+        ia3: ways::ia3_reply(spec.way.as_ref()),
+        unfreeze: ways::unfreeze_reply(spec.way.as_ref()),
         lora: spec.lora.map(lora_reply),
         seed: Some(spec.seed),
         profile: Some(profile_reply(&spec.profile)),

@@ -17,6 +17,7 @@ use super::rows::{self, NewJob};
 use super::spec::{
     DataInput, DataSource, JobMethod, JobRequest, JobSpec, LoraSpec, Validation, ValidationInput,
 };
+use super::ways::WaySpec;
 use super::{JobError, JobService, Parts};
 use crate::artifact_store::{BlobDigest, Pin};
 use crate::database::{EarlierUse, RequestKey, earlier_use, now_ms, remember_request};
@@ -397,19 +398,26 @@ fn quote(
         let why = "by the size of the text, at most 1024";
         choices.make("unsupervised.window_tokens", window, why);
     }
-    let (hyper, epochs) =
-        defaults::hyper_parameters(&request.hyper, &at, head_only, limits, &mut choices)?;
+    let way = request.way.as_ref();
+    let hyper = match way {
+        Some(way) => way.hyper(&request.hyper, &mut choices)?,
+        None => request.hyper.clone(),
+    };
+    let way = way.map(|way| way.decide((head_only, &base.shape), limits, &mut choices));
+    let way = way.transpose()?;
+    let (hyper, epochs) = defaults::hyper_parameters(&hyper, &at, head_only, limits, &mut choices)?;
     let asked = (&request.method, &options);
     let first_rung = ladder::first_rung(asked, from.is_some(), &at, limits)?;
     let total_steps = hyper.max_steps.unwrap_or_default();
-    let lora = if head_only {
+    let lora = if head_only || way.is_some() {
         None
     } else {
         Some(defaults::lora(&request.lora, &at, limits, &mut choices)?)
     };
     let (stats, statistics) = (material.stats(), material.statistics(max_example_tokens));
     if let Some(version) = &from {
-        fits_shape(version, lora.as_ref(), &stats, options.problem)?;
+        let shape = (lora.as_ref(), way.as_ref());
+        fits_shape(version, shape, &stats, options.problem)?;
     }
     let aliases = match (request.keep_aliases, request.aliases.as_slice()) {
         (true, []) => Vec::new(),
@@ -452,6 +460,7 @@ fn quote(
             .max(1),
         max_example_tokens,
         lora,
+        way,
         seed,
         profile: request.profile.clone(),
         aliases,
@@ -507,7 +516,7 @@ fn fits(version: &Version, request: &JobRequest, base: &Base) -> Result<(), JobE
 /// The new adapter has the old one's rank, modules and labels, since training goes on with its very tensors.
 fn fits_shape(
     version: &Version,
-    lora: Option<&LoraSpec>,
+    (lora, way): (Option<&LoraSpec>, Option<&WaySpec>),
     stats: &DataStats,
     problem: Problem,
 ) -> Result<(), JobError> {
@@ -519,7 +528,13 @@ fn fits_shape(
             found,
         })
     };
-    if lora.is_none() && !summary.target_modules.is_empty() {
+    let kind =
+        |way: Option<&WaySpec>| way.map_or("LoRA or a head alone".to_owned(), WaySpec::to_string);
+    let (wanted, found) = (kind(way), kind(WaySpec::of(summary).as_ref()));
+    if wanted != found {
+        return refuse(wanted, found);
+    }
+    if lora.is_none() && way.is_none() && !summary.target_modules.is_empty() {
         return refuse(
             "a head alone".to_owned(),
             "a head with LoRA below it".to_owned(),

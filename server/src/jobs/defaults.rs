@@ -504,4 +504,4 @@ fn target_modules(request: &LoraRequest, choices: &mut Choices) -> Vec<String> {
 
 #[cfg(test)]
 #[path = "defaults_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -16,6 +16,8 @@ pub(crate) fn limits() -> JobLimits {
         max_batch_size: 64,
         max_rank: 64,
         max_labels: 16,
+        max_adapter_bytes: 1 << 30,
+        adapter_cache_bytes: 1 << 30,
         max_description_bytes: 100,
     }
 }

@@ -79,7 +79,7 @@ impl Material {
         let mut spec = spec.clone();
         if let (true, Some(hyper)) = (first, spec.first_rung.take()) {
             spec.hyper = hyper;
-            spec.lora = None;
+            (spec.lora, spec.way) = (None, None);
             if let JobMethod::Classification { head_only, .. } = &mut spec.method {
                 *head_only = true;
             }

@@ -19,6 +19,7 @@ mod spec;
 #[cfg(test)]
 mod tests;
 mod watch;
+mod ways;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -46,6 +47,7 @@ pub use spec::{
     LoraSpec, Validation, ValidationInput,
 };
 pub use watch::WatchItem;
+pub use ways::{Ia3Spec, UnfreezeSpec, WayRequest, WaySpec};
 
 use crate::artifact_store::{ArtifactStore, StoreError};
 use crate::database::{Database, DatabaseError};

@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use espalier_adapters::config::{BaseShape, LoraConfig};
+use espalier_adapters::config::{AdapterConfig, BaseShape};
 use espalier_adapters::profile::ServingProfile;
 use espalier_adapters::text::{ChatTemplate, Tokenizer};
 use espalier_adapters::train::dataset::{
@@ -249,13 +249,14 @@ impl Material {
                 (method, true, head_only)
             }
         };
-        let lora: Option<LoraConfig> = match &spec.lora {
-            Some(lora) if !head_only => Some(lora.config(&base.name, classify)),
+        let adapter: Option<AdapterConfig> = match (&spec.way, &spec.lora) {
+            (Some(way), _) => Some(way.config(&base.name, classify)),
+            (None, Some(lora)) if !head_only => Some(lora.config(&base.name, classify).into()),
             _ => None,
         };
         Ok(TrainPlan {
             method,
-            lora,
+            adapter,
             hp: spec.hyper.clone(),
             seed: spec.seed,
             train: self.train,

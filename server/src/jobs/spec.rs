@@ -14,6 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::classification::ClassOptions;
 use super::defaults::Choice;
+use super::ways::{WayRequest, WaySpec};
 use crate::names::{AdapterName, AdapterRef, Alias, DatasetName};
 
 /// Where rows come from, as a request says it.
@@ -205,6 +206,8 @@ pub struct JobRequest {
     pub hyper: HyperRequest,
     /// Shape.
     pub lora: LoraRequest,
+    /// What is trained in LoRA's place.
+    pub way: Option<WayRequest>,
     /// Decides everything random; drawn when absent.
     pub seed: Option<u64>,
     /// Renders the rows and is given to the version.
@@ -294,8 +297,11 @@ pub struct JobSpec {
     pub gradient_accumulation_steps: u32,
     /// Longest example.
     pub max_example_tokens: usize,
-    /// The adapter's shape; `None` when the head trains alone.
+    /// The adapter's shape; `None` when the head trains alone, or something in LoRA's place.
     pub lora: Option<LoraSpec>,
+    /// What is trained in LoRA's place.
+    #[serde(default)]
+    pub way: Option<WaySpec>,
     /// Decides everything random.
     pub seed: u64,
     /// Renders the rows and is given to the version.
@@ -336,6 +342,10 @@ pub struct JobLimits {
     pub max_rank: u32,
     /// Labels of a head.
     pub max_labels: usize,
+    /// Bytes of a version's file.
+    pub max_adapter_bytes: u64,
+    /// Bytes of all versions in memory.
+    pub adapter_cache_bytes: u64,
     /// Bytes of a description.
     pub max_description_bytes: usize,
 }

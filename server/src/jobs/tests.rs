@@ -61,8 +61,8 @@ fn artifact(
         ..ScoreHead::default()
     };
     let weights = AdapterWeights {
-        sites: std::collections::BTreeMap::new(),
         head: Some(head),
+        ..AdapterWeights::default()
     };
     write(&config, &weights)
 }
@@ -96,12 +96,12 @@ impl Trainers for Fake {
         let (stop, hold, die) = (
             Arc::clone(&told),
             Arc::clone(&self.hold),
-            match &submission.plan.lora {
+            match &submission.plan.adapter {
                 Some(_) => self.die_with_lora,
                 None => self.die_after,
             },
         );
-        let lora = submission.plan.lora.as_ref().map(|_| self.lora_accuracy);
+        let lora = submission.plan.adapter.as_ref().map(|_| self.lora_accuracy);
         let count = Arc::clone(&self.busy);
         tokio::spawn(async move {
             let seed = submission.plan.seed;
@@ -248,6 +248,8 @@ async fn open(dir: &Arc<tempfile::TempDir>, fake: Fake) -> Bench {
             max_batch_size: 64,
             max_rank: 64,
             max_labels: 16,
+            max_adapter_bytes: 1 << 30,
+            adapter_cache_bytes: 1 << 30,
             max_description_bytes: 100,
         },
         artifact_limits: peft::Limits::default(),
@@ -286,6 +288,7 @@ fn request(tenant: &str, adapter: &str, seed: u64) -> JobRequest {
         validation: ValidationInput::None,
         hyper: HyperRequest::default(),
         lora: LoraRequest::default(),
+        way: None,
         seed: Some(seed),
         profile: ServingProfile::default(),
         aliases: vec![],

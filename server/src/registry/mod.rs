@@ -246,6 +246,10 @@ pub struct VersionSummary {
     pub alpha_pattern: Vec<(String, f64)>,
     /// Adapted layers; empty is all.
     pub layers: Vec<u32>,
+    /// Those of `target_modules` that (IA)3 scales on their inputs; `None` for another kind than (IA)3.
+    pub feedforward_modules: Option<Vec<String>>,
+    /// `target_modules` of `layers` are unfrozen, all of them where none is named.
+    pub unfrozen: bool,
     /// Labels of the head, by row; empty without a head.
     pub labels: Vec<String>,
     /// What the head answers.

@@ -1,6 +1,6 @@
 //! What is told about a version, taken from its checked artifact once, when it is published.
 
-use espalier_adapters::config::{LoraConfig, Modules, Site};
+use espalier_adapters::config::{AdapterConfig, LoraConfig, Modules, ScaleOn, Site};
 use espalier_adapters::version::AdapterArtifact;
 use espalier_adapters::weights::AdapterWeights;
 
@@ -9,18 +9,29 @@ use crate::artifact_store::BlobDigest;
 
 /// Sums up an artifact that passed its check.
 pub fn summarize(
-    config: &LoraConfig,
+    config: &AdapterConfig,
     weights: &AdapterWeights,
     artifact: &AdapterArtifact,
 ) -> VersionSummary {
     // The tensors say what is really adapted; the configuration may name modules by a pattern.
-    let target_modules = match &config.target_modules {
-        Modules::List(list) => list.clone(),
-        _ => Site::ALL
-            .into_iter()
-            .filter(|site| weights.sites.keys().any(|(_, found)| found == site))
-            .map(|site| site.module().to_owned())
-            .collect(),
+    let named = |changed: &dyn Fn(Site) -> bool| {
+        let sites = Site::ALL.into_iter().filter(|site| changed(*site));
+        sites.map(|site| site.module().to_owned()).collect()
+    };
+    let target_modules = match (config, config.target_modules()) {
+        (AdapterConfig::Full(full), _) => full.modules.clone(),
+        (_, Some(Modules::List(list))) => list.clone(),
+        _ => named(&|site| {
+            let mut changed = weights.sites.keys().chain(weights.scales.keys());
+            changed.any(|(_, found)| *found == site)
+        }),
+    };
+    let feedforward_modules = match config {
+        AdapterConfig::Lora(_) | AdapterConfig::Full(_) => None,
+        AdapterConfig::Ia3(_) => Some(named(&|site| {
+            let mut scales = weights.scales.iter();
+            scales.any(|((_, found), scale)| *found == site && scale.on == ScaleOn::Inputs)
+        })),
     };
     let parts = [
         (AdapterArtifact::CONFIG_FILE, Some(&artifact.config_json)),
@@ -29,24 +40,8 @@ pub fn summarize(
         (AdapterArtifact::HEAD_FILE, artifact.head_json.as_ref()),
     ];
     VersionSummary {
-        rank: config.r as u32,
-        alpha: config.lora_alpha,
-        dropout: config.lora_dropout,
         target_modules,
-        use_rslora: config.use_rslora,
-        use_dora: config.use_dora,
-        rank_pattern: config
-            .rank_pattern
-            .iter()
-            .map(|(pattern, rank)| (pattern.clone(), *rank as u32))
-            .collect(),
-        alpha_pattern: config.alpha_pattern.clone(),
-        layers: config
-            .layers_to_transform
-            .iter()
-            .flatten()
-            .map(|layer| *layer as u32)
-            .collect(),
+        feedforward_modules,
         labels: weights
             .head
             .as_ref()
@@ -67,5 +62,38 @@ pub fn summarize(
                 })
             })
             .collect(),
+        ..match config {
+            AdapterConfig::Lora(lora) => low_rank(lora),
+            AdapterConfig::Ia3(_) => VersionSummary::default(),
+            AdapterConfig::Full(full) => VersionSummary {
+                layers: full.layers.iter().map(|layer| *layer as u32).collect(),
+                unfrozen: true,
+                ..VersionSummary::default()
+            },
+        }
+    }
+}
+
+/// What LoRA's configuration says beside its modules.
+fn low_rank(config: &LoraConfig) -> VersionSummary {
+    VersionSummary {
+        rank: config.r as u32,
+        alpha: config.lora_alpha,
+        dropout: config.lora_dropout,
+        use_rslora: config.use_rslora,
+        use_dora: config.use_dora,
+        rank_pattern: config
+            .rank_pattern
+            .iter()
+            .map(|(pattern, rank)| (pattern.clone(), *rank as u32))
+            .collect(),
+        alpha_pattern: config.alpha_pattern.clone(),
+        layers: config
+            .layers_to_transform
+            .iter()
+            .flatten()
+            .map(|layer| *layer as u32)
+            .collect(),
+        ..VersionSummary::default()
     }
 }

@@ -141,6 +141,8 @@ pub(super) fn job_limits(config: &Config, engine: &EngineHandle) -> JobLimits {
         max_batch_size: training.max_batch_size,
         max_rank: u32::try_from(config.adapters.max_rank).unwrap_or(u32::MAX),
         max_labels: config.adapters.max_head_labels,
+        max_adapter_bytes: config.adapters.max_adapter_bytes.0,
+        adapter_cache_bytes: engine.config().adapter_bytes as u64,
         max_description_bytes: config.catalog.max_description_bytes,
     }
 }

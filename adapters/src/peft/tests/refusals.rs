@@ -7,7 +7,7 @@ fn each_thing_that_cannot_be_honoured_is_refused_by_its_field() {
     let (config, weights) = rich();
     let artifact = write(&config, &weights).unwrap();
     let cases = [
-        ("peft_type", json!("IA3"), Rule::Unsupported),
+        ("peft_type", json!("ADALORA"), Rule::Unsupported),
         ("bias", json!("lora_only"), Rule::Unsupported),
         ("lora_bias", json!(true), Rule::Unsupported),
         ("fan_in_fan_out", json!(true), Rule::Unsupported),
@@ -100,7 +100,7 @@ fn unknown_fields_that_are_off_are_fine_and_others_are_told() {
         ..write(&config, &weights).unwrap()
     };
     let (read, read_weights, _) = read_tiny(&artifact).unwrap();
-    assert_eq!((read, read_weights), (config, weights));
+    assert_eq!((read, read_weights), (config.into(), weights));
 }
 
 #[test]

@@ -89,7 +89,7 @@ pub(crate) fn train(
     )?);
     let plan = TrainPlan {
         method: Method::Lm,
-        lora: Some(LoraConfig::new(16, 32.0, &Site::ALL)),
+        adapter: Some(LoraConfig::new(16, 32.0, &Site::ALL).into()),
         hp: HyperParameters {
             checkpoint_steps: Some(0),
             ..HyperParameters::default()

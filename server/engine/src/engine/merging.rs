@@ -67,8 +67,12 @@ impl Engine {
     }
 
     fn candidate(&self, view: &MergeView) -> Candidate {
+        let policy = match view.adapter.can_merge() {
+            false => MergePolicy::Unmerged,
+            true => view.policy,
+        };
         Candidate {
-            policy: view.policy,
+            policy,
             adapter_bytes: view.adapter.bytes(),
             copy: OverlayBytes::of(&view.adapter, &**self.runner.model()),
         }

@@ -4,9 +4,9 @@
 
 use std::ops::Range;
 
-use espalier_adapters::batch::Pass;
-use espalier_adapters::config::Site;
-use espalier_adapters::linear::{self, AdapterGrads, LoraLinear};
+use espalier_adapters::batch::{Pass, Thin};
+use espalier_adapters::config::{LayerTensor, Site};
+use espalier_adapters::linear::{self, AdapterGrads, LoraLinear, RmsNorm};
 use espalier_adapters::ops::{
     AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, Buffer, KvRows, Ops,
 };
@@ -14,7 +14,6 @@ use espalier_adapters::pace::{Pace, Stopped};
 
 use super::config::ModelConfig;
 use super::decoder::{Activations, Scratch, packed};
-use super::norm::RmsNorm;
 use super::rope::{Angles, Rope};
 use super::stream::Stream;
 use super::weights::{ModelWeights, Part, Slot};
@@ -23,13 +22,13 @@ use crate::kv_cache::LayerKv;
 /// Attention of one block.
 #[derive(Debug)]
 pub(crate) struct Attention<O: Ops> {
-    norm: RmsNorm<O>,
+    pub(crate) norm: RmsNorm<O>,
     pub(crate) q: LoraLinear<O>,
     pub(crate) k: LoraLinear<O>,
     pub(crate) v: LoraLinear<O>,
     pub(crate) o: LoraLinear<O>,
-    q_norm: Option<RmsNorm<O>>,
-    k_norm: Option<RmsNorm<O>>,
+    pub(crate) q_norm: Option<RmsNorm<O>>,
+    pub(crate) k_norm: Option<RmsNorm<O>>,
     shape: AttentionShape,
 }
 
@@ -115,15 +114,20 @@ impl<O: Ops> Attention<O> {
         );
         let o = linear(Site::O, Part::O, None);
         let own = &weights.layers[layer];
-        let norm = |weight: &[f32]| RmsNorm::new(ops, weight, config.rms_eps);
+        let norm = |weight: &[f32], tensor: LayerTensor, width: usize| {
+            RmsNorm::new(ops, weight, config.rms_eps, Some((layer, tensor)), width)
+        };
+        let of_heads = |weight: Option<&[f32]>, tensor: LayerTensor, width: usize| {
+            weight.map(|weight| norm(weight, tensor, width))
+        };
         Self {
-            norm: norm(&own.attn_norm),
+            norm: norm(&own.attn_norm, LayerTensor::AttnNorm, config.hidden),
             q,
             k,
             v,
             o,
-            q_norm: own.q_norm.as_deref().map(norm),
-            k_norm: own.k_norm.as_deref().map(norm),
+            q_norm: of_heads(own.q_norm.as_deref(), LayerTensor::QNorm, config.q_width()),
+            k_norm: of_heads(own.k_norm.as_deref(), LayerTensor::KNorm, config.kv_width()),
             shape: shape(config),
         }
     }
@@ -140,7 +144,7 @@ impl<O: Ops> Attention<O> {
         cache: Option<&mut LayerKv<O>>,
     ) -> Result<(), Stopped> {
         let ops = pass.ops;
-        stream.norm(ops, &self.norm, &mut scratch.norm);
+        stream.norm(pass, &self.norm, &mut scratch.norm);
         if keep {
             stream.keep(ops, &mut act.x);
         }
@@ -151,7 +155,7 @@ impl<O: Ops> Attention<O> {
             [&mut act.q, &mut act.k, &mut act.v],
             &mut scratch.thin,
         )?;
-        self.place_heads(ops, places, act, scratch);
+        self.place_heads(pass, places, act, scratch);
         let (k, v, mut lse) = match cache {
             Some(cache) => {
                 let (k, v) = (scratch.k.all(), act.v.all());
@@ -175,19 +179,20 @@ impl<O: Ops> Attention<O> {
     /// Queries and keys as attention reads them, from the projections' outputs: normed where the family does, turned.
     fn place_heads(
         &self,
-        ops: &O,
+        pass: &Pass<'_, O>,
         places: &Places<'_, O>,
         act: &Activations<O>,
         scratch: &mut Scratch<O>,
     ) {
         let normed = |norm: &Option<RmsNorm<O>>, raw: &O::Buf, out: &mut O::Buf| match norm {
-            Some(norm) => norm.forward(ops, raw, out),
-            None => ops.copy(raw.all(), out.all_mut()),
+            Some(norm) => norm.forward(pass, raw, out),
+            None => pass.ops.copy(raw.all(), out.all_mut()),
         };
         normed(&self.q_norm, &act.q, &mut scratch.q);
         normed(&self.k_norm, &act.k, &mut scratch.k);
-        places.rope.turn(ops, places.angles, &mut scratch.q, false);
-        places.rope.turn(ops, places.angles, &mut scratch.k, false);
+        let (rope, ops) = (places.rope, pass.ops);
+        rope.turn(ops, places.angles, &mut scratch.q, false);
+        rope.turn(ops, places.angles, &mut scratch.k, false);
     }
 
     /// Turns `dx`, the gradient of this half's output, into that of its input (left undone where `lowest`: nobody reads
@@ -210,7 +215,7 @@ impl<O: Ops> Attention<O> {
             grads,
             &mut scratch.thin,
         )?;
-        self.place_heads(ops, places, act, scratch);
+        self.place_heads(pass, places, act, scratch);
         ops.clear(scratch.dk.all_mut());
         ops.clear(scratch.dv.all_mut());
         for group in &places.groups {
@@ -232,9 +237,22 @@ impl<O: Ops> Attention<O> {
         places.rope.turn(ops, places.angles, &mut scratch.dq, true);
         places.rope.turn(ops, places.angles, &mut scratch.dk, true);
         let (q_norm, k_norm) = (self.q_norm.as_ref(), self.k_norm.as_ref());
-        unnorm(ops, q_norm, &act.q, &mut scratch.dq, &mut scratch.q);
-        unnorm(ops, k_norm, &act.k, &mut scratch.dk, &mut scratch.k);
-        self.norm.forward(ops, &act.x, &mut scratch.norm);
+        let thin = &mut scratch.thin;
+        unnorm(
+            pass,
+            (q_norm, &act.q),
+            (&mut scratch.dq, &mut scratch.q),
+            grads,
+            thin,
+        );
+        unnorm(
+            pass,
+            (k_norm, &act.k),
+            (&mut scratch.dk, &mut scratch.k),
+            grads,
+            thin,
+        );
+        self.norm.forward(pass, &act.x, &mut scratch.norm);
         ops.clear(scratch.dnorm.all_mut());
         let Scratch {
             norm,
@@ -245,12 +263,14 @@ impl<O: Ops> Attention<O> {
             thin,
             ..
         } = scratch;
+        let wanted = !lowest || self.norm.is_trained(grads);
         for (linear, dy) in [(&self.q, dq), (&self.k, dk), (&self.v, dv)] {
-            let dn = (!lowest).then_some(&mut *dnorm);
+            let dn = wanted.then_some(&mut *dnorm);
             linear.backward(pass, (norm, dy), dn, grads, thin)?;
         }
+        self.norm.gradients(pass, (&act.x, dnorm), grads, thin);
         if !lowest {
-            self.norm.backward(ops, &act.x, dnorm, dx);
+            self.norm.backward(pass, &act.x, dnorm, dx);
         }
         Ok(())
     }
@@ -266,17 +286,18 @@ pub(crate) fn shape(config: &ModelConfig) -> AttentionShape {
     }
 }
 
-/// Replaces the gradient of a normed head by that of the head before the norm.
+/// Replaces the gradient of a normed head by that of the head before the norm, and adds that of the norm's weight.
 fn unnorm<O: Ops>(
-    ops: &O,
-    norm: Option<&RmsNorm<O>>,
-    raw: &O::Buf,
-    dy: &mut O::Buf,
-    spare: &mut O::Buf,
+    pass: &Pass<'_, O>,
+    (norm, raw): (Option<&RmsNorm<O>>, &O::Buf),
+    (dy, spare): (&mut O::Buf, &mut O::Buf),
+    grads: &mut [Option<AdapterGrads<O>>],
+    thin: &mut Thin<O>,
 ) {
     if let Some(norm) = norm {
-        ops.clear(spare.all_mut());
-        norm.backward(ops, raw, dy, spare);
-        ops.copy(spare.all(), dy.all_mut());
+        norm.gradients(pass, (raw, dy), grads, thin);
+        pass.ops.clear(spare.all_mut());
+        norm.backward(pass, raw, dy, spare);
+        pass.ops.copy(spare.all(), dy.all_mut());
     }
 }

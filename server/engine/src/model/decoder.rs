@@ -3,8 +3,8 @@
 //! One decoder runs every family: what differs (biases, head norms, window, tied head) is read from the configuration.
 
 use espalier_adapters::batch::{Pass, Segment, Thin};
-use espalier_adapters::config::Site;
-use espalier_adapters::linear::{BaseSites, LoraLinear};
+use espalier_adapters::config::{LayerTensor, Site};
+use espalier_adapters::linear::{BaseSites, LoraLinear, RmsNorm};
 use espalier_adapters::ops::{AttentionSpan, Backend, Buffer, KvRows, NO_ROW, Ops, View, ViewMut};
 use espalier_adapters::pace::{Stopped, Unpaced};
 
@@ -14,7 +14,6 @@ use super::config::ModelConfig;
 use super::dtype::WeightFormats;
 use super::error::ModelError;
 use super::mlp::Mlp;
-use super::norm::RmsNorm;
 use super::rope::{Angles, Rope};
 use super::stream::Stream;
 use super::weights::{ModelWeights, Slot};
@@ -247,7 +246,7 @@ impl<O: Ops> Decoder<O> {
                 mlp: Mlp::new(&ops, &config, layer, &mut weights),
             })
             .collect();
-        let norm = RmsNorm::new(&ops, &weights.norm, config.rms_eps);
+        let norm = RmsNorm::new(&ops, &weights.norm, config.rms_eps, None, config.hidden);
         let rope = Rope::new(&ops, &config);
         Ok(Self {
             ops,
@@ -371,7 +370,7 @@ impl<O: Ops> Decoder<O> {
                 let done = block.forward(&pass, &places, stream, (act, false), scratch, cache);
                 debug_assert!(done.is_ok(), "nothing stops an unpaced pass");
             }
-            stream.norm(ops, &self.norm, hidden);
+            stream.norm(&pass, &self.norm, hidden);
         };
         if recurs {
             ops.recurring(&over, &mut blocks);
@@ -402,10 +401,10 @@ impl<O: Ops> Decoder<O> {
 
 /// Whether a step of this kind will come again: every sequence has one row, and no weight but the base's is named in a launch.
 fn recurs<O: Ops>(batch: &Batch<'_, O>) -> bool {
-    let gains = |segment: &Segment<O>| segment.adapters.parts().any(|(a, _)| a.has_gains());
+    let scales = |segment: &Segment<O>| segment.adapters.parts().any(|(a, _)| !a.only_adds());
     batch.overlays.is_empty()
         && batch.spans.iter().all(|span| span.rows.len() == 1)
-        && !batch.segments.iter().any(gains)
+        && !batch.segments.iter().any(scales)
 }
 
 impl<O: Ops> BaseSites<O> for Decoder<O> {
@@ -419,6 +418,18 @@ impl<O: Ops> BaseSites<O> for Decoder<O> {
 
     fn weight(&self, layer: usize, site: Site) -> &O::Matrix {
         self.linear(layer, site).weight()
+    }
+
+    fn vector(&self, layer: usize, tensor: LayerTensor) -> Option<View<'_, O>> {
+        let Block { attention, mlp } = self.blocks.get(layer)?;
+        match tensor {
+            LayerTensor::Weight(_) => None,
+            LayerTensor::Bias(site) => self.linear(layer, site).bias(),
+            LayerTensor::AttnNorm => Some(attention.norm.weight()),
+            LayerTensor::MlpNorm => Some(mlp.norm.weight()),
+            LayerTensor::QNorm => attention.q_norm.as_ref().map(RmsNorm::weight),
+            LayerTensor::KNorm => attention.k_norm.as_ref().map(RmsNorm::weight),
+        }
     }
 
     fn hidden(&self) -> usize {

@@ -1,11 +1,12 @@
 //! A base and one adapter made into one model, written as a Hugging Face directory that any runtime loads: `W + s B A` in f64, DoRA's
-//! rows included, a head as a sequence classifier's. The base is held once, as its file stores it, and leaves memory as it is written.
+//! rows included, rows or columns times (IA)3's vectors, `W + d` where a
+//! tensor was unfrozen, a head as a sequence classifier's. The base is held once, as its file stores it, and leaves memory as it is written.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use espalier_adapters::config::Site;
-use espalier_adapters::linear::merged;
+use espalier_adapters::config::{LayerTensor, ScaleOn, Site};
+use espalier_adapters::linear::{merged, scaled};
 use espalier_adapters::weights::AdapterWeights;
 use serde_json::{Map, Value, json};
 
@@ -110,6 +111,16 @@ fn write_files(
         if let Some(update) = site_of(slot).and_then(|site| adapter.sites.get(&site)) {
             values = merged(&values, update);
         }
+        if let Some(scale) = scaled_site(slot).and_then(|(site, bias)| {
+            let scale = adapter.scales.get(&site)?;
+            (!bias || scale.on == ScaleOn::Outputs).then_some(scale)
+        }) {
+            values = scaled(&values, scale);
+        }
+        if let Some(delta) = tensor_of(slot).and_then(|at| adapter.full.get(&at)) {
+            let pairs = values.iter_mut().zip(&delta.values);
+            pairs.for_each(|(w, d)| *w += *d);
+        }
         file.add(&slot.hf(), &values)?;
     }
     if let Some(head) = &adapter.head {
@@ -140,6 +151,41 @@ fn site_of(slot: Slot) -> Option<(usize, Site)> {
         _ => return None,
     };
     Some((layer, site))
+}
+
+/// The tensor that an unfrozen version may have changed in this place.
+fn tensor_of(slot: Slot) -> Option<(usize, LayerTensor)> {
+    let Slot::Layer(layer, part) = slot else {
+        return None;
+    };
+    let tensor = match part {
+        Part::AttnNorm => LayerTensor::AttnNorm,
+        Part::MlpNorm => LayerTensor::MlpNorm,
+        Part::QNorm => LayerTensor::QNorm,
+        Part::KNorm => LayerTensor::KNorm,
+        Part::QBias => LayerTensor::Bias(Site::Q),
+        Part::KBias => LayerTensor::Bias(Site::K),
+        Part::VBias => LayerTensor::Bias(Site::V),
+        Part::Q => LayerTensor::Weight(Site::Q),
+        Part::K => LayerTensor::Weight(Site::K),
+        Part::V => LayerTensor::Weight(Site::V),
+        Part::O => LayerTensor::Weight(Site::O),
+        Part::Gate => LayerTensor::Weight(Site::Gate),
+        Part::Up => LayerTensor::Weight(Site::Up),
+        Part::Down => LayerTensor::Weight(Site::Down),
+    };
+    Some((layer, tensor))
+}
+
+/// The site whose vector multiplies what is in this place, and whether that is its bias.
+fn scaled_site(slot: Slot) -> Option<((usize, Site), bool)> {
+    let site = match slot {
+        Slot::Layer(layer, Part::QBias) => (layer, Site::Q),
+        Slot::Layer(layer, Part::KBias) => (layer, Site::K),
+        Slot::Layer(layer, Part::VBias) => (layer, Site::V),
+        other => return site_of(other).map(|site| (site, false)),
+    };
+    Some((site, true))
 }
 
 /// Tokenizer and chat template: the source's own files, or what was read out of a GGUF in their spelling.

@@ -1,21 +1,20 @@
 //! The MLP half of a block: norm, gate and up, SwiGLU, down.
 
 use espalier_adapters::batch::Pass;
-use espalier_adapters::config::Site;
-use espalier_adapters::linear::{self, AdapterGrads, LoraLinear};
+use espalier_adapters::config::{LayerTensor, Site};
+use espalier_adapters::linear::{self, AdapterGrads, LoraLinear, RmsNorm};
 use espalier_adapters::ops::{Buffer, Ops};
 use espalier_adapters::pace::Stopped;
 
 use super::config::ModelConfig;
 use super::decoder::{Activations, Scratch, packed};
-use super::norm::RmsNorm;
 use super::stream::Stream;
 use super::weights::{ModelWeights, Part, Slot};
 
 /// The MLP of one block.
 #[derive(Debug)]
 pub(crate) struct Mlp<O: Ops> {
-    norm: RmsNorm<O>,
+    pub(crate) norm: RmsNorm<O>,
     pub(crate) gate: LoraLinear<O>,
     pub(crate) up: LoraLinear<O>,
     pub(crate) down: LoraLinear<O>,
@@ -36,7 +35,13 @@ impl<O: Ops> Mlp<O> {
             gate: linear(Site::Gate, Part::Gate),
             up: linear(Site::Up, Part::Up),
             down: linear(Site::Down, Part::Down),
-            norm: RmsNorm::new(ops, &weights.layers[layer].mlp_norm, config.rms_eps),
+            norm: RmsNorm::new(
+                ops,
+                &weights.layers[layer].mlp_norm,
+                config.rms_eps,
+                Some((layer, LayerTensor::MlpNorm)),
+                config.hidden,
+            ),
         }
     }
 
@@ -49,7 +54,7 @@ impl<O: Ops> Mlp<O> {
         scratch: &mut Scratch<O>,
     ) -> Result<(), Stopped> {
         let ops = pass.ops;
-        stream.norm(ops, &self.norm, &mut scratch.norm);
+        stream.norm(pass, &self.norm, &mut scratch.norm);
         if keep {
             stream.keep(ops, &mut act.mid);
         }
@@ -92,13 +97,14 @@ impl<O: Ops> Mlp<O> {
             .backward(pass, (inner, dx), Some(dinner), grads, thin)?;
         ops.swiglu_backward(act.gate.all_mut(), act.up.all_mut(), dinner.all());
         pass.pace.breathe()?;
-        self.norm.forward(ops, &act.mid, norm);
+        self.norm.forward(pass, &act.mid, norm);
         ops.clear(dnorm.all_mut());
         self.gate
             .backward(pass, (norm, &act.gate), Some(dnorm), grads, thin)?;
         self.up
             .backward(pass, (norm, &act.up), Some(dnorm), grads, thin)?;
-        self.norm.backward(ops, &act.mid, dnorm, dx);
+        self.norm.gradients(pass, (&act.mid, dnorm), grads, thin);
+        self.norm.backward(pass, &act.mid, dnorm, dx);
         Ok(())
     }
 }

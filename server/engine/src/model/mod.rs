@@ -23,7 +23,6 @@ mod tiny;
 mod attention;
 mod decoder;
 mod mlp;
-mod norm;
 mod rope;
 mod stream;
 mod train;

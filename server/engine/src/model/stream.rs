@@ -3,9 +3,9 @@
 //! What a half adds waits for the norm that reads the sum, so that both are one operation. Between two halves no sum is left
 //! undone without the stream knowing it.
 
+use espalier_adapters::batch::Pass;
+use espalier_adapters::linear::RmsNorm;
 use espalier_adapters::ops::{Buffer, Ops};
-
-use super::norm::RmsNorm;
 
 /// The residual stream of a pass, `[rows, hidden]`.
 #[derive(Debug)]
@@ -34,11 +34,11 @@ impl<O: Ops> Stream<O> {
     }
 
     /// Adds what waits, and norms the sum.
-    pub(crate) fn norm(&mut self, ops: &O, norm: &RmsNorm<O>, y: &mut O::Buf) {
+    pub(crate) fn norm(&mut self, pass: &Pass<'_, O>, norm: &RmsNorm<O>, y: &mut O::Buf) {
         if std::mem::take(&mut self.waits) {
-            norm.forward_sum(ops, &self.delta, &mut self.x, y);
+            norm.forward_sum(pass, &self.delta, &mut self.x, y);
         } else {
-            norm.forward(ops, &self.x, y);
+            norm.forward(pass, &self.x, y);
         }
     }
 

@@ -111,7 +111,7 @@ impl<O: Ops> Decoder<O> {
             pass.pace.breathe()?;
         }
         ops.resize(hidden, stream.sum().len());
-        stream.norm(ops, &self.norm, hidden);
+        stream.norm(pass, &self.norm, hidden);
         stream.keep(ops, &mut saved.last);
         Ok(hidden)
     }
@@ -162,7 +162,7 @@ impl<O: Ops> Decoder<O> {
         scratch.resize(ops, config, rows.tokens.len(), true);
         let places = self.flat_places(pass, rows, angles);
         ops.clear(dx.all_mut());
-        self.norm.backward(ops, &saved.last, dhidden, dx);
+        self.norm.backward(pass, &saved.last, dhidden, dx);
         for (layer, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
             let act = if saved.inputs_only {
                 let input = &saved.inputs[layer - lowest];

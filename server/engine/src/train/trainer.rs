@@ -19,7 +19,7 @@ mod validation;
 
 use std::sync::Arc;
 
-use espalier_adapters::config::LoraConfig;
+use espalier_adapters::config::{AdapterConfig, LoraConfig};
 use espalier_adapters::linear::{BuildError, ResidentAdapter, Tensor};
 use espalier_adapters::ops::{Backend, Buffer, Ops};
 use espalier_adapters::peft;
@@ -96,10 +96,8 @@ impl Trainer {
             plan: plan.digest(model.config()),
             ..RunState::default()
         };
-        let dropout = plan
-            .lora
-            .as_ref()
-            .map_or(0.0, |lora| lora.lora_dropout as f32);
+        let lora = plan.adapter.as_ref().and_then(AdapterConfig::lora);
+        let dropout = lora.map_or(0.0, |lora| lora.lora_dropout as f32);
         let limits = (plan.hp.activation_bytes, dropout);
         let objective = Objective::of(&plan.method);
         let learner = Learner::new(Arc::clone(&model), (adapter, objective), limits, plan.seed);
@@ -401,8 +399,9 @@ impl Trainer {
                 let _asked_again_at_the_next_step = pace.breathe();
             }
         }
-        self.learner.renew_gains(pace);
         let (rate, head_rate) = hp.rates();
+        self.learner.decay_whole(rate * share * hp.weight_decay);
+        self.learner.renew(pace);
         if self.plan.head_only() {
             head_rate * share
         } else {
@@ -479,13 +478,13 @@ impl Trainer {
         if let (Some(head), Some(held_out)) = (&mut weights.head, &held_out) {
             head.settings = held_out.settings.clone();
         }
-        let config = match (&self.plan.lora, &self.plan.method) {
-            (Some(lora), Method::Lm) => lora.clone(),
-            (Some(lora), Method::Class { .. }) => lora.clone().with_score_head(),
-            (None, _) => LoraConfig::head_only(),
+        let config = match (&self.plan.adapter, &self.plan.method) {
+            (Some(adapter), Method::Lm) => adapter.clone(),
+            (Some(adapter), Method::Class { .. }) => adapter.clone().with_score_head(),
+            (None, _) => LoraConfig::head_only().into(),
         };
-        let artifact = peft::write(&config, &weights)
-            .map_err(|error| TrainError::plan("lora", error.to_string()))?;
+        let artifact = peft::write(config, &weights)
+            .map_err(|error| TrainError::plan("adapter", error.to_string()))?;
         let report = |found: BestEval, best: bool| EvalReport {
             step: found.step,
             loss: found.loss.0,
@@ -521,7 +520,7 @@ fn groups(hp: &HyperParameters, adapter: &ResidentAdapter, share: f64) -> Vec<Gr
     let mut groups: Vec<Group> = Vec::new();
     for (range, tensor) in adapter.tensors() {
         let peak = match tensor {
-            Tensor::A => rate,
+            Tensor::A | Tensor::Scale | Tensor::Whole => rate,
             Tensor::B | Tensor::Magnitude => rate * hp.lora_plus_ratio,
             Tensor::Head => head_rate,
         };

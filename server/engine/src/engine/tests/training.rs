@@ -23,7 +23,7 @@ fn plan(steps: u64) -> TrainPlan {
         .collect();
     TrainPlan {
         method: Method::Lm,
-        lora: Some(LoraConfig::new(4, 8.0, &[Site::Q, Site::V, Site::Down])),
+        adapter: Some(LoraConfig::new(4, 8.0, &[Site::Q, Site::V, Site::Down]).into()),
         hp: HyperParameters {
             max_steps: Some(steps),
             epochs: Some(1_000_000),
@@ -176,7 +176,7 @@ fn a_cancelled_job_ends_and_frees_its_place() {
 fn a_plan_that_cannot_be_carried_out_fails_with_the_reason() {
     let fixture = fixture(EngineConfig::default());
     let mut bad = plan(3);
-    bad.lora = None;
+    bad.adapter = None;
     let submission = TrainingSubmission {
         job: "bad".to_owned(),
         tenant: Arc::from("a"),

@@ -77,14 +77,17 @@ fn magnitudes_of_w_leave_the_base_as_it_is() {
     assert!(off < 1e-6, "{off}");
 }
 
-/// Gradients of three segments: LoRA, DoRA and nobody's rows.
-fn together(model: &Decoder<Cpu>, with: [bool; 2]) -> [Vec<f32>; 2] {
+/// Gradients of five segments: LoRA, DoRA, (IA)3, whole tensors and nobody's rows.
+fn together(model: &Decoder<Cpu>, with: [bool; 4]) -> [Vec<f32>; 4] {
     let ops = model.ops();
-    let adapters = [false, true].map(|dora| {
-        let weights = random_adapter(model, |_, _| true, dora, 2);
-        Arc::new(trainable(model, &weights))
-    });
-    let lens = [7, 9, 5];
+    let adapters = [
+        random_adapter(model, |_, _| true, false, 2),
+        random_adapter(model, |_, _| true, true, 2),
+        random_scales(model, |_, _| true, 2),
+        random_deltas(model, |_, _| true, 2),
+    ];
+    let adapters = adapters.map(|weights| Arc::new(trainable(model, &weights)));
+    let lens = [7, 9, 6, 8, 5];
     let mut runs = Vec::new();
     let (mut tokens, mut sequences, mut upstream) = (Vec::new(), Vec::new(), Vec::new());
     for (index, len) in lens.into_iter().enumerate() {
@@ -135,7 +138,7 @@ fn together(model: &Decoder<Cpu>, with: [bool; 2]) -> [Vec<f32>; 2] {
             &mut workspace,
         )
         .unwrap();
-    [0, 1].map(|own| {
+    [0, 1, 2, 3].map(|own| {
         let at = owners.iter().position(|owner| *owner == Some(own));
         let grads = at.and_then(|at| grads[at].as_ref());
         grads.map(|grads| grads.all().to_vec()).unwrap_or_default()
@@ -145,16 +148,16 @@ fn together(model: &Decoder<Cpu>, with: [bool; 2]) -> [Vec<f32>; 2] {
 #[test]
 fn gradients_are_the_same_alone_and_in_company() {
     let model: Decoder<Cpu> = random_model(&small(Family::Qwen3), 1);
-    let both = together(&model, [true, true]);
-    assert_eq!(
-        both[0],
-        together(&model, [true, false])[0],
-        "LoRA beside DoRA"
-    );
-    assert_eq!(
-        both[1],
-        together(&model, [false, true])[1],
-        "DoRA beside LoRA"
-    );
-    assert!(both.iter().flatten().any(|gradient| gradient.abs() > 1e-2));
+    let all = together(&model, [true; 4]);
+    for (own, name) in ["LoRA", "DoRA", "(IA)3", "unfrozen"]
+        .into_iter()
+        .enumerate()
+    {
+        let alone = together(&model, [0, 1, 2, 3].map(|other| other == own));
+        assert_eq!(all[own], alone[own], "{name} beside the others");
+        assert!(
+            all[own].iter().any(|gradient| gradient.abs() > 1e-2),
+            "{name}"
+        );
+    }
 }

@@ -70,12 +70,22 @@ pub(crate) fn mixed_is_alone<O: Ops>(on: &Under<O>) {
         &model,
         &random_adapter(&model, |_, _| true, true, 4),
     ));
+    let ia3 = Some(resident(&model, &random_scales(&model, |_, _| true, 5)));
+    let whole = random_deltas(&model, |layer, _| layer != 1, 6);
+    let whole = Some(resident(&model, &whole));
+    let top = |layer, tensor| layer == 1 && tensor != LayerTensor::AttnNorm;
+    let other = Some(resident(&model, &random_deltas(&model, top, 7)));
     let lens = [
+        (6, &whole),
+        (8, &other),
+        (7, &ia3),
         (5, &all),
         (19, &all),
         (1, &some),
         (12, &None),
         (9, &dora),
+        (4, &ia3),
+        (5, &whole),
         (3, &None),
     ];
     let mixed: Vec<Asked<O>> = lens
@@ -98,13 +108,13 @@ pub(crate) fn mixed_is_alone<O: Ops>(on: &Under<O>) {
         }
     }
     let bare = Asked {
-        ids: mixed[1].ids.clone(),
+        ids: mixed[4].ids.clone(),
         adapters: Mixture::default(),
     };
     assert!(
         distance(
             &on.states(&model, &[bare], 32)[0],
-            &on.states(&model, &mixed, 32)[1]
+            &on.states(&model, &mixed, 32)[4]
         ) > 1e-2,
         "adapters change states"
     );
@@ -140,7 +150,7 @@ pub(crate) fn sixteen_bits_are_their_widened_copy<O: Ops>(on: &Under<O>) {
             } else {
                 stored.clone().widened()
             };
-            let bytes = ResidentAdapter::bytes_for(&on.ops, &weights, config.layers);
+            let bytes = ResidentAdapter::bytes_for(&weights, &model);
             assert_eq!(bytes, adapter.bytes(), "known before it is built");
         }
         assert!(narrow.bytes() < wide.bytes());

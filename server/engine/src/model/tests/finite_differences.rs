@@ -104,7 +104,8 @@ fn check(name: &str, run: &Run<'_>, adapter: &AdapterWeights) {
     assert!(largest > 1e-2, "{name}: a gradient of zeros proves nothing");
     let mut rng = ChaCha8Rng::seed_from_u64(8);
     let (mut checked, mut lengths) = (0, 0);
-    let h = 1e-4;
+    // A power of two: sums with snapped weights are exact in the single precision that weights are packed in.
+    let h = 1.0 / 8192.0;
     while checked < 150 {
         let index = rng.random_range(0..gradient.len());
         // What lies between the parts of the arena is nobody's.
@@ -118,6 +119,7 @@ fn check(name: &str, run: &Run<'_>, adapter: &AdapterWeights) {
             if magnitudes.iter().any(|range| range.contains(&index)) {
                 parameter.renew_gains(run.model, run.model.ops(), &Unpaced);
             }
+            parameter.renew_whole(run.model, run.model.ops(), &Unpaced);
             run.loss(&adapter, false).0
         };
         let near = value(h) - value(-h);
@@ -215,5 +217,62 @@ fn weight_decomposed() {
         let some = |layer, site| layer == 1 && matches!(site, Site::Q | Site::Up);
         let some = random_adapter(&model, some, true, 2);
         check("DoRA in part", &run(&model), &some);
+    }
+}
+
+#[test]
+fn scaled() {
+    for family in FAMILIES {
+        let model = random_model::<Plain>(
+            &ModelConfig {
+                layers: 2,
+                ..small(family)
+            },
+            1,
+        );
+        check(
+            "(IA)3",
+            &run(&model),
+            &random_scales(&model, |_, _| true, 2),
+        );
+        let some = |layer, site| layer == 1 && matches!(site, Site::Q | Site::K | Site::Down);
+        check(
+            "(IA)3 in part",
+            &run(&model),
+            &random_scales(&model, some, 3),
+        );
+    }
+}
+
+/// A model whose numbers are multiples of 2^-13.
+fn snapped_model(family: Family) -> Decoder<Plain> {
+    let config = ModelConfig {
+        layers: 2,
+        ..small(family)
+    };
+    let mut weights = random_weights(&config, 1);
+    for slot in Slot::all(&config) {
+        let numbers = weights.take(slot).unwrap().into_f32();
+        weights.set(slot, numbers.into_iter().map(snapped).collect());
+    }
+    Decoder::new(Plain::default(), config, weights).unwrap()
+}
+
+#[test]
+fn unfrozen() {
+    for family in FAMILIES {
+        let model = snapped_model(family);
+        let all = random_deltas(&model, |_, _| true, 2);
+        check("unfrozen", &run(&model), &all);
+        let top = random_deltas(&model, |layer, _| layer == 1, 3);
+        check("unfrozen on top", &run(&model), &top);
+        // Few numbers, each of which is looked at: biases and norms beside matrices would hardly be drawn.
+        let vector = |_, tensor| !matches!(tensor, LayerTensor::Weight(_));
+        check("vectors", &run(&model), &random_deltas(&model, vector, 4));
+        let again = Run {
+            inputs_only: true,
+            ..run(&model)
+        };
+        check("recomputed", &again, &top);
     }
 }

@@ -11,9 +11,9 @@ pub(crate) mod precision;
 use std::sync::Arc;
 
 use espalier_adapters::batch::{Mixture, Segment};
-use espalier_adapters::config::Site;
+use espalier_adapters::config::{LayerTensor, ScaleOn, Site};
 use espalier_adapters::ops::{Backend, Buffer, Ops, Real};
-use espalier_adapters::weights::{AdapterWeights, SiteAdapter};
+use espalier_adapters::weights::{AdapterWeights, Delta, SiteAdapter, SiteScale};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -223,6 +223,58 @@ pub(crate) fn random_adapter<O: Ops>(
         }
     }
     weights
+}
+
+/// Vectors of (IA)3 around one, on outputs and on inputs.
+pub(crate) fn random_scales<O: Ops>(
+    model: &Decoder<O>,
+    at: impl Fn(usize, Site) -> bool,
+    seed: u64,
+) -> AdapterWeights {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut weights = AdapterWeights::default();
+    for layer in 0..model.layers() {
+        for site in Site::ALL.into_iter().filter(|site| at(layer, *site)) {
+            let on = match (layer + site.index()) % 2 {
+                0 => ScaleOn::Inputs,
+                _ => ScaleOn::Outputs,
+            };
+            let (outputs, inputs) = model.ops().dims(model.weight(layer, site));
+            let width = on.width((inputs, outputs));
+            let l = (0..width).map(|_| rng.random_range(0.3..1.8f32)).collect();
+            weights.scales.insert((layer, site), SiteScale { on, l });
+        }
+    }
+    weights
+}
+
+/// Deltas of the tensors that are asked for and that the model has, in steps that leave sums with snapped weights exact.
+pub(crate) fn random_deltas<O: Ops>(
+    model: &Decoder<O>,
+    at: impl Fn(usize, LayerTensor) -> bool,
+    seed: u64,
+) -> AdapterWeights {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let (shape, mut weights) = (model.config().base_shape(), AdapterWeights::default());
+    for layer in 0..model.layers() {
+        for tensor in LayerTensor::ALL.into_iter().filter(|t| at(layer, *t)) {
+            let is_weight = matches!(tensor, LayerTensor::Weight(_));
+            if is_weight || model.vector(layer, tensor).is_some() {
+                let dims = tensor.shape(&shape);
+                let rows = if is_weight { dims[0] } else { 1 };
+                let len: usize = dims.iter().product();
+                let values = (0..len).map(|_| snapped(rng.random_range(-0.2..0.2f32)));
+                let values = values.collect();
+                weights.full.insert((layer, tensor), Delta { rows, values });
+            }
+        }
+    }
+    weights
+}
+
+/// To a multiple of 2^-13.
+pub(crate) fn snapped(number: f32) -> f32 {
+    (number * 8192.0).round() / 8192.0
 }
 
 pub(crate) fn resident<O: Ops>(

@@ -74,13 +74,23 @@ impl Learner {
         let all = 0..self.adapter.parameter_count();
         let adapter = Arc::get_mut(&mut self.adapter).expect(ALONE);
         self.ops.write(parameters, adapter.part_mut(all));
-        self.renew_gains(&Unpaced);
+        self.renew(&Unpaced);
     }
 
-    /// DoRA's gains of the parameters as they are now.
-    pub(super) fn renew_gains(&mut self, pace: &dyn Pace) {
+    /// DoRA's gains and whole tensors of the parameters as they are now.
+    pub(super) fn renew(&mut self, pace: &dyn Pace) {
         let adapter = Arc::get_mut(&mut self.adapter).expect(ALONE);
-        adapter.renew_gains(self.passes.model.as_ref(), &self.ops, pace);
+        let model = self.passes.model.as_ref();
+        adapter.renew_gains(model, &self.ops, pace);
+        adapter.renew_whole(model, &self.ops, pace);
+    }
+
+    /// The part of a decay of whole tensors that their deltas do not see: `d -= factor W`.
+    pub(super) fn decay_whole(&mut self, factor: f64) {
+        if factor > 0.0 {
+            let adapter = Arc::get_mut(&mut self.adapter).expect(ALONE);
+            adapter.decay_whole(self.passes.model.as_ref(), &self.ops, factor as f32);
+        }
     }
 
     /// The norm of all gradients.

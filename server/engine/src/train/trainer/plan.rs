@@ -1,6 +1,6 @@
 //! What a training run is told, what it reports, and why it may fail. Plain types.
 
-use espalier_adapters::config::LoraConfig;
+use espalier_adapters::config::AdapterConfig;
 use espalier_adapters::head::{HeadSettings, Problem};
 use espalier_adapters::ops::OutOfMemory;
 use espalier_adapters::train::examples::{Example, Examples};
@@ -116,8 +116,8 @@ pub enum Method {
 pub struct TrainPlan {
     /// What is learnt.
     pub method: Method,
-    /// The adapter's shape; `None` only with `head_only`.
-    pub lora: Option<LoraConfig>,
+    /// The way to adapt, and its shape; `None` only with `head_only`.
+    pub adapter: Option<AdapterConfig>,
     /// The numbers.
     pub hp: HyperParameters,
     /// Decides initial values, order and dropout.
@@ -126,7 +126,7 @@ pub struct TrainPlan {
     pub train: Examples,
     /// What it is judged on.
     pub valid: Option<Examples>,
-    /// Where it starts; `None` is A uniform and B zero.
+    /// Where it starts; `None` is A uniform and B zero, and vectors of ones.
     pub init: Option<AdapterWeights>,
 }
 
@@ -174,7 +174,7 @@ pub struct StepReport {
     pub loss: f64,
     /// Before clipping.
     pub grad_norm: f64,
-    /// Learning rate of A (of the head when it trains alone).
+    /// Learning rate of A, or of vectors (of the head when it trains alone).
     pub learning_rate: f64,
     /// Targets of this batch: label tokens, or examples.
     pub targets: u64,
@@ -406,7 +406,8 @@ impl TrainPlan {
         {
             options.validate(labels.len())?;
         }
-        match &self.lora {
+        let lora = self.adapter.as_ref().and_then(AdapterConfig::lora);
+        match lora {
             Some(lora) if lora.use_dora && lora.lora_dropout > 0.0 => Err(TrainError::plan(
                 "lora_dropout",
                 format!(
@@ -418,12 +419,25 @@ impl TrainPlan {
                 "lora_dropout",
                 format!("{} is not in 0..1", lora.lora_dropout),
             )),
-            Some(_) if self.head_only() => Err(TrainError::plan(
-                "lora",
-                "a head that is trained alone has no LoRA below it",
-            )),
-            None if !self.head_only() => Err(TrainError::plan("lora", "is missing")),
-            _ => Ok(()),
+            _ => match &self.adapter {
+                Some(_) if self.head_only() => Err(TrainError::plan(
+                    "adapter",
+                    "a head that is trained alone has nothing below it that is trained",
+                )),
+                None if !self.head_only() => Err(TrainError::plan("adapter", "is missing")),
+                Some(AdapterConfig::Ia3(_) | AdapterConfig::Full(_))
+                    if self.hp.lora_plus_ratio != 1.0 =>
+                {
+                    Err(TrainError::plan(
+                        "lora_plus_ratio",
+                        format!(
+                            "{} is for LoRA's factors, which this plan does not train; leave it at 1",
+                            self.hp.lora_plus_ratio
+                        ),
+                    ))
+                }
+                _ => Ok(()),
+            },
         }
     }
 
@@ -474,7 +488,7 @@ impl TrainPlan {
         let mut hash = Sha256::new();
         hash.update(format!(
             "espalier-plan-v1 {:?} {:?} {:?} {} {base:?}",
-            self.method, self.lora, self.hp, self.seed
+            self.method, self.adapter, self.hp, self.seed
         ));
         for examples in [Some(&self.train), self.valid.as_ref()] {
             let items = examples.map_or(&[][..], |examples| &examples.items);
@@ -493,6 +507,15 @@ impl TrainPlan {
             }
             let magnitude = adapter.magnitude.iter().flatten();
             magnitude.for_each(|x| hash.update(x.to_le_bytes()));
+        }
+        for ((layer, site), scale) in self.init.iter().flat_map(|init| &init.scales) {
+            hash.update(format!("{} {:?}", site.path(*layer), scale.on));
+            scale.l.iter().for_each(|x| hash.update(x.to_le_bytes()));
+        }
+        for ((layer, tensor), delta) in self.init.iter().flat_map(|init| &init.full) {
+            hash.update(tensor.path(*layer));
+            let values = delta.values.iter();
+            values.for_each(|x| hash.update(x.to_le_bytes()));
         }
         if let Some(head) = self.init.as_ref().and_then(|init| init.head.as_ref()) {
             head.weight

@@ -1,10 +1,14 @@
-//! Where a run starts: given weights, or A uniform, B zero and DoRA's magnitudes those of W, drawn by seed and site so that every site's numbers are its own.
+//! Where a run starts: given weights; or A uniform, B zero and DoRA's magnitudes those of W, drawn by seed and site so that every
+//! site's numbers are its own; or vectors of ones; or deltas of zeros.
 
-use espalier_adapters::config::{LoraConfig, Site};
+use espalier_adapters::config::{
+    AdapterConfig, FullConfig, Ia3Config, LayerTensor, LoraConfig, ScaleOn, Site,
+};
+use espalier_adapters::error::AdapterError;
 use espalier_adapters::head::{HeadSettings, Problem};
 use espalier_adapters::linear::{BaseSites, row_norms};
 use espalier_adapters::ops::Ops;
-use espalier_adapters::weights::{AdapterWeights, ScoreHead, SiteAdapter};
+use espalier_adapters::weights::{AdapterWeights, Delta, ScoreHead, SiteAdapter, SiteScale};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -29,22 +33,36 @@ pub(super) fn order(seed: u64, epoch: u64) -> ChaCha8Rng {
 
 /// The plan's first weights: its own, completed by drawn ones.
 pub(super) fn initial(plan: &TrainPlan, model: &Model) -> Result<AdapterWeights, TrainError> {
-    let mut weights = match (&plan.init, &plan.lora) {
-        (Some(init), _) if plan.head_only() && !init.sites.is_empty() => {
+    let mut weights = match (&plan.init, &plan.adapter) {
+        (Some(init), _) if plan.head_only() && adapts(init) => {
             return Err(TrainError::plan(
                 "init",
-                "has LoRA sites, but the head is to be trained alone",
+                "adapts modules, but the head is to be trained alone",
             ));
         }
         // What a file stores in 16 bits is trained in 32.
         (Some(init), _) => init.clone().widened(),
-        (None, Some(lora)) => drawn(lora, plan.seed, model)?,
+        (None, Some(AdapterConfig::Lora(lora))) => drawn(lora, plan.seed, model)?,
+        (None, Some(AdapterConfig::Ia3(ia3))) => ones(ia3, model)?,
+        (None, Some(AdapterConfig::Full(full))) => zeros(full, model)?,
         (None, None) => AdapterWeights::default(),
     };
-    if weights.sites.is_empty() && !plan.head_only() {
-        return Err(TrainError::plan("lora", "adapts no module of this base"));
+    if !adapts(&weights) && !plan.head_only() {
+        return Err(TrainError::plan("adapter", "adapts no module of this base"));
     }
-    let dora = plan.lora.as_ref().is_some_and(|lora| lora.use_dora);
+    let lora = plan.adapter.as_ref().and_then(AdapterConfig::lora);
+    let fits = match &plan.adapter {
+        Some(AdapterConfig::Lora(_)) => !weights.sites.is_empty(),
+        Some(AdapterConfig::Ia3(_)) => !weights.scales.is_empty(),
+        Some(AdapterConfig::Full(_)) => !weights.full.is_empty(),
+        None => true,
+    };
+    if !fits {
+        let reason =
+            "is another way to adapt than the plan's: go on from a version of the same way";
+        return Err(TrainError::plan("init", reason));
+    }
+    let dora = lora.is_some_and(|lora| lora.use_dora);
     if let Some(((layer, site), _)) = weights
         .sites
         .iter()
@@ -96,10 +114,7 @@ pub(super) fn initial(plan: &TrainPlan, model: &Model) -> Result<AdapterWeights,
 
 /// A uniform within `1 / sqrt(in)`, which is PEFT's `kaiming_uniform_(a = sqrt(5))`, B zero, and with DoRA the norms of W's rows.
 fn drawn(lora: &LoraConfig, seed: u64, model: &Model) -> Result<AdapterWeights, TrainError> {
-    let plans = lora.plan(model.config().layers).map_err(|errors| {
-        let reasons: Vec<String> = errors.iter().map(ToString::to_string).collect();
-        TrainError::plan("lora", reasons.join("; "))
-    })?;
+    let plans = lora.plan(model.config().layers).map_err(bad_patterns)?;
     let mut weights = AdapterWeights::default();
     for ((layer, site), plan) in plans {
         let (outputs, inputs) = model.ops().dims(model.weight(layer, site));
@@ -125,6 +140,52 @@ fn drawn(lora: &LoraConfig, seed: u64, model: &Model) -> Result<AdapterWeights, 
         );
     }
     Ok(weights)
+}
+
+/// Vectors of ones, which leave the base as it is: PEFT's start.
+fn ones(ia3: &Ia3Config, model: &Model) -> Result<AdapterWeights, TrainError> {
+    let plan = ia3.plan(model.config().layers).map_err(bad_patterns)?;
+    let shape = model.config().base_shape();
+    let scale = |((layer, site), on): (_, ScaleOn)| {
+        let l = vec![1.0; on.width(shape.dims(site))];
+        ((layer, site), SiteScale { on, l })
+    };
+    Ok(AdapterWeights {
+        scales: plan.into_iter().map(scale).collect(),
+        ..AdapterWeights::default()
+    })
+}
+
+/// Deltas of zeros, which leave the base as it is.
+fn zeros(full: &FullConfig, model: &Model) -> Result<AdapterWeights, TrainError> {
+    let (shape, mut weights) = (model.config().base_shape(), AdapterWeights::default());
+    for (layer, tensor) in full.tensors() {
+        if layer >= shape.layers {
+            let reason = format!(
+                "layer {layer} does not exist: the base has {}",
+                shape.layers
+            );
+            return Err(TrainError::plan("adapter", reason));
+        }
+        let is_weight = matches!(tensor, LayerTensor::Weight(_));
+        if is_weight || model.vector(layer, tensor).is_some() {
+            let dims = tensor.shape(&shape);
+            let rows = if is_weight { dims[0] } else { 1 };
+            let values = vec![0.0; dims.iter().product()];
+            weights.full.insert((layer, tensor), Delta { rows, values });
+        }
+    }
+    Ok(weights)
+}
+
+/// Whether anything but a head is changed.
+fn adapts(weights: &AdapterWeights) -> bool {
+    !(weights.sites.is_empty() && weights.scales.is_empty() && weights.full.is_empty())
+}
+
+fn bad_patterns(errors: Vec<AdapterError>) -> TrainError {
+    let reasons: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    TrainError::plan("adapter", reasons.join("; "))
 }
 
 /// A head drawn within `1 / sqrt(hidden)` below LoRA; alone on frozen states its loss is convex and zero is as good.

@@ -6,9 +6,10 @@ mod device;
 
 use std::cell::Cell;
 
-use espalier_adapters::config::Site;
+use espalier_adapters::config::{FullConfig, Ia3Config, LayerTensor, Site};
 use espalier_adapters::pace::Unpaced;
 use espalier_adapters::train::examples::Examples;
+use espalier_adapters::weights::{Delta, SiteScale};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -80,7 +81,7 @@ fn lm_plan() -> TrainPlan {
     };
     TrainPlan {
         method: Method::Lm,
-        lora: Some(lora),
+        adapter: Some(lora.into()),
         hp: hp(),
         seed: 9,
         train: sequences(18, 1),
@@ -95,11 +96,29 @@ fn dora_plan() -> TrainPlan {
         ..LoraConfig::new(3, 5.0, &[Site::Q, Site::O, Site::Down])
     };
     TrainPlan {
-        lora: Some(lora),
+        adapter: Some(lora.into()),
         hp: HyperParameters {
             lora_plus_ratio: 2.0,
             ..hp()
         },
+        ..lm_plan()
+    }
+}
+
+fn ia3_plan() -> TrainPlan {
+    TrainPlan {
+        adapter: Some(Ia3Config::default().into()),
+        hp: HyperParameters {
+            learning_rate: Some(0.05),
+            ..hp()
+        },
+        ..lm_plan()
+    }
+}
+
+fn full_plan() -> TrainPlan {
+    TrainPlan {
+        adapter: Some(FullConfig::new(vec![1]).into()),
         ..lm_plan()
     }
 }
@@ -114,7 +133,7 @@ fn class_plan(head_only: bool) -> TrainPlan {
             head_only,
             options: HeadOptions::default(),
         },
-        lora,
+        adapter: lora.map(AdapterConfig::from),
         valid: Some(valid),
         train,
         ..lm_plan()
@@ -122,10 +141,12 @@ fn class_plan(head_only: bool) -> TrainPlan {
 }
 
 /// One of each kind of run.
-fn every_plan() -> [TrainPlan; 8] {
+fn every_plan() -> [TrainPlan; 10] {
     [
         lm_plan(),
         dora_plan(),
+        ia3_plan(),
+        full_plan(),
         class_plan(false),
         class_plan(true),
         classification::labels_plan(false),
@@ -175,7 +196,7 @@ fn cutting_changes_no_bit() {
 }
 
 pub(crate) fn cuts_change_no_bit(on: &Under<Backend>) {
-    for plan in [lm_plan(), dora_plan()] {
+    for plan in [lm_plan(), dora_plan(), ia3_plan(), full_plan()] {
         cuts_of_a_plan_change_no_bit(on, &plan);
     }
 }
@@ -487,7 +508,7 @@ fn a_dora_adapter_is_trained_served_and_trained_again() {
     let shape = model(&on).config().base_shape();
     let (config, weights, _) =
         peft::read(&finished.artifact, &shape, &peft::Limits::default()).unwrap();
-    assert!(config.use_dora);
+    assert!(config.lora().unwrap().use_dora);
     let moved = before.iter().zip(magnitudes(&weights));
     assert!(moved.filter(|(b, a)| **b != *a).count() > before.len() / 2);
 
@@ -519,7 +540,7 @@ fn a_dora_adapter_is_trained_served_and_trained_again() {
     );
     assert!(further.summary.first_loss < finished.summary.first_loss);
     let plain = TrainPlan {
-        lora: lm_plan().lora,
+        adapter: lm_plan().adapter,
         ..next.clone()
     };
     let drawn = TrainPlan {
@@ -539,6 +560,120 @@ fn a_dora_adapter_is_trained_served_and_trained_again() {
         let error = Trainer::new(model(&on), plan).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
+}
+
+#[test]
+fn an_ia3_adapter_is_trained_served_and_trained_again() {
+    let on = host();
+    let mut trainer = Trainer::new(model(&on), ia3_plan()).unwrap();
+    let (finished, _) = finish(&mut trainer, &Unpaced);
+    assert!(finished.summary.last_loss < finished.summary.first_loss);
+    let shape = model(&on).config().base_shape();
+    let (config, weights, _) =
+        peft::read(&finished.artifact, &shape, &peft::Limits::default()).unwrap();
+    assert_eq!(config, Ia3Config::default().into());
+    let moved = |scale: &SiteScale| scale.l.iter().all(|l| *l != 1.0 && (l - 1.0).abs() < 0.9);
+    assert!(weights.scales.values().all(moved), "every number learns");
+
+    // What is served is what was judged.
+    let served = ResidentAdapter::build(&weights, model(&on).as_ref()).unwrap();
+    let served = (served, Objective::default());
+    let mut learner = Learner::new(model(&on), served, (1 << 20, 0.0), 1);
+    let valid = ia3_plan().valid.unwrap();
+    let (again, _) = learner.judge(&numbered(&valid.items), &Unpaced).unwrap();
+    let best = finished.summary.best.unwrap();
+    assert_eq!(again.mean(), best.loss);
+
+    let next = TrainPlan {
+        init: Some(weights),
+        ..ia3_plan()
+    };
+    let (further, _) = finish(
+        &mut Trainer::new(model(&on), next.clone()).unwrap(),
+        &Unpaced,
+    );
+    assert!(further.summary.first_loss < finished.summary.first_loss);
+    let digest = |plan: &TrainPlan| plan.digest(model(&on).config());
+    assert_ne!(
+        digest(&next),
+        digest(&ia3_plan()),
+        "a checkpoint knows its start"
+    );
+    let otherwise = TrainPlan {
+        adapter: lm_plan().adapter,
+        ..next.clone()
+    };
+    let doubled = TrainPlan {
+        hp: HyperParameters {
+            lora_plus_ratio: 2.0,
+            ..hp()
+        },
+        ..ia3_plan()
+    };
+    for (plan, expected) in [
+        (otherwise, "init: is another way to adapt"),
+        (doubled, "lora_plus_ratio: 2 is for LoRA's factors"),
+    ] {
+        let error = Trainer::new(model(&on), plan).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn layers_are_unfrozen_served_and_trained_again() {
+    let on = host();
+    let mut trainer = Trainer::new(model(&on), full_plan()).unwrap();
+    let (finished, _) = finish(&mut trainer, &Unpaced);
+    assert!(finished.summary.last_loss < finished.summary.first_loss);
+    let shape = model(&on).config().base_shape();
+    let (config, weights, _) =
+        peft::read(&finished.artifact, &shape, &peft::Limits::default()).unwrap();
+    assert_eq!(config, FullConfig::new(vec![1]).into());
+    assert!(weights.full.keys().all(|(layer, _)| *layer == 1));
+    assert!(
+        weights.full.contains_key(&(1, LayerTensor::QNorm)),
+        "{config:?}"
+    );
+    let moved = |delta: &Delta| delta.values.iter().filter(|d| **d != 0.0).count();
+    let still = |delta: &&Delta| moved(delta) < delta.values.len();
+    assert_eq!(
+        weights.full.values().filter(still).count(),
+        0,
+        "every number learns"
+    );
+
+    // What is served is what was judged.
+    let served = ResidentAdapter::build(&weights, model(&on).as_ref()).unwrap();
+    assert_eq!(
+        served.bytes(),
+        ResidentAdapter::bytes_for(&weights, model(&on).as_ref())
+    );
+    assert!(served.bytes() >= 4 * weights.parameters());
+    let served = (served, Objective::default());
+    let mut learner = Learner::new(model(&on), served, (1 << 20, 0.0), 1);
+    let valid = full_plan().valid.unwrap();
+    let (again, _) = learner.judge(&numbered(&valid.items), &Unpaced).unwrap();
+    assert_eq!(again.mean(), finished.summary.best.unwrap().loss);
+
+    let next = TrainPlan {
+        init: Some(weights),
+        ..full_plan()
+    };
+    let digest = |plan: &TrainPlan| plan.digest(model(&on).config());
+    assert_ne!(
+        digest(&next),
+        digest(&full_plan()),
+        "a checkpoint knows its start"
+    );
+    let (further, _) = finish(&mut Trainer::new(model(&on), next).unwrap(), &Unpaced);
+    assert!(further.summary.first_loss < finished.summary.first_loss);
+    let mut beyond = full_plan();
+    beyond.adapter = Some(FullConfig::new(vec![3]).into());
+    let error = Trainer::new(model(&on), beyond).unwrap_err().to_string();
+    assert!(
+        error.contains("layer 3 does not exist: the base has 3"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -576,7 +711,9 @@ fn plans_that_cannot_be_carried_out_say_why() {
             plan.hp.learning_rate = Some(-1.0)
         }),
         ("lora_dropout: 0.1 with use_dora", |plan| {
-            plan.lora.iter_mut().for_each(|lora| lora.use_dora = true)
+            if let Some(AdapterConfig::Lora(lora)) = &mut plan.adapter {
+                lora.use_dora = true;
+            }
         }),
         ("train: holds no example", |plan| plan.train.items.clear()),
         ("train: token 70", |plan| {
@@ -600,7 +737,7 @@ fn plans_that_cannot_be_carried_out_say_why() {
                 learn: vec![true; 257],
             });
         }),
-        ("lora: is missing", |plan| plan.lora = None),
+        ("adapter: is missing", |plan| plan.adapter = None),
     ];
     for (expected, change) in cases {
         let mut plan = lm_plan();
@@ -734,7 +871,7 @@ fn modules_that_learn_nothing_are_named() {
 #[test]
 fn a_run_without_any_gradient_ends() {
     let mut plan = lm_plan();
-    plan.lora = Some(LoraConfig::new(2, 4.0, &[Site::Q, Site::K]));
+    plan.adapter = Some(LoraConfig::new(2, 4.0, &[Site::Q, Site::K]).into());
     for example in &mut plan.train.items {
         if let Example::Lm { ids, learn } = example {
             ids.truncate(2);

@@ -23,6 +23,8 @@ fn numbers(weights: &AdapterWeights) -> Vec<f64> {
     let factors = sites.flat_map(|site| [site.a.to_f32(), site.b.to_f32()]);
     let mut all: Vec<f32> = factors.flat_map(|numbers| numbers.to_vec()).collect();
     all.extend(magnitudes(weights));
+    all.extend(weights.scales.values().flat_map(|scale| &scale.l));
+    all.extend(weights.full.values().flat_map(|delta| &delta.values));
     all.extend(weights.head.iter().flat_map(|head| &head.weight));
     all.into_iter().map(f64::from).collect()
 }
