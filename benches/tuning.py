@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""Trains one example of each kind and each way, and writes what it cost and bought into docs/tuning.md.
+
+usage: benches/tuning.py ESPALIERD ESPALIER MODEL [NAME...]     (names of rows; left out: all)
+
+Every row has a server of its own, fresh, so that the growth of its memory is the job's: the most that the process held while
+the job ran less what it held before. Nothing else should run on the machine. Needs Linux (/proc) and Python 3.9, no package.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "tuning.md"
+SHARED = "--valid-fraction 0.2 --seed 1"
+VOICE = f"globex-style.jsonl {SHARED} --epochs 6"
+
+# Kinds: what is learned. Name, arguments of `espalier train` in examples/.
+KINDS = {
+    "a head alone": f"acme-tickets.csv --text-col ticket --label-col queue {SHARED} --head-only",
+    "one label": f"acme-tickets.csv --text-col ticket --label-col queue {SHARED}",
+    "a ladder": f"acme-tickets.csv --text-col ticket --label-col queue {SHARED} --ladder",
+    "several labels": f"vandelay-shipments.jsonl {SHARED}",
+    "a number": f"sirius-urgency.csv --text-col message --score-col urgency {SHARED}",
+    "instructions": f"initech-tasks.jsonl {SHARED}",
+    "chats": f"globex-style.jsonl {SHARED}",
+    "raw text": "press-manual --valid press-letters.md --seed 1",
+}
+# Ways: what is trained, on the same rows for as many passes.
+WAYS = {
+    "LoRA": VOICE,
+    "rsLoRA": f"{VOICE} --rslora",
+    "LoRA+": f"{VOICE} --lora-plus-ratio 16",
+    "DoRA": f"{VOICE} --dora",
+    "(IA)3": f"{VOICE} --ia3",
+    "the last 2 layers": f"{VOICE} --unfreeze-last 2",
+    "two modules of the last 8": f"{VOICE} --unfreeze-last 8 --targets o_proj,down_proj",
+    "LoRA, base in 8 bits": VOICE,
+    "LoRA, going on from a version": f"{VOICE} --from tuned --epochs 2",
+}
+EIGHT_BITS = ["--dtype", "q8"]
+
+
+class Server:
+    """An espalierd with one tenant, for as long as the block."""
+
+    def __init__(self, programs, flags):
+        (self.daemon, self.cli, self.model), self.flags = programs, flags
+
+    def __enter__(self):
+        self.dir = tempfile.TemporaryDirectory()
+        path = pathlib.Path(self.dir.name)
+        arguments = ["--model", self.model, "--data-dir", path / "data", "--listen", "127.0.0.1:0"]
+        arguments += ["--metrics-listen", "", "--ready-file", path / "ready", "--log", "warn"]
+        self.process = subprocess.Popen([self.daemon, *arguments, *self.flags], stdout=subprocess.DEVNULL, stderr=open(path / "log", "w"))
+        while not (path / "ready").exists() or not (path / "ready").read_text().strip():
+            if self.process.poll() is not None:
+                sys.exit((path / "log").read_text())
+            time.sleep(0.05)
+        self.address = "http://" + (path / "ready").read_text().split()[0]
+        self.key = self.ask("--quiet", "tenants", "create", "tuning").strip()
+        # Buffers that the first request makes are serving's, not the job's.
+        self.ask("generate", "The first words", "--max-tokens", "4")
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait()
+        self.dir.cleanup()
+
+    def ask(self, *arguments):
+        """What the CLI prints, run in examples/."""
+        environment = {**os.environ, "ESPALIER_SERVER": self.address, "ESPALIER_API_KEY": getattr(self, "key", "")}
+        if not environment["ESPALIER_API_KEY"]:
+            del environment["ESPALIER_API_KEY"]
+        done = subprocess.run([self.cli, *arguments], cwd=ROOT / "examples", env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"espalier {' '.join(arguments)}: {done.stderr}")
+        return done.stdout
+
+    def memory(self, what):
+        """`VmRSS` or `VmHWM` of the process, in bytes."""
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(re.search(rf"{what}:\s+(\d+)", status)[1])
+
+    def forget_peak(self):
+        pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+
+def seconds(job):
+    """From the request to the end."""
+    moment = lambda text: time.mktime(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")) + float("0" + text[19:].rstrip("Z"))
+    return moment(job["end_time"]) - moment(job["create_time"])
+
+
+def trained(server, way):
+    server.ask("train", *way.split(), "--adapter", "tuned", "--quiet")
+    return json.loads(server.ask("--json", "jobs", "list"))[0]
+
+
+def run(programs, name, way):
+    with Server(programs, EIGHT_BITS if "8 bits" in name else []) as server:
+        if "--from" in way:
+            trained(server, VOICE)
+        before = server.memory("VmRSS")
+        server.forget_peak()
+        job = trained(server, way)
+        grown = server.memory("VmHWM") - before
+        server.ask("adapters", "warm", "tuned")
+        held = json.loads(server.ask("--json", "adapters", "residency"))
+        held = next(entry for entry in held if entry["version"] == job["version"])
+    return row(name, way, job, grown, int(held["bytes"]))
+
+
+def row(name, way, job, grown, held):
+    mebibytes = lambda count: f"{count / 2**20:.{2 if count < 2**20 else 1}f}"
+    outcome = job["outcome"]
+    cells = [name, f"`espalier train {way} --adapter tuned`", *metric(job)]
+    cells += [f"{outcome['trained_parameters']:,}", f"{seconds(job):.1f}", mebibytes(grown), mebibytes(outcome["peak_bytes"]), mebibytes(held)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def metric(job):
+    """The held-out measure of the job's kind, before and after."""
+    outcome = job["outcome"]
+    sides = [outcome["baseline"], outcome["result"]]
+    problem = job.get("classification_result", {}).get("problem_type", "")
+    if problem.endswith("REGRESSION"):
+        return [f"{side['loss']:.2f} squared error" for side in sides]
+    if problem:
+        return [f"{100 * side['accuracy']:.1f} % right, loss {side['loss']:.3f}" for side in sides]
+    if "perplexity" in sides[0]:
+        return [f"perplexity {side['perplexity']:.2f}" for side in sides]
+    return [f"loss {side['loss']:.3f}" for side in sides]
+
+
+def write(page, marker, rows):
+    """Puts rows in place of those between `<!-- marker -->` and `<!-- end -->`; a row whose name is there is replaced."""
+    pattern = rf"(<!-- {marker} -->\n)(.*?)(<!-- end -->)"
+    old = re.search(pattern, page, re.S)[2].splitlines()
+    head, found = old[:3], {line.split(" | ")[0]: line for line in old[3:] if line}
+    found.update({line.split(" | ")[0]: line for line in rows})
+    text = "\n".join([*head, *found.values()])
+    return re.sub(pattern, lambda m: m[1] + text + "\n\n" + m[3], page, flags=re.S)
+
+
+def main():
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    programs = [os.path.abspath(path) for path in sys.argv[1:4]]
+    asked = sys.argv[4:]
+    unknown = set(asked) - set(KINDS) - set(WAYS)
+    if unknown:
+        sys.exit(f"{', '.join(sorted(unknown))}: none of {', '.join([*KINDS, *WAYS])}")
+    for marker, group in [("kinds", KINDS), ("ways", WAYS)]:
+        for name, way in group.items():
+            if asked and name not in asked:
+                continue
+            line = run(programs, name, way)
+            print(line, flush=True)
+            PAGE.write_text(write(PAGE.read_text(), marker, [line]))
+
+
+if __name__ == "__main__":
+    main()
