@@ -5,11 +5,8 @@ import json
 import pathlib
 import statistics
 import sys
-import time
 
-
-def moment(text):
-    return time.mktime(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")) + float("0" + text[19:].rstrip("Z"))
+from server import moment
 
 
 def trained(path):

@@ -11,10 +11,9 @@ import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
-import time
+
+from server import Server, moment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "tuning.md"
@@ -47,65 +46,20 @@ WAYS = {
 EIGHT_BITS = ["--dtype", "q8"]
 
 
-class Server:
-    """An espalierd with one tenant, for as long as the block."""
-
-    def __init__(self, programs, flags):
-        (self.daemon, self.cli, self.model), self.flags = programs, flags
-
-    def __enter__(self):
-        self.dir = tempfile.TemporaryDirectory()
-        path = pathlib.Path(self.dir.name)
-        arguments = ["--model", self.model, "--data-dir", path / "data", "--listen", "127.0.0.1:0"]
-        arguments += ["--metrics-listen", "", "--ready-file", path / "ready", "--log", "warn"]
-        self.process = subprocess.Popen([self.daemon, *arguments, *self.flags], stdout=subprocess.DEVNULL, stderr=open(path / "log", "w"))
-        while not (path / "ready").exists() or not (path / "ready").read_text().strip():
-            if self.process.poll() is not None:
-                sys.exit((path / "log").read_text())
-            time.sleep(0.05)
-        self.address = "http://" + (path / "ready").read_text().split()[0]
-        self.key = self.ask("--quiet", "tenants", "create", "tuning").strip()
-        # Buffers that the first request makes are serving's, not the job's.
-        self.ask("generate", "The first words", "--max-tokens", "4")
-        return self
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.wait()
-        self.dir.cleanup()
-
-    def ask(self, *arguments):
-        """What the CLI prints, run in examples/."""
-        environment = {**os.environ, "ESPALIER_SERVER": self.address, "ESPALIER_API_KEY": getattr(self, "key", "")}
-        if not environment["ESPALIER_API_KEY"]:
-            del environment["ESPALIER_API_KEY"]
-        done = subprocess.run([self.cli, *arguments], cwd=ROOT / "examples", env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"espalier {' '.join(arguments)}: {done.stderr}")
-        return done.stdout
-
-    def memory(self, what):
-        """`VmRSS` or `VmHWM` of the process, in bytes."""
-        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
-        return 1024 * int(re.search(rf"{what}:\s+(\d+)", status)[1])
-
-    def forget_peak(self):
-        pathlib.Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
-
-
 def seconds(job):
     """From the request to the end."""
-    moment = lambda text: time.mktime(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")) + float("0" + text[19:].rstrip("Z"))
     return moment(job["end_time"]) - moment(job["create_time"])
 
 
 def trained(server, way):
-    server.ask("train", *way.split(), "--adapter", "tuned", "--quiet")
+    server.ask("train", *way.split(), "--adapter", "tuned", "--quiet", cwd=ROOT / "examples")
     return json.loads(server.ask("--json", "jobs", "list"))[0]
 
 
 def run(programs, name, way):
-    with Server(programs, EIGHT_BITS if "8 bits" in name else []) as server:
+    with Server(*programs, EIGHT_BITS if "8 bits" in name else []) as server:
+        # Buffers that the first request makes are serving's, not the job's.
+        server.ask("generate", "The first words", "--max-tokens", "4")
         if "--from" in way:
             trained(server, VOICE)
         before = server.memory("VmRSS")

@@ -108,7 +108,7 @@ enum Command {
     Tenants(tenants::Tenants),
     /// Train an adapter from a file of examples, and watch it.
     Train(Box<train::Train>),
-    /// List, watch and cancel training jobs.
+    /// List, watch, put aside, cancel and report on training jobs.
     #[command(subcommand)]
     Jobs(jobs::Jobs),
     /// Answer a file of requests, durably and at the lowest priority.

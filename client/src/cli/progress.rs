@@ -235,7 +235,8 @@ pub(crate) fn print_job(out: Out, job: &v1::TrainingJob) -> Result<(), Failure> 
     ))?;
     if let Some(stats) = &job.data_stats {
         let labels = match stats.labels.len() {
-            0 => String::new(),
+            // A number is answered under one name, which is no label.
+            0 | 1 => String::new(),
             labels => format!(", {labels} labels"),
         };
         out.line(format_args!(

@@ -174,12 +174,13 @@ fn result(job: &v1::TrainingJob) -> Vec<Row> {
                     format!("{before:.2} before, {after:.2} after"),
                 ));
             }
-            let accuracy = [before, after].map(|found| 100.0 * found.accuracy.unwrap_or_default());
-            let [before, after] = accuracy;
-            rows.push(row(
-                "accuracy",
-                format!("{before:.1} % before, {after:.1} % after"),
-            ));
+            if let (Some(before), Some(after)) = (before.accuracy, after.accuracy) {
+                let [before, after] = [before, after].map(|share| 100.0 * share);
+                rows.push(row(
+                    "accuracy",
+                    format!("{before:.1} % before, {after:.1} % after"),
+                ));
+            }
         }
         let early = if outcome.stopped_early {
             ", ended when it no longer gained"

@@ -50,9 +50,9 @@ fn measured(found: Measured, best: bool) -> v1::EvaluationReport {
     v1::EvaluationReport {
         step: found.step,
         loss: found.loss,
-        accuracy: Some(found.accuracy),
+        accuracy: found.accuracy,
         perplexity: found.perplexity,
-        macro_f1: None,
+        macro_f1: found.macro_f1,
         best,
     }
 }

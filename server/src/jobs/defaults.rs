@@ -15,6 +15,9 @@ use super::spec::{HyperRequest, JobLimits, LoraRequest, LoraSpec};
 
 /// Steps below which a run is too short to settle; the default number of epochs grows until it is reached.
 const WANTED_STEPS: u64 = 100;
+/// Passes of a head that learns alone, and the steps that bound them.
+const HEAD_EPOCHS: u64 = 40;
+const HEAD_STEPS: u64 = 15_000;
 /// Evaluations of a run when the request names no interval.
 const EVALUATIONS: u64 = 10;
 /// Evaluations without progress after which a run with defaulted epochs ends.
@@ -187,13 +190,19 @@ fn default_epochs(
     limits: &JobLimits,
     choices: &mut Choices,
 ) -> f64 {
-    let (wanted, most) = match head_only {
-        true => (4 * WANTED_STEPS, 30),
-        false => (WANTED_STEPS, 10),
+    let (epochs, why) = if head_only {
+        let epochs = (HEAD_STEPS / per_epoch).clamp(3, HEAD_EPOCHS);
+        let why = format!(
+            "a step on cached states costs next to nothing: {HEAD_EPOCHS} passes, fewer where they make more than {HEAD_STEPS} steps"
+        );
+        (epochs, why)
+    } else {
+        let epochs = WANTED_STEPS.div_ceil(per_epoch).clamp(3, 10);
+        let why =
+            format!("3 to 10 passes, as many as make {WANTED_STEPS} steps of {per_epoch} a pass");
+        (epochs, why)
     };
-    let epochs = wanted.div_ceil(per_epoch).clamp(3, most);
     let epochs = epochs.min(u64::from(limits.max_epochs));
-    let why = format!("3 to {most} passes, as many as make {wanted} steps of {per_epoch} a pass");
     choices.make("hyper_parameters.epochs", epochs, why) as f64
 }
 
@@ -213,7 +222,7 @@ pub(super) fn hyper_parameters(
     let patience = patience(request, at, choices)?;
     let accumulation = request.gradient_accumulation_steps.unwrap_or(1).max(1);
     let checkpoint_steps = request.checkpoint_every_steps.filter(|steps| *steps > 0);
-    let optimizer = optimizer(request, choices)?;
+    let optimizer = optimizer(request, head_only, choices)?;
     let hyper = HyperParameters {
         learning_rate: Some(learning_rate),
         head_learning_rate: Some(head_learning_rate),
@@ -264,7 +273,7 @@ fn learning_rates(
     );
     let rate = match request.learning_rate {
         Some(rate) => positive(field, rate, 1.0)?,
-        None if head_only => choices.make(field, 1e-2, "a linear head on frozen states"),
+        None if head_only => choices.make(field, 5e-3, "a linear head on frozen states"),
         None => {
             let (rate, why) = lora_learning_rate(at, steps);
             choices.make(field, rate, why)
@@ -351,15 +360,22 @@ fn patience(
 }
 
 /// AdamW and the bound on gradients.
-fn optimizer(request: &HyperRequest, choices: &mut Choices) -> Result<HyperParameters, JobError> {
+fn optimizer(
+    request: &HyperRequest,
+    head_only: bool,
+    choices: &mut Choices,
+) -> Result<HyperParameters, JobError> {
     const ADAM: &str = "AdamW's usual value";
     let mut number = |name: &str, given: Option<f64>, default: f64, why: &str| {
         let field = format!("hyper_parameters.{name}");
         let value = given.unwrap_or_else(|| choices.make(&field, default, why));
         (field, value)
     };
-    let decay_why = "an adapter is small beside its base, which holds it";
-    let (decay_field, weight_decay) = number("weight_decay", request.weight_decay, 0.0, decay_why);
+    let (decay, why) = match head_only {
+        true => (0.1, "many passes over few states would be learned by heart"),
+        false => (0.0, "an adapter is small beside its base, which holds it"),
+    };
+    let (decay_field, weight_decay) = number("weight_decay", request.weight_decay, decay, why);
     let (beta1_field, beta1) = number("adam_beta1", request.beta1, 0.9, ADAM);
     let (beta2_field, beta2) = number("adam_beta2", request.beta2, 0.999, ADAM);
     let (epsilon_field, epsilon) = number("adam_epsilon", request.epsilon, 1e-8, ADAM);
@@ -394,7 +410,7 @@ fn lora_plus_ratio(
         )),
         Some(ratio) => positive(field, ratio, 1e3),
         None if head_only => Ok(1.0),
-        None => Ok(choices.make(field, 1.0, "LoRA+ is asked for")),
+        None => Ok(choices.make(field, 1.0, "LoRA+ has to be asked for")),
     }
 }
 

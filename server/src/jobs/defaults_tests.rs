@@ -81,7 +81,8 @@ fn defaults_follow_size_and_width() {
         &mut Choices::default(),
     )
     .unwrap();
-    assert_eq!((head.learning_rate, head.batch_size), (Some(1e-2), 32));
+    assert_eq!((head.learning_rate, head.batch_size), (Some(5e-3), 32));
+    assert_eq!((head.weight_decay, hyper.weight_decay), (0.1, 0.0));
     let shape = |n| {
         lora(
             &LoraRequest::default(),

@@ -126,8 +126,11 @@ pub struct Measured {
     pub step: u64,
     /// Its loss.
     pub loss: f64,
-    /// Its accuracy.
-    pub accuracy: f64,
+    /// Its accuracy; a number has none.
+    pub accuracy: Option<f64>,
+    /// Mean F1 over labels, of what is kept.
+    #[serde(default)]
+    pub macro_f1: Option<f64>,
     /// Its perplexity, of raw text.
     pub perplexity: Option<f64>,
 }

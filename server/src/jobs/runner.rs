@@ -467,7 +467,8 @@ impl JobService {
         }
         if let Some(baseline) = summary.baseline {
             metrics.insert("baseline_loss".to_owned(), baseline.loss);
-            metrics.insert("baseline_accuracy".to_owned(), baseline.accuracy);
+            let accuracy = spec.method.accuracy(baseline.accuracy);
+            metrics.extend(accuracy.map(|value| ("baseline_accuracy".to_owned(), value)));
         }
         let held = summary.held_out.as_ref();
         let result = held.map(|held| ClassificationResult::of(held, &spec.labels));
@@ -587,7 +588,8 @@ fn outcome(spec: &JobSpec, summary: &Summary, impact: TrainingImpact, size_bytes
     let measured = |report: EvalReport| Measured {
         step: report.step,
         loss: finite(report.loss),
-        accuracy: finite(report.accuracy),
+        accuracy: spec.method.accuracy(finite(report.accuracy)),
+        macro_f1: report.macro_f1.map(finite),
         perplexity: spec.method.perplexity(report.loss),
     };
     Outcome {
@@ -660,7 +662,8 @@ impl Run {
                 progress.evaluated_step = Some(report.step);
                 if report.step == 0 {
                     progress.baseline_loss = Some(finite(report.loss));
-                    progress.baseline_accuracy = Some(finite(report.accuracy));
+                    let accuracy = self.job.spec.method.accuracy(finite(report.accuracy));
+                    progress.baseline_accuracy = accuracy;
                 }
                 progress.valid_perplexity = perplexity;
                 progress.valid_loss = Some(finite(report.loss));
@@ -673,7 +676,7 @@ impl Run {
                     step: report.step,
                     loss: finite(report.loss),
                     accuracy,
-                    macro_f1: report.macro_f1,
+                    macro_f1: report.macro_f1.map(finite),
                     perplexity,
                     best: report.best,
                 })
