@@ -4,9 +4,10 @@
 //! Counters name what comes **next**, so that nothing is trained twice or skipped. Fractions are kept as bits: a
 //! run that goes on is bit-equal to one without a break. Where the bytes are kept is not known here.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
+use safetensors::tensor::{Dtype, SafeTensors, View, serialize};
 use serde::{Deserialize, Serialize};
 
 /// A run after some steps.
@@ -97,6 +98,39 @@ const MEAN: &str = "mean";
 const SQUARE: &str = "square";
 const BEST: &str = "best";
 
+/// Numbers as a tensor of the file. They become bytes when it is their turn to be written, one tensor at a time.
+struct Numbers<'a> {
+    shape: [usize; 1],
+    values: &'a [f32],
+}
+
+// === impl Numbers ===
+
+impl<'a> Numbers<'a> {
+    fn of(values: &'a [f32]) -> Self {
+        let shape = [values.len()];
+        Self { shape, values }
+    }
+}
+
+impl View for Numbers<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    fn data_len(&self) -> usize {
+        size_of_val(self.values)
+    }
+}
+
 // === impl Checkpoint ===
 
 impl Checkpoint {
@@ -113,22 +147,9 @@ impl Checkpoint {
             (SQUARE, Some(&self.square)),
             (BEST, self.best.as_ref()),
         ];
-        let bytes: Vec<(&str, Vec<u8>)> = tensors
+        let views = tensors
             .into_iter()
-            .filter_map(|(name, values)| {
-                Some((name, values?.iter().flat_map(|v| v.to_le_bytes()).collect()))
-            })
-            .collect();
-        let views = bytes
-            .iter()
-            .map(|(name, bytes)| {
-                Ok((
-                    *name,
-                    TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes)?,
-                ))
-            })
-            .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
-            .map_err(|error| BrokenCheckpoint(error.to_string()))?;
+            .filter_map(|(name, values)| Some((name, Numbers::of(values?))));
         let metadata = HashMap::from([(STATE.to_owned(), state)]);
         serialize(views, Some(metadata)).map_err(|error| BrokenCheckpoint(error.to_string()))
     }

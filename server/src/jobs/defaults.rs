@@ -273,7 +273,13 @@ fn learning_rates(
     );
     let rate = match request.learning_rate {
         Some(rate) => positive(field, rate, 1.0)?,
-        None if head_only => choices.make(field, 5e-3, "a linear head on frozen states"),
+        None if head_only => {
+            let (rate, why) = match steps {
+                ..5_000 => (5e-3, "a linear head on frozen states"),
+                _ => (2e-3, "a linear head on frozen states, with time to settle"),
+            };
+            choices.make(field, rate, why)
+        }
         None => {
             let (rate, why) = lora_learning_rate(at, steps);
             choices.make(field, rate, why)

@@ -26,8 +26,10 @@ impl Footprint {
     pub(super) fn of(plan: &TrainPlan, learner: &Learner, config: &ModelConfig) -> Self {
         let parameters = learner.adapter.parameter_count();
         // Gradients and AdamW's two moments; the best weights so far, on the host.
-        let beside = 3 + usize::from(plan.valid.is_some());
-        let state = learner.adapter.bytes() + beside * parameters * F32;
+        let best = usize::from(plan.valid.is_some());
+        let state = learner.adapter.bytes() + (3 + best) * parameters * F32;
+        // A checkpoint: weights, two moments and the best, as numbers and as a file, and one of them in between.
+        let state = state + (2 * (3 + best) + 1) * parameters * F32;
         let rows = rows(plan, learner);
         let bytes =
             state + rows.passes(&learner.ops, config) + loss(plan, rows, &learner.ops, config);
