@@ -264,7 +264,7 @@ fn learning_rates(
     );
     let rate = match request.learning_rate {
         Some(rate) => positive(field, rate, 1.0)?,
-        None if head_only => choices.make(field, 1e-2, "a linear head on frozen states"),
+        None if head_only => choices.make(field, 1e-2, "a head on frozen states"),
         None => {
             let (rate, why) = lora_learning_rate(at, steps);
             choices.make(field, rate, why)
