@@ -3,6 +3,7 @@
 //! Kept as `head.json` beside the labels, a small file of its own, so that the files that PEFT reads stay PEFT's. A head without
 //! one answers with one label and plain softmax. This file must not know tensors or where they lie.
 
+use candle_core::cpu::erf::erf_f64;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -10,6 +11,13 @@ use crate::strict_json;
 
 /// The version of `head.json` that is written and read.
 const VERSION: u64 = 1;
+
+/// Hidden layers of a head at most.
+pub const MAX_HIDDEN_LAYERS: usize = 8;
+/// Outputs of a hidden layer at most.
+pub const MAX_HIDDEN_WIDTH: usize = 8192;
+/// A hidden layer's outputs are a multiple of this: what products take at a time.
+pub const HIDDEN_WIDTH_STEP: usize = 8;
 
 /// What kind of question a head answers, under the names of transformers' `problem_type`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -26,6 +34,18 @@ pub enum Problem {
     Regression,
 }
 
+/// What a hidden layer makes of its sums, number by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `max(x, 0)`.
+    Relu,
+    /// `x Phi(x)`, Phi the normal distribution by the error function (Hendrycks and Gimpel, 2016); torch's `nn.GELU()`.
+    Gelu,
+    /// The hyperbolic tangent.
+    Tanh,
+}
+
 /// What is known of a head beside its weights and labels.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -39,6 +59,12 @@ pub struct HeadSettings {
     /// A text whose best label's calibrated probability is below this is out of scope; in 0..=1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub out_of_scope_below: Option<f32>,
+    /// Outputs of the fully connected layers below `score`, the first one first; none reads the state itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hidden_layers: Vec<usize>,
+    /// Behind each of them; there if and only if they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activation: Option<Activation>,
 }
 
 /// `head.json` as it is written.
@@ -70,6 +96,101 @@ impl Problem {
             Self::Regression => "regression",
         }
     }
+}
+
+// === impl Activation ===
+
+impl Activation {
+    /// The name that `head.json` uses.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Relu => "relu",
+            Self::Gelu => "gelu",
+            Self::Tanh => "tanh",
+        }
+    }
+
+    /// What it makes of a sum.
+    #[must_use]
+    pub fn of(self, x: f64) -> f64 {
+        match self {
+            Self::Relu => x.max(0.0),
+            Self::Gelu => x * normal(x),
+            Self::Tanh => x.tanh(),
+        }
+    }
+
+    /// Its slope at a sum; 0 at the corner of `relu`, as torch has it.
+    #[must_use]
+    pub fn slope(self, x: f64) -> f64 {
+        match self {
+            Self::Relu => f64::from(u8::from(x > 0.0)),
+            Self::Gelu => {
+                let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
+                normal(x) + x * density
+            }
+            Self::Tanh => 1.0 - x.tanh().powi(2),
+        }
+    }
+}
+
+/// The share of the normal distribution below `x`.
+fn normal(x: f64) -> f64 {
+    0.5 * (1.0 + erf_f64(x * std::f64::consts::FRAC_1_SQRT_2))
+}
+
+/// Checks the layers below `score`.
+///
+/// # Errors
+/// The field, and what is wrong with it, with value and limit.
+pub fn check_hidden(
+    layers: &[usize],
+    activation: Option<Activation>,
+) -> Result<(), (&'static str, String)> {
+    let wrong = |reason| Err(("hidden_layers", reason));
+    if layers.len() > MAX_HIDDEN_LAYERS {
+        let found = layers.len();
+        return wrong(format!(
+            "has {found} layers, at most {MAX_HIDDEN_LAYERS} are possible"
+        ));
+    }
+    let fits = |width: usize| {
+        (1..=MAX_HIDDEN_WIDTH).contains(&width) && width.is_multiple_of(HIDDEN_WIDTH_STEP)
+    };
+    if let Some(width) = layers.iter().find(|width| !fits(**width)) {
+        return wrong(format!(
+            "has a width of {width}, expected a multiple of {HIDDEN_WIDTH_STEP} up to {MAX_HIDDEN_WIDTH}"
+        ));
+    }
+    match (layers, activation) {
+        ([], Some(activation)) => {
+            let reason = format!(
+                "is {} without hidden_layers for it to stand behind: name their widths, or leave it out",
+                activation.as_str()
+            );
+            Err(("activation", reason))
+        }
+        ([_, ..], None) => {
+            let reason = "is missing, hidden_layers need relu, gelu or tanh";
+            Err(("activation", reason.to_owned()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The layers below `score`, in words.
+#[must_use]
+pub fn stack(layers: &[usize], activation: Option<Activation>) -> String {
+    let Some(activation) = activation else {
+        return "no hidden layers".to_owned();
+    };
+    let widths: Vec<String> = layers.iter().map(usize::to_string).collect();
+    format!(
+        "hidden layers {} with {}",
+        widths.join(", "),
+        activation.as_str()
+    )
 }
 
 // === impl HeadSettings ===
@@ -108,6 +229,8 @@ impl HeadSettings {
     /// # Errors
     /// The first number that is outside its range.
     fn check(&self) -> Result<(), String> {
+        check_hidden(&self.hidden_layers, self.activation)
+            .map_err(|(field, reason)| format!("{field} {reason}"))?;
         if let Some(t) = self.temperature
             && !(1e-3..=1e3).contains(&t)
         {
@@ -126,6 +249,12 @@ impl HeadSettings {
                 problem.as_str()
             )),
         }
+    }
+
+    /// The layers below `score`, in words.
+    #[must_use]
+    pub fn stack(&self) -> String {
+        stack(&self.hidden_layers, self.activation)
     }
 
     /// What the head answers with these logits `[labels]`. Sums run in f64.
@@ -187,6 +316,8 @@ mod tests {
             problem: Problem::SingleLabel,
             temperature: Some(1.0 / 3.0),
             out_of_scope_below: Some(0.625),
+            hidden_layers: vec![64, 8],
+            activation: Some(Activation::Gelu),
         };
         let bytes = settings.write().unwrap();
         assert_eq!(HeadSettings::read(&bytes).unwrap(), settings);
@@ -199,6 +330,16 @@ mod tests {
             (r#"{"version": 1, "temperature": 0}"#, "temperature is 0"),
             (r#"{"version": 1, "out_of_scope_below": 1.5}"#, "1.5"),
             (
+                r#"{"version": 1, "hidden_layers": [12], "activation": "relu"}"#,
+                "width of 12",
+            ),
+            (r#"{"version": 1, "hidden_layers": [8]}"#, "activation"),
+            (r#"{"version": 1, "activation": "tanh"}"#, "tanh without"),
+            (
+                r#"{"version": 1, "hidden_layers": [8], "activation": "swish"}"#,
+                "swish",
+            ),
+            (
                 r#"{"version": 1, "problem_type": "regression", "temperature": 2}"#,
                 "regression",
             ),
@@ -206,6 +347,20 @@ mod tests {
             let error = HeadSettings::read(text.as_bytes()).unwrap_err();
             assert!(error.contains(named), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn slopes_are_those_of_finite_differences() {
+        for activation in [Activation::Relu, Activation::Gelu, Activation::Tanh] {
+            for x in [-3.1, -0.7, -0.01, 0.2, 1.3, 4.0] {
+                let step = 1e-5;
+                let slope = (activation.of(x + step) - activation.of(x - step)) / (2.0 * step);
+                let off = (slope - activation.slope(x)).abs();
+                assert!(off < 1e-9, "{activation:?} {x}: {off}");
+            }
+        }
+        // torch.nn.functional.gelu(torch.tensor(1.0, dtype=torch.float64))
+        assert!((Activation::Gelu.of(1.0) - 0.841_344_746_068_542_9).abs() < 1e-12);
     }
 
     #[test]

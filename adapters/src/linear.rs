@@ -6,6 +6,7 @@
 
 mod dora;
 mod grads;
+mod head;
 mod layout;
 mod norm;
 mod overlay;
@@ -22,6 +23,7 @@ use crate::ops::{Buffer, LowRank, Ops, Real, View, ViewMut};
 use crate::pace::{Stopped, pieces};
 
 pub use grads::AdapterGrads;
+pub use head::HeadTrace;
 pub use norm::RmsNorm;
 pub use overlay::{Overlay, OverlayBytes};
 pub use resident::{BaseSites, BuildError, Misfit, ResidentAdapter, SiteView, Tensor};

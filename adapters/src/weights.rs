@@ -55,12 +55,24 @@ pub struct Delta {
     pub values: Vec<f32>,
 }
 
-/// A classification head without bias: logits = weight h, h the last token's state after the final norm.
+/// A fully connected layer below `score`: `x = activation(W x + b)`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HiddenLayer {
+    /// W, [out, in] row-major.
+    pub weight: Vec<f32>,
+    /// b, [out].
+    pub bias: Vec<f32>,
+}
+
+/// A classification head: logits = weight x, without bias, x what the hidden layers make of the last token's state after the final
+/// norm; without any, the state.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ScoreHead {
     /// Names of the rows, in their order.
     pub labels: Vec<String>,
-    /// [labels, hidden] row-major.
+    /// What stands below, as the settings describe it.
+    pub hidden: Vec<HiddenLayer>,
+    /// [labels, hidden] row-major; of the last hidden layer's outputs where there are any.
     pub weight: Vec<f32>,
     /// What its logits mean.
     pub settings: HeadSettings,
@@ -121,6 +133,55 @@ impl FromIterator<f32> for Numbers {
     }
 }
 
+// === impl ScoreHead ===
+
+impl ScoreHead {
+    /// Numbers held.
+    #[must_use]
+    pub fn parameters(&self) -> usize {
+        let hidden = self.hidden.iter();
+        let hidden: usize = hidden.map(|l| l.weight.len() + l.bias.len()).sum();
+        hidden + self.weight.len()
+    }
+
+    /// Numbers in the states that it reads, by its first layer; 0 without labels.
+    #[must_use]
+    pub fn inputs(&self) -> usize {
+        let (first, outputs) = match self.hidden.first() {
+            Some(layer) => (&layer.weight, layer.bias.len()),
+            None => (&self.weight, self.labels.len()),
+        };
+        first.len().checked_div(outputs).unwrap_or(0)
+    }
+
+    /// The first layer whose sizes are not those of its settings on states of `hidden` numbers, as (path, what is wrong).
+    #[must_use]
+    pub fn misfit(&self, hidden: usize) -> Option<(String, String)> {
+        let widths = &self.settings.hidden_layers;
+        if self.hidden.len() != widths.len() {
+            let (found, named) = (self.hidden.len(), widths.len());
+            let wrong = format!("{found} hidden layers, its settings name {named}");
+            return Some(("score".to_owned(), wrong));
+        }
+        let mut inputs = hidden;
+        for (index, (layer, outputs)) in self.hidden.iter().zip(widths).enumerate() {
+            let (weight, bias) = (layer.weight.len(), layer.bias.len());
+            if weight != outputs * inputs || bias != *outputs {
+                let wrong = format!(
+                    "weight has {weight} values and bias {bias}, not {outputs} x {inputs} and {outputs}"
+                );
+                return Some((format!("score.hidden.{index}"), wrong));
+            }
+            inputs = *outputs;
+        }
+        let (found, labels) = (self.weight.len(), self.labels.len());
+        (found != labels * inputs).then(|| {
+            let wrong = format!("weight has {found} values, not {labels} labels x {inputs}");
+            ("score".to_owned(), wrong)
+        })
+    }
+}
+
 // === impl AdapterWeights ===
 
 impl AdapterWeights {
@@ -144,7 +205,7 @@ impl AdapterWeights {
             .sum();
         let scales: usize = self.scales.values().map(|s| s.l.len()).sum();
         let full: usize = self.full.values().map(|delta| delta.values.len()).sum();
-        low_rank + scales + full + self.head.as_ref().map_or(0, |h| h.weight.len())
+        low_rank + scales + full + self.head.as_ref().map_or(0, ScoreHead::parameters)
     }
 
     /// The largest rank, 0 without any site.
@@ -201,16 +262,6 @@ impl AdapterWeights {
             };
             return Some((tensor.path(layer), wrong));
         }
-        let head = self.head.as_ref()?;
-        let expected = head.labels.len() * base.hidden;
-        (head.weight.len() != expected).then(|| {
-            let found = head.weight.len();
-            let wrong = format!(
-                "weight has {found} values, not {} labels x {}",
-                head.labels.len(),
-                base.hidden
-            );
-            ("score".to_owned(), wrong)
-        })
+        self.head.as_ref()?.misfit(base.hidden)
     }
 }

@@ -185,6 +185,17 @@ impl Client {
             .await
     }
 
+    /// Downloads a version's files as the server keeps them, also where only it reads them: a head with hidden layers.
+    pub async fn download_stored(
+        &self,
+        name: &str,
+        dir: &Path,
+    ) -> Result<v1::AdapterVersion, Error> {
+        let format = v1::ExportFormat::Stored;
+        self.download(name, format, |version| Receiver::into_dir(dir, version))
+            .await
+    }
+
     /// Downloads a version as the one file that llama.cpp loads beside a GGUF of the same base.
     pub async fn download_gguf(
         &self,

@@ -138,9 +138,27 @@ def adapters(tok):
     write(f"{HERE}/adapters/seq_cls/expected.json", rows)
 
 
-def classifier(labels, c):
+def classifier(labels, c, hidden=None):
     model = LlamaForSequenceClassification.from_pretrained(MODEL, num_labels=labels, dtype=torch.float32)
+    if hidden:
+        widths = [model.config.hidden_size] + hidden
+        layers = [layer for i, o in zip(widths, hidden) for layer in (torch.nn.Linear(i, o), torch.nn.GELU())]
+        model.score = torch.nn.Sequential(*layers, torch.nn.Linear(hidden[-1], labels, bias=False))
     return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **c))
+
+
+def save_deep(peft, path, way):
+    """A head of several layers in our own form: PEFT has none."""
+    save(peft, path)
+    file, last = f"{path}/adapter_model.safetensors", 2 * len(way["hidden_layers"])
+    names = {f"score.{2 * i}.": f"score.hidden.{i}." for i in range(len(way["hidden_layers"]))} | {f"score.{last}.": "score."}
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        old = next((old for old in names if f".{old}" in name), None)
+        tensors[name.replace(old, names[old]) if old else name] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+    with open(f"{path}/head.json", "w") as f:
+        json.dump(dict(version=1, problem_type=way["problem"], hidden_layers=way["hidden_layers"], activation="gelu"), f, indent=2)
 
 
 def train(peft, path, batches, loss_of, ratio=None, keep=save):
@@ -257,13 +275,16 @@ def heads(tok, way):
             batch.append(dict(input_ids=ids, **way["answer"](labels, len(said))))
         rows.append(batch)
     torch.manual_seed(way["seed"])
-    peft = classifier(way["rows"], dict(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"]))
+    peft = classifier(way["rows"], dict(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"]), way.get("hidden_layers"))
     path = f"{HERE}/train_{way['name']}"
-    train(peft, path, rows, answered(way["problem"], way.get("weights")))
+    keep = (lambda peft, path: save_deep(peft, path, way)) if "hidden_layers" in way else save
+    train(peft, path, rows, answered(way["problem"], way.get("weights")), keep=keep)
     curve = json.load(open(f"{path}/curve.json"))
     curve["problem_type"] = way["problem"]
     if "weights" in way:
         curve["class_weights"] = way["weights"]
+    if "hidden_layers" in way:
+        curve["hidden_layers"], curve["activation"] = way["hidden_layers"], "gelu"
     write(f"{path}/curve.json", curve)
 
 
@@ -271,6 +292,7 @@ HEADS = [
     dict(name="multi_label", problem="multi_label_classification", rows=4, seed=21, answer=lambda labels, n: dict(labels=labels)),
     dict(name="regression", problem="regression", rows=1, seed=22, answer=lambda labels, n: dict(score=0.5 * n - len(labels))),
     dict(name="weighted", problem="single_label_classification", rows=3, seed=23, weights=[0.5, 1.0, 3.0], answer=lambda labels, n: dict(label=min(len(labels), 2))),
+    dict(name="deep_head", problem="single_label_classification", rows=3, seed=24, weights=[1.0, 2.0, 0.5], hidden_layers=[16, 8], answer=lambda labels, n: dict(label=min(len(labels), 2))),
 ]
 
 

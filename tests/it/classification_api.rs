@@ -292,6 +292,15 @@ async fn what_cannot_be_learned_is_refused_before_the_job_begins() {
         field == at("class_weights") && why.contains("\"x\""),
         "{why}"
     );
+    let width = |m: &mut v1::ClassificationMethod| m.hidden_layers = vec![64, 12];
+    let (field, why) = refused(lines(one), &width, true).await;
+    assert!(field == at("hidden_layers") && why.contains("12"), "{why}");
+    let idle = |m: &mut v1::ClassificationMethod| m.set_activation(v1::Activation::Tanh);
+    let (field, why) = refused(lines(one), &idle, true).await;
+    assert!(
+        field == at("activation") && why.contains("hidden_layers"),
+        "{why}"
+    );
     let absent = |m: &mut v1::ClassificationMethod| {
         m.labels = ["account", "card", "transfer", "never"]
             .map(str::to_owned)
@@ -308,5 +317,67 @@ async fn what_cannot_be_learned_is_refused_before_the_job_begins() {
     );
     let (_, why) = refused(bad, &|_| (), false).await;
     assert!(why.contains("line 2") || why.contains("score"), "{why}");
+    server.ended().await;
+}
+
+#[tokio::test]
+async fn a_head_with_hidden_layers_is_trained_answers_goes_on_and_is_no_peft_file() {
+    let server = TestServer::start(&[]).await;
+    let acme = tenant(server.addr, "acme").await;
+    let deep = |change: &dyn Fn(&mut v1::ClassificationMethod)| {
+        let mut spec = spec(&acme, "deep", lines(one), |method| {
+            method.hidden_layers = vec![32, 16];
+            change(method);
+        });
+        spec.hyper_parameters.as_mut().unwrap().learning_rate = Some(0.01);
+        spec
+    };
+    let job = start(&acme, deep(&|_| ())).await;
+    let job = succeeded(&acme, &job).await;
+    let Some(Method::Classification(method)) = job.spec.unwrap().method else {
+        panic!("a classification")
+    };
+    assert_eq!(method.hidden_layers, [32, 16]);
+    assert_eq!(method.activation(), v1::Activation::Gelu);
+    let result = job.classification_result.unwrap();
+    // Chance is a third; the base's weights are drawn, so its states say little.
+    assert!(result.accuracy.unwrap() > 0.5, "{result:?}");
+    let reply = acme.classify(ask(&acme, "deep")).await.unwrap();
+    assert_eq!(reply.effective.unwrap().adapters[0].version, job.version);
+    let dir = tempfile::tempdir().unwrap();
+    let refused = acme.download_adapter(&job.version, dir.path()).await;
+    let why = refused.unwrap_err().to_string();
+    assert!(
+        why.contains("hidden layers 32, 16") && why.contains("one matrix"),
+        "{why}"
+    );
+    acme.download_stored(&job.version, dir.path())
+        .await
+        .unwrap();
+    // What was brought back answers the same, bit for bit.
+    let upload = AdapterUpload {
+        adapter: acme.names().adapter("copy").unwrap(),
+        dir: dir.path().to_owned(),
+        create_if_missing: true,
+        ..Default::default()
+    };
+    acme.upload_adapter(upload).await.unwrap();
+    let copy = acme.classify(ask(&acme, "copy")).await.unwrap();
+    assert_eq!(copy.results, reply.results);
+    // What goes on has the version's layers, and no others.
+    let mut more = deep(&|method| method.hidden_layers.clear());
+    more.from_version.clone_from(&job.version);
+    let more = start(&acme, more).await;
+    succeeded(&acme, &more).await;
+    let mut other = deep(&|method| method.hidden_layers = vec![8]);
+    other.from_version.clone_from(&job.version);
+    let error = acme
+        .create_training_job(create(&acme, other))
+        .await
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("hidden layers 8 with gelu"),
+        "{error}"
+    );
     server.ended().await;
 }

@@ -237,7 +237,7 @@ fn check_head(
     let last = written(model, &states[states.len() - model.config().hidden..]);
     let mut found = model.ops().exact();
     model.ops().resize(&mut found, adapter.labels().len());
-    adapter.score(model.ops(), last.all(), found.all_mut());
+    adapter.score(model.ops(), (last.all(), 1), found.all_mut());
     let found = read(model, &found);
     assert_eq!(
         (found.len(), found.len()),

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use espalier_adapters::head::Problem;
+use espalier_adapters::head::{Activation, Problem};
 use espalier_adapters::ops::Backend;
 use espalier_adapters::pace::Unpaced;
 use espalier_adapters::train::dataset::Score;
@@ -31,6 +31,9 @@ struct Curve {
     lora_plus_ratio: Option<f64>,
     problem_type: Option<Problem>,
     class_weights: Option<Vec<f32>>,
+    #[serde(default)]
+    hidden_layers: Vec<usize>,
+    activation: Option<Activation>,
     steps: Vec<Step>,
 }
 
@@ -100,6 +103,8 @@ fn plan(curve: &Curve, dir: &Path, model: &Model) -> TrainPlan {
             problem,
             class_weights: curve.class_weights.clone(),
             out_of_scope_share: None,
+            hidden_layers: curve.hidden_layers.clone(),
+            activation: curve.activation,
         },
     });
     TrainPlan {
@@ -148,11 +153,25 @@ fn tensors(weights: &AdapterWeights) -> BTreeMap<String, Cow<'_, [f32]>> {
         .head
         .as_ref()
         .map(|head| ("score".to_owned(), head.weight.as_slice().into()));
+    let hidden = weights.head.iter().flat_map(|head| &head.hidden);
+    let hidden = hidden.enumerate().flat_map(|(index, layer)| {
+        [("weight", &layer.weight), ("bias", &layer.bias)].map(|(part, values)| {
+            (
+                format!("score.hidden.{index}.{part}"),
+                values.as_slice().into(),
+            )
+        })
+    });
     let full = weights
         .full
         .iter()
         .map(|((layer, tensor), delta)| (tensor.path(*layer), delta.values.as_slice().into()));
-    sites.chain(scales).chain(full).chain(head).collect()
+    sites
+        .chain(scales)
+        .chain(full)
+        .chain(hidden)
+        .chain(head)
+        .collect()
 }
 
 /// The relative Frobenius error of each tensor's update, ascending.

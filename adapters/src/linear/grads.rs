@@ -19,7 +19,6 @@ pub struct AdapterGrads<O: Ops = Backend> {
     sites: Vec<Option<Place<O::T>>>,
     scales: Vec<Option<ScalePlace>>,
     deltas: Deltas,
-    head: Option<Range<usize>>,
 }
 
 /// Where the gradients of one site lie.
@@ -46,7 +45,6 @@ impl<O: Ops> AdapterGrads<O> {
             sites: adapter.sites.clone(),
             scales: adapter.scales.clone(),
             deltas: adapter.deltas.clone(),
-            head: adapter.head.clone(),
         }
     }
 
@@ -86,12 +84,6 @@ impl<O: Ops> AdapterGrads<O> {
     /// All become zero.
     pub fn clear(&mut self, ops: &O) {
         ops.clear(O::numbers_mut(&mut self.arena, 0..self.len));
-    }
-
-    /// The head's gradient.
-    pub fn head_mut(&mut self) -> Option<ViewMut<'_, O>> {
-        let at = self.head.clone()?;
-        Some(O::numbers_mut(&mut self.arena, at))
     }
 
     /// Where a site's gradients lie.

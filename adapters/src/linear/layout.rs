@@ -32,6 +32,15 @@ pub(super) struct ScalePlace {
     pub(super) at: Range<usize>,
 }
 
+/// Where a hidden layer of a head lies, among the parameters.
+#[derive(Clone, Debug)]
+pub(super) struct HiddenPlace {
+    /// `[out, in]`.
+    pub(super) weight: Range<usize>,
+    /// `[out]`.
+    pub(super) bias: Range<usize>,
+}
+
 /// Lays parts one after the other, each at an aligned start.
 struct Parts {
     next: usize,
@@ -61,6 +70,8 @@ pub(super) struct Layout<T> {
     pub(super) scales: Vec<Option<ScalePlace>>,
     /// Of whole tensors in training.
     pub(super) deltas: Deltas,
+    /// Below the head.
+    pub(super) hidden: Vec<HiddenPlace>,
     pub(super) head: Option<Range<usize>>,
     pub(super) size: ArenaSize,
     /// Numbers of full width that may be trained, those between the parts included.
@@ -142,6 +153,7 @@ impl<T: Real> Layout<T> {
             sites,
             scales: Vec::new(),
             deltas: Deltas::new(),
+            hidden: Vec::new(),
             head: None,
             size: ArenaSize {
                 full: 0,
@@ -170,6 +182,12 @@ impl<T: Real> Layout<T> {
     /// The head is the last of the parameters.
     fn end_parameters(&mut self, weights: &AdapterWeights, full: &mut Parts) {
         let head = weights.head.as_ref();
+        let hidden = head.iter().flat_map(|head| &head.hidden);
+        let hidden = hidden.map(|layer| HiddenPlace {
+            weight: full.part(layer.weight.len()),
+            bias: full.part(layer.bias.len()),
+        });
+        self.hidden = hidden.collect();
         self.head = head.map(|head| full.part(head.weight.len()));
         self.parameters = full.next;
     }
@@ -235,6 +253,10 @@ impl<T: Real> Layout<T> {
             }
         }
         if let (Some(at), Some(head)) = (&self.head, &weights.head) {
+            for (place, layer) in self.hidden.iter().zip(&head.hidden) {
+                widened(&layer.weight, full.part(&place.weight));
+                widened(&layer.bias, full.part(&place.bias));
+            }
             widened(&head.weight, full.part(at));
         }
         for (place, (site, _)) in placed() {

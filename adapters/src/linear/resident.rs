@@ -6,14 +6,14 @@ use std::ops::Range;
 use std::panic::panic_any;
 
 use super::dora::Norms;
-use super::layout::{ByRow, Layout, Place, ScalePlace, columns_as_rows};
+use super::layout::{ByRow, HiddenPlace, Layout, Place, ScalePlace, columns_as_rows};
 use super::update::{dora_gain, row_squares};
 use super::whole::{self, Deltas, Whole};
 use crate::config::{LayerTensor, Site};
 use crate::head::HeadSettings;
 use crate::ops::{Backend, Ops, OutOfMemory, Real, Span, View, ViewMut};
 use crate::pace::Unpaced;
-use crate::weights::{AdapterWeights, Delta, ScoreHead, SiteAdapter, SiteScale};
+use crate::weights::{AdapterWeights, Delta, HiddenLayer, ScoreHead, SiteAdapter, SiteScale};
 
 /// The frozen weights that an adapter is made for.
 pub trait BaseSites<O: Ops> {
@@ -68,7 +68,8 @@ pub struct ResidentAdapter<O: Ops = Backend> {
     /// Of DoRA in training.
     pub(super) norms: Option<Norms>,
     labels: Vec<String>,
-    settings: HeadSettings,
+    pub(super) settings: HeadSettings,
+    pub(super) hidden: Vec<HiddenPlace>,
     pub(super) head: Option<Range<usize>>,
     bytes: usize,
 }
@@ -150,6 +151,7 @@ impl<O: Ops> ResidentAdapter<O> {
             norms: None,
             labels: Vec::new(),
             settings: HeadSettings::default(),
+            hidden: Vec::new(),
             head: None,
         }
     }
@@ -244,6 +246,7 @@ impl<O: Ops> ResidentAdapter<O> {
             norms: layout.norms,
             labels,
             settings,
+            hidden: layout.hidden,
             head: layout.head,
         })
     }
@@ -297,19 +300,11 @@ impl<O: Ops> ResidentAdapter<O> {
         &self.settings
     }
 
-    /// The head `[labels, hidden]`.
+    /// The head's last layer `[labels, hidden]`.
     pub fn head(&self) -> Option<View<'_, O>> {
         self.head
             .clone()
             .map(|range| O::numbers(&self.arena, range))
-    }
-
-    /// The head's logits: `hidden [rows, hidden]` after the final norm, `out [rows, labels]`, exact. Does nothing without a
-    /// head.
-    pub fn score(&self, ops: &O, hidden: View<'_, O>, out: ViewMut<'_, O>) {
-        if let Some(head) = self.head() {
-            ops.shrink(hidden, head, self.labels.len(), out);
-        }
     }
 
     /// Bytes held: those of each number as it is stored, alignment, and the table of places.
@@ -388,18 +383,16 @@ impl<O: Ops> ResidentAdapter<O> {
         let scales = scales.map(|place| (place.at.clone(), Tensor::Scale));
         let whole = self.deltas.values();
         let whole = whole.map(|place| (place.at.clone(), Tensor::Whole));
-        let head = self.head.clone().map(|at| (at, Tensor::Head));
+        let hidden = self.hidden.iter();
+        let hidden = hidden.flat_map(|place| [place.weight.clone(), place.bias.clone()]);
+        let head = hidden.chain(self.head.clone());
+        let head = head.map(|at| (at, Tensor::Head));
         factors
             .flatten()
             .chain(magnitudes)
             .chain(scales)
             .chain(whole)
             .chain(head)
-    }
-
-    /// Where the head lies among the parameters.
-    pub fn head_range(&self) -> Option<Range<usize>> {
-        self.head.clone()
     }
 
     /// The adapter as a file would hold it. DoRA's magnitude goes into its gain and a delta into its tensor unless they are trained,
@@ -453,10 +446,22 @@ impl<O: Ops> ResidentAdapter<O> {
             };
             weights.full.insert(*tensor, delta);
         }
+        let numbers = |at: &Range<usize>| {
+            let numbers = parameters[at.clone()].iter();
+            numbers.map(|n| n.to_f32()).collect()
+        };
         weights.head = self.head.clone().map(|head| ScoreHead {
             labels: self.labels.clone(),
             settings: self.settings.clone(),
-            weight: parameters[head].iter().map(|w| w.to_f32()).collect(),
+            hidden: self
+                .hidden
+                .iter()
+                .map(|place| HiddenLayer {
+                    weight: numbers(&place.weight),
+                    bias: numbers(&place.bias),
+                })
+                .collect(),
+            weight: numbers(&head),
         });
         Some(weights)
     }
@@ -506,18 +511,9 @@ fn check<O: Ops>(weights: &AdapterWeights, base: &impl BaseSites<O>) -> Result<(
             return Err(Misfit { path, reason });
         }
     }
-    let head = weights
-        .head
-        .as_ref()
-        .map(|head| (head.weight.len(), head.labels.len() * base.hidden()));
-    match head {
-        Some((found, expected)) if found != expected => {
-            let reason = format!("{found} values, the labels and the hidden size need {expected}");
-            Err(Misfit {
-                path: "score".to_owned(),
-                reason,
-            })
-        }
-        _ => Ok(()),
+    let head = weights.head.as_ref();
+    match head.and_then(|head| head.misfit(base.hidden())) {
+        Some((path, reason)) => Err(Misfit { path, reason }),
+        None => Ok(()),
     }
 }

@@ -5,12 +5,48 @@
 
 use super::full;
 use crate::config::{LayerTensor, Site};
+use crate::head::MAX_HIDDEN_LAYERS;
 
 /// Before a module's path in the base, for causal models and sequence classifiers alike.
 const PREFIX: &str = "base_model.model.";
 
 /// The head's tensor.
 pub(super) const SCORE: &str = "base_model.model.score.weight";
+
+/// Before the number of a layer below the head, which PEFT has no name for.
+const HIDDEN: &str = "base_model.model.score.hidden.";
+
+/// A tensor of a hidden layer of a head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum HiddenPart {
+    /// [out, in].
+    Weight,
+    /// [out].
+    Bias,
+}
+
+impl HiddenPart {
+    pub(super) const ALL: [Self; 2] = [Self::Weight, Self::Bias];
+
+    const fn suffix(self) -> &'static str {
+        match self {
+            Self::Weight => "weight",
+            Self::Bias => "bias",
+        }
+    }
+}
+
+/// The name of a hidden layer's tensor.
+pub(super) fn hidden_name(layer: usize, part: HiddenPart) -> String {
+    format!("{HIDDEN}{layer}.{}", part.suffix())
+}
+
+/// One spelling for one layer: there are too few to need two digits.
+fn hidden(name: &str) -> Option<Key> {
+    let all = (0..MAX_HIDDEN_LAYERS).flat_map(|layer| HiddenPart::ALL.map(|part| (layer, part)));
+    let mut all = all.filter(|(layer, part)| hidden_name(*layer, *part) == name);
+    all.next().map(|(layer, part)| Key::Hidden(layer, part))
+}
 
 /// A tensor's part in the adaptation of a site.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -47,6 +83,8 @@ pub(super) enum Key {
     Whole(usize, LayerTensor),
     /// The classification head.
     Score,
+    /// A layer below it.
+    Hidden(usize, HiddenPart),
     /// Something PEFT writes and we cannot honour: (what it is, what to do).
     Unsupported(&'static str, &'static str),
     /// Nothing PEFT writes for this family of models: what to do.
@@ -63,7 +101,7 @@ pub(super) fn classify(name: &str) -> Key {
     let whole = || full::tensor(name).map(|(layer, tensor)| Key::Whole(layer, tensor));
     site(name).or_else(whole).unwrap_or_else(|| match name {
         SCORE => Key::Score,
-        _ => refuse(name),
+        _ => hidden(name).unwrap_or_else(|| refuse(name)),
     })
 }
 

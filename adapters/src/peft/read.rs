@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use serde_json::Value;
 
 use super::config_file::cut;
-use super::keys::{self, Key, Part};
+use super::keys::{self, HiddenPart, Key, Part};
 use super::tensor_file::{self, Tensor};
 use super::{Checker, Limits, config_file};
 use crate::config::{AdapterConfig, BaseShape, LayerTensor, Modules, ScaleOn, Site, SitePlan};
@@ -17,7 +17,9 @@ use crate::head::{HeadSettings, Problem};
 use crate::report::{Finding, Report, Rule, Severity};
 use crate::strict_json;
 use crate::version::AdapterArtifact;
-use crate::weights::{AdapterWeights, Delta, Numbers, ScoreHead, SiteAdapter, SiteScale};
+use crate::weights::{
+    AdapterWeights, Delta, HiddenLayer, Numbers, ScoreHead, SiteAdapter, SiteScale,
+};
 
 type Plan = BTreeMap<(usize, Site), SitePlan>;
 
@@ -53,7 +55,14 @@ pub fn read(
         .as_deref()
         .map(|bytes| labels(bytes, &mut check));
     let tensors = tensor_file::read(&artifact.safetensors, &mut check);
-    let mut parts = Parts::default();
+    let settings = config
+        .as_ref()
+        .map(|config| settings(artifact, config, &mut check))
+        .unwrap_or_default();
+    let mut parts = Parts {
+        widths: settings.hidden_layers.clone(),
+        ..Parts::default()
+    };
     for name in tensors.iter().flat_map(|t| &t.unsound) {
         parts.note(&keys::classify(name));
     }
@@ -70,7 +79,6 @@ pub fn read(
         return Err(check.report);
     };
     parts.missing(&config, &promise, &mut check);
-    let settings = settings(artifact, &config, &mut check);
     let head = parts.head(&config, (labels, settings), &mut check);
     if !check.report.is_ok() {
         return Err(check.report);
@@ -395,6 +403,10 @@ struct Parts {
     present: HashSet<(usize, Site, Part)>,
     whole: BTreeMap<(usize, LayerTensor), Delta>,
     whole_present: HashSet<(usize, LayerTensor)>,
+    /// Outputs of the layers below the head, as `head.json` names them.
+    widths: Vec<usize>,
+    hidden: BTreeMap<(usize, HiddenPart), Vec<f32>>,
+    hidden_present: HashSet<(usize, HiddenPart)>,
     score: Option<Vec<f32>>,
     score_rows: Option<usize>,
 }
@@ -406,6 +418,7 @@ impl Parts {
             Key::Site(layer, site, part) => drop(self.present.insert((layer, site, part))),
             Key::Whole(layer, tensor) => drop(self.whole_present.insert((layer, tensor))),
             Key::Score => self.score_rows = Some(0),
+            Key::Hidden(layer, part) => drop(self.hidden_present.insert((layer, part))),
             Key::Unsupported(..) | Key::Unknown(_) => {}
         }
     }
@@ -432,6 +445,7 @@ impl Parts {
                 self.add_whole((layer, whole), tensor, (promise, base), check);
             }
             Key::Score => self.add_score(tensor, wanted.map(|w| w.0), base, check),
+            Key::Hidden(layer, part) => self.add_hidden((layer, part), tensor, base, check),
             Key::Unsupported(found, next) => {
                 let expected = "weights for decoder layers' projections, or a score head";
                 check.error(cut(&tensor.name), Rule::Unsupported, found, expected, next);
@@ -520,6 +534,40 @@ impl Parts {
         }
     }
 
+    fn add_hidden(
+        &mut self,
+        (layer, part): (usize, HiddenPart),
+        tensor: &Tensor,
+        base: &BaseShape,
+        check: &mut Checker,
+    ) {
+        let name = tensor.name.as_str();
+        self.hidden_present.insert((layer, part));
+        let Some(outputs) = self.widths.get(layer).copied() else {
+            let next = "upload the head.json that belongs to these weights";
+            let (found, expected) = (
+                "a hidden layer that head.json does not name",
+                "the layers of hidden_layers only",
+            );
+            return check.error(name, Rule::Head, found, expected, next);
+        };
+        let below = layer.checked_sub(1).and_then(|i| self.widths.get(i));
+        let inputs = below.copied().unwrap_or(base.hidden);
+        let expected = match part {
+            HiddenPart::Weight => vec![outputs, inputs],
+            HiddenPart::Bias => vec![outputs],
+        };
+        if tensor.shape != expected {
+            let found = cut(&format!("{:?}", tensor.shape));
+            let next = "upload the head.json that belongs to these weights, to the base that they were trained on";
+            return check.error(name, Rule::Shape, found, format!("{expected:?}"), next);
+        }
+        let values = tensor.numbers();
+        finite(tensor, &values, check);
+        let values = values.to_f32().into_owned();
+        self.hidden.insert((layer, part), values);
+    }
+
     fn add_score(
         &mut self,
         tensor: &Tensor,
@@ -534,14 +582,15 @@ impl Parts {
             return check.error(name, Rule::OutsideTargets, found, expected, next);
         }
         let limit = check.limits.max_labels;
+        let inputs = self.widths.last().copied().unwrap_or(base.hidden);
         match tensor.shape[..] {
-            [rows, width] if width == base.hidden && (1..=limit).contains(&rows) => {
+            [rows, width] if width == inputs && (1..=limit).contains(&rows) => {
                 let values = tensor.numbers();
                 finite(tensor, &values, check);
                 self.score_rows = Some(rows);
                 self.score = Some(values.to_f32().into_owned());
             }
-            [rows, width] if width == base.hidden => {
+            [rows, width] if width == inputs => {
                 self.score_rows = Some(rows);
                 let next = "use fewer labels, or have the server's limit raised";
                 check.error(
@@ -555,7 +604,7 @@ impl Parts {
             _ => {
                 self.score_rows = Some(0);
                 let found = cut(&format!("{:?}", tensor.shape));
-                let expected = format!("[labels, {}]", base.hidden);
+                let expected = format!("[labels, {inputs}]");
                 let next = "use the base that the adapter was trained on";
                 check.error(name, Rule::Shape, found, expected, next);
             }
@@ -607,6 +656,12 @@ impl Parts {
                 "the head",
                 next,
             );
+        }
+        let hidden = (0..self.widths.len()).flat_map(|i| HiddenPart::ALL.map(|part| (i, part)));
+        for (layer, part) in hidden.filter(|at| !self.hidden_present.contains(at)) {
+            let next = "save or upload the file again, with the head.json that belongs to it";
+            let name = keys::hidden_name(layer, part);
+            check.error(name, Rule::MissingTensor, "nothing", "this tensor", next);
         }
         let nothing = sites.is_empty() && !matches!(promise, Promise::Whole(_));
         if nothing && !config.wants_score() {
@@ -666,8 +721,17 @@ impl Parts {
             );
             return None;
         }
+        let mut hidden = Vec::with_capacity(self.widths.len());
+        for layer in 0..self.widths.len() {
+            let mut take = |part| self.hidden.remove(&(layer, part));
+            hidden.push(HiddenLayer {
+                weight: take(HiddenPart::Weight)?,
+                bias: take(HiddenPart::Bias)?,
+            });
+        }
         Some(ScoreHead {
             labels,
+            hidden,
             weight,
             settings,
         })

@@ -11,13 +11,13 @@ use serde_json::{Map, Number, Value, json};
 
 use super::config_file::NO_MODULES;
 use super::full;
-use super::keys::{self, Part};
+use super::keys::{self, HiddenPart, Part};
 use crate::config::{
     AdapterConfig, Ia3Config, Init, LayerTensor, LoraConfig, Modules, ScaleOn, Site, SitePlan,
 };
 use crate::error::AdapterError;
 use crate::version::AdapterArtifact;
-use crate::weights::{AdapterWeights, Delta, Numbers, SiteAdapter};
+use crate::weights::{AdapterWeights, Delta, Numbers, ScoreHead, SiteAdapter};
 
 /// The version whose fields and spelling are written.
 const PEFT_VERSION: &str = "0.21.2";
@@ -185,6 +185,12 @@ fn low_rank(
     Ok(())
 }
 
+/// Whether a head of one layer has rows of different lengths.
+fn uneven(head: &ScoreHead) -> bool {
+    let one = head.hidden.is_empty() && head.settings.hidden_layers.is_empty();
+    one && !head.weight.len().is_multiple_of(head.labels.len())
+}
+
 fn head_consistent(config: &AdapterConfig, weights: &AdapterWeights) -> Result<(), AdapterError> {
     if weights.head.is_some() != config.wants_score() {
         let found = if weights.head.is_some() {
@@ -199,7 +205,7 @@ fn head_consistent(config: &AdapterConfig, weights: &AdapterWeights) -> Result<(
         ));
     }
     match &weights.head {
-        Some(head) if head.labels.is_empty() || head.weight.len() % head.labels.len() != 0 => {
+        Some(head) if head.labels.is_empty() || uneven(head) => {
             let found = format!(
                 "{} values for {} labels",
                 head.weight.len(),
@@ -207,7 +213,15 @@ fn head_consistent(config: &AdapterConfig, weights: &AdapterWeights) -> Result<(
             );
             Err(inconsistent("score", found, "rows of one length"))
         }
-        _ => Ok(()),
+        Some(head) => match head.misfit(head.inputs()) {
+            Some((path, found)) => Err(inconsistent(
+                &path,
+                found,
+                "layers as its settings name them",
+            )),
+            None => Ok(()),
+        },
+        None => Ok(()),
     }
 }
 
@@ -387,6 +401,12 @@ fn tensors(weights: &AdapterWeights) -> Result<Vec<u8>, AdapterError> {
         add(full::name(layer, tensor), shape, single(&delta.values));
     }
     if let Some(head) = &weights.head {
+        for (index, layer) in head.hidden.iter().enumerate() {
+            let (outputs, name) = (layer.bias.len(), |part| keys::hidden_name(index, part));
+            let shape = vec![outputs, layer.weight.len() / outputs.max(1)];
+            add(name(HiddenPart::Weight), shape, single(&layer.weight));
+            add(name(HiddenPart::Bias), vec![outputs], single(&layer.bias));
+        }
         let rows = head.labels.len();
         let shape = vec![rows, head.weight.len() / rows];
         add(keys::SCORE.to_owned(), shape, single(&head.weight));

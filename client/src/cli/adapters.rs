@@ -320,6 +320,8 @@ enum Format {
     Peft,
     /// A GGUF adapter, for llama.cpp's --lora beside a GGUF of the same base.
     Gguf,
+    /// The stored files, also where only the server reads them: a head with hidden layers.
+    Stored,
 }
 
 /// Download a version, as a PEFT directory or for another runtime.
@@ -327,7 +329,7 @@ enum Format {
 pub(crate) struct Pull {
     /// NAME, NAME@ALIAS or NAME/VERSION.
     name: String,
-    /// Where it goes: a directory for peft, a file for gguf. Left out: the adapter's name, for gguf with .gguf behind it.
+    /// Where it goes: a directory for peft and stored, a file for gguf. Left out: the adapter's name, for gguf with .gguf behind it.
     to: Option<PathBuf>,
     /// The format.
     #[arg(long, value_enum, default_value_t)]
@@ -342,6 +344,11 @@ impl Pull {
             Format::Peft => {
                 let dir = self.to.unwrap_or_else(|| PathBuf::from(own));
                 let version = client.download_adapter(&name, &dir).await?;
+                (dir, version)
+            }
+            Format::Stored => {
+                let dir = self.to.unwrap_or_else(|| PathBuf::from(own));
+                let version = client.download_stored(&name, &dir).await?;
                 (dir, version)
             }
             Format::Gguf => {

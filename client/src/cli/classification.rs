@@ -1,6 +1,6 @@
 //! Classification at the command line: how a head is to learn, what it was found to be worth, and what it answers.
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::{
     cli::output::{Failure, Out},
@@ -32,6 +32,33 @@ pub(crate) struct HeadArgs {
     /// The share of right answers on validation that may be called out of scope [usual: 0.05].
     #[arg(long, value_name = "SHARE")]
     out_of_scope: Option<f64>,
+    /// Fully connected layers below the last one: their outputs, multiples of 8, the first one first [usual: none].
+    #[arg(long, value_name = "WIDTHS", value_delimiter = ',')]
+    hidden_layers: Vec<u32>,
+    /// What stands behind each hidden layer [usual: gelu].
+    #[arg(long, value_enum, requires = "hidden_layers")]
+    activation: Option<ActivationArg>,
+}
+
+/// What a hidden layer makes of its sums.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ActivationArg {
+    /// max(x, 0).
+    Relu,
+    /// x times the share of the normal distribution below x.
+    Gelu,
+    /// The hyperbolic tangent.
+    Tanh,
+}
+
+impl From<ActivationArg> for v1::Activation {
+    fn from(given: ActivationArg) -> Self {
+        match given {
+            ActivationArg::Relu => Self::Relu,
+            ActivationArg::Gelu => Self::Gelu,
+            ActivationArg::Tanh => Self::Tanh,
+        }
+    }
 }
 
 fn label_weight(text: &str) -> Result<(String, f64), String> {
@@ -50,12 +77,16 @@ impl HeadArgs {
             class_weights: self.class_weight.iter().cloned().collect(),
             out_of_scope_share: self.out_of_scope,
             ladder: self.ladder,
+            hidden_layers: self.hidden_layers.clone(),
+            activation: self
+                .activation
+                .map_or(0, |a| v1::Activation::from(a).into()),
             ..v1::ClassificationMethod::default()
         }
     }
 
     /// The options of heads that are given, by name.
-    pub(crate) fn given(&self) -> [(&'static str, bool); 6] {
+    pub(crate) fn given(&self) -> [(&'static str, bool); 8] {
         [
             ("--head-only", self.head_only),
             ("--ladder", self.ladder),
@@ -63,6 +94,8 @@ impl HeadArgs {
             ("--balance", self.balance),
             ("--class-weight", !self.class_weight.is_empty()),
             ("--out-of-scope", self.out_of_scope.is_some()),
+            ("--hidden-layers", !self.hidden_layers.is_empty()),
+            ("--activation", self.activation.is_some()),
         ]
     }
 }

@@ -231,7 +231,7 @@ impl ModelRunner {
         let state = self.states.part(row * width..(row + 1) * width);
         let mut scores = ops.exact();
         ops.resize(&mut scores, adapter.labels().len());
-        adapter.score(ops, state, scores.all_mut());
+        adapter.score(ops, (state, 1), scores.all_mut());
         let mut logits = vec![0.0; scores.len()];
         ops.read(scores.all(), &mut logits);
         logits

@@ -177,8 +177,10 @@ pub(crate) fn combination(
 /// What a download brings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Export {
-    /// The stored files.
+    /// The stored files, where PEFT reads them as what they are.
     Peft,
+    /// The stored files.
+    Stored,
     /// A GGUF adapter.
     GgufLora,
 }
@@ -187,9 +189,10 @@ pub(crate) enum Export {
 pub(crate) fn export(field: &str, given: i32) -> Result<Export, Refusal> {
     match v1::ExportFormat::try_from(given) {
         Ok(v1::ExportFormat::Unspecified | v1::ExportFormat::Peft) => Ok(Export::Peft),
+        Ok(v1::ExportFormat::Stored) => Ok(Export::Stored),
         Ok(v1::ExportFormat::GgufLora) => Ok(Export::GgufLora),
         Err(_) => {
-            let why = format!("{given} is no format; PEFT and GGUF_LORA are");
+            let why = format!("{given} is no format; PEFT, GGUF_LORA and STORED are");
             Err(Refusal::invalid_field(field, why))
         }
     }

@@ -1,6 +1,6 @@
 //! Classification between the wire and the job service: how a head is to learn, and what it was found to be worth.
 
-use espalier_adapters::head::Problem;
+use espalier_adapters::head::{Activation, Problem};
 use espalier_adapters::train::quality::Quality;
 use espalier_proto::v1;
 
@@ -22,6 +22,8 @@ pub(super) fn options(given: &v1::ClassificationMethod) -> Result<ClassOptions, 
         class_weights: given.class_weights.clone().into_iter().collect(),
         out_of_scope_share: given.out_of_scope_share,
         ladder: given.ladder,
+        hidden_layers: given.hidden_layers.iter().map(|w| *w as usize).collect(),
+        activation: activation(given.activation)?,
     })
 }
 
@@ -39,6 +41,27 @@ pub(super) fn method_reply(
         out_of_scope_share: options.out_of_scope_share,
         problem_type: problem(options.problem),
         ladder: options.ladder,
+        hidden_layers: options.hidden_layers.iter().map(|w| *w as u32).collect(),
+        activation: match options.activation {
+            None => v1::Activation::Unspecified,
+            Some(Activation::Relu) => v1::Activation::Relu,
+            Some(Activation::Gelu) => v1::Activation::Gelu,
+            Some(Activation::Tanh) => v1::Activation::Tanh,
+        }
+        .into(),
+    }
+}
+
+fn activation(given: i32) -> Result<Option<Activation>, Refusal> {
+    match v1::Activation::try_from(given) {
+        Ok(v1::Activation::Unspecified) => Ok(None),
+        Ok(v1::Activation::Relu) => Ok(Some(Activation::Relu)),
+        Ok(v1::Activation::Gelu) => Ok(Some(Activation::Gelu)),
+        Ok(v1::Activation::Tanh) => Ok(Some(Activation::Tanh)),
+        Err(_) => Err(invalid(
+            "spec.classification.activation",
+            format!("{given} is no activation; RELU, GELU and TANH are"),
+        )),
     }
 }
 

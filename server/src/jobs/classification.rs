@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use espalier_adapters::head::Problem;
+use espalier_adapters::head::{Activation, Problem, check_hidden, stack};
 use espalier_adapters::train::dataset::Kind;
 use espalier_adapters::train::examples::{Example, Examples};
 use espalier_adapters::train::quality::Quality;
@@ -12,6 +12,8 @@ use espalier_engine::train::trainer::{HeadOptions, HeldOut};
 use serde::{Deserialize, Serialize};
 
 use super::JobError;
+use super::defaults::Choices;
+use crate::registry::VersionSummary;
 
 /// The share of right answers that may be called out of scope, where the request names none.
 const OUT_OF_SCOPE_SHARE: f64 = 0.05;
@@ -34,6 +36,10 @@ pub struct ClassOptions {
     pub out_of_scope_share: Option<f64>,
     /// Fit and publish a head alone first.
     pub ladder: bool,
+    /// Outputs of the fully connected layers below `score`, the first one first.
+    pub hidden_layers: Vec<usize>,
+    /// Behind each of them.
+    pub activation: Option<Activation>,
 }
 
 /// What the kept head is worth, on the validation examples.
@@ -75,6 +81,41 @@ pub(super) fn problem_of(kind: Kind) -> Problem {
 // === impl ClassOptions ===
 
 impl ClassOptions {
+    /// The same with the layers below `score` settled: those that are asked for, else those of the version to go on from. GELU
+    /// stands behind layers whose activation is not named.
+    ///
+    /// # Errors
+    /// [`JobError::InvalidField`] with field, value and limit.
+    pub(super) fn stacked(
+        &self,
+        from: Option<&VersionSummary>,
+        choices: &mut Choices,
+    ) -> Result<Self, JobError> {
+        let mut stacked = self.clone();
+        let open = self.hidden_layers.is_empty() && self.activation.is_none();
+        if let Some(from) = from.filter(|from| open && !from.hidden_layers.is_empty()) {
+            let found = stack(&from.hidden_layers, from.activation);
+            choices.make(
+                "classification.hidden_layers",
+                found,
+                "those of from_version",
+            );
+            stacked.hidden_layers.clone_from(&from.hidden_layers);
+            stacked.activation = from.activation;
+        } else if !self.hidden_layers.is_empty() && self.activation.is_none() {
+            let field = "classification.activation";
+            choices.make(
+                field,
+                Activation::Gelu.as_str(),
+                "smooth, and not flat at 0",
+            );
+            stacked.activation = Some(Activation::Gelu);
+        }
+        check_hidden(&stacked.hidden_layers, stacked.activation)
+            .map_err(|(field, reason)| invalid(field, reason))?;
+        Ok(stacked)
+    }
+
     /// The options of a new job: the rows' problem and every default. What the problem has no use for is refused.
     ///
     /// # Errors
@@ -152,6 +193,8 @@ impl ClassOptions {
                 self.named(labels)?
             },
             out_of_scope_share: self.out_of_scope_share,
+            hidden_layers: self.hidden_layers.clone(),
+            activation: self.activation,
         })
     }
 
@@ -278,6 +321,37 @@ mod tests {
             error.contains("balance_classes") && error.contains("\"c\""),
             "{error}"
         );
+    }
+
+    #[test]
+    fn layers_are_settled_and_bounded() {
+        let asked = |layers: &[usize], activation| ClassOptions {
+            hidden_layers: layers.to_vec(),
+            activation,
+            ..ClassOptions::default()
+        };
+        let mut choices = Choices::default();
+        let settled = asked(&[64, 8], None).stacked(None, &mut choices).unwrap();
+        assert_eq!(settled.activation, Some(Activation::Gelu));
+        assert_eq!(choices.0.len(), 1, "{choices:?}");
+        let from = VersionSummary {
+            hidden_layers: vec![16],
+            activation: Some(Activation::Tanh),
+            ..VersionSummary::default()
+        };
+        let settled = asked(&[], None).stacked(Some(&from), &mut choices).unwrap();
+        assert_eq!(settled, asked(&[16], Some(Activation::Tanh)));
+        for (layers, activation, named) in [
+            (&[12][..], None, "hidden_layers"),
+            (&[0], None, "width of 0"),
+            (&[8200], None, "8192"),
+            (&[8; 9], None, "9 layers"),
+            (&[], Some(Activation::Relu), "activation"),
+        ] {
+            let refused = asked(layers, activation).stacked(None, &mut choices);
+            let error = refused.unwrap_err().to_string();
+            assert!(error.contains(named), "{layers:?}: {error}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Accepting a job: everything that can be known to go wrong is found before the reply.
 
-use espalier_adapters::head::Problem;
+use espalier_adapters::head::stack;
 use espalier_adapters::peft;
 use espalier_adapters::train::dataset::DataReport;
 use espalier_adapters::train::statistics::Statistics;
@@ -373,6 +373,8 @@ fn quote(
     let at = material.circumstances(base);
     let options = match &request.method {
         JobMethod::Classification { options, .. } => {
+            let summary = from.as_ref().map(|version| &version.content.summary);
+            let options = options.stacked(summary, &mut choices)?;
             let options = options.settled(problem_of(material.kind()), at.validated)?;
             let labels = material.train.labels.as_deref().unwrap_or_default();
             // Found to be wrong now rather than when the job begins.
@@ -417,7 +419,7 @@ fn quote(
     let (stats, statistics) = (material.stats(), material.statistics(max_example_tokens));
     if let Some(version) = &from {
         let shape = (lora.as_ref(), way.as_ref());
-        fits_shape(version, shape, &stats, options.problem)?;
+        fits_shape(version, shape, &stats, &options)?;
     }
     let aliases = match (request.keep_aliases, request.aliases.as_slice()) {
         (true, []) => Vec::new(),
@@ -518,9 +520,9 @@ fn fits_shape(
     version: &Version,
     (lora, way): (Option<&LoraSpec>, Option<&WaySpec>),
     stats: &DataStats,
-    problem: Problem,
+    options: &ClassOptions,
 ) -> Result<(), JobError> {
-    let summary = &version.content.summary;
+    let (summary, problem) = (&version.content.summary, options.problem);
     let refuse = |expected: String, found: String| {
         Err(JobError::Incompatible {
             version: version.name.to_string(),
@@ -569,6 +571,14 @@ fn fits_shape(
             format!("a head of {}", problem.as_str()),
             format!("a head of {}", summary.problem.as_str()),
         );
+    }
+    let layers = (
+        stack(&options.hidden_layers, options.activation),
+        stack(&summary.hidden_layers, summary.activation),
+    );
+    if !summary.labels.is_empty() && layers.0 != layers.1 {
+        let head = |layers: &str| format!("a head with {layers}");
+        return refuse(head(&layers.0), head(&layers.1));
     }
     if !summary.labels.is_empty() && summary.labels != stats.labels {
         return refuse(

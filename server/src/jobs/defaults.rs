@@ -275,8 +275,8 @@ fn learning_rates(
         Some(rate) => positive(field, rate, 1.0)?,
         None if head_only => {
             let (rate, why) = match steps {
-                ..5_000 => (5e-3, "a linear head on frozen states"),
-                _ => (2e-3, "a linear head on frozen states, with time to settle"),
+                ..5_000 => (5e-3, "a head on frozen states"),
+                _ => (2e-3, "a head on frozen states, with time to settle"),
             };
             choices.make(field, rate, why)
         }

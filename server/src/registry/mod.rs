@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
-use espalier_adapters::head::Problem;
+use espalier_adapters::head::{Activation, Problem};
 use espalier_adapters::profile::{MergePolicy, ServingProfile};
 use espalier_adapters::report::Report;
 use espalier_adapters::version::VersionDigest;
@@ -254,6 +254,10 @@ pub struct VersionSummary {
     pub labels: Vec<String>,
     /// What the head answers.
     pub problem: Problem,
+    /// Outputs of the layers below the head, the first one first.
+    pub hidden_layers: Vec<usize>,
+    /// Behind each of them.
+    pub activation: Option<Activation>,
     /// The files.
     pub parts: Vec<PartSummary>,
 }

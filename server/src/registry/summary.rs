@@ -52,6 +52,15 @@ pub fn summarize(
             .as_ref()
             .map(|head| head.settings.problem)
             .unwrap_or_default(),
+        hidden_layers: weights
+            .head
+            .as_ref()
+            .map(|head| head.settings.hidden_layers.clone())
+            .unwrap_or_default(),
+        activation: weights
+            .head
+            .as_ref()
+            .and_then(|head| head.settings.activation),
         parts: parts
             .into_iter()
             .filter_map(|(file, bytes)| {

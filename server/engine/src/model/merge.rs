@@ -59,6 +59,15 @@ pub fn write_merged(
             format!("adapter: {path}: {wrong}"),
         ));
     }
+    if let Some(head) = adapter.head.as_ref().filter(|head| !head.hidden.is_empty()) {
+        let stack = head.settings.stack();
+        return Err(ModelError::file(
+            Path::new(&base.name),
+            format!(
+                "adapter: score: {stack}, and a sequence classifier's score is one matrix: serve the version here, or train one without hidden layers"
+            ),
+        ));
+    }
     let io = |source| ModelError::io(out, source);
     if out.exists() && std::fs::read_dir(out).map_err(io)?.next().is_some() {
         return Err(ModelError::file(out, "is not empty; name a new directory"));

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use espalier_adapters::version::AdapterArtifact;
-use espalier_adapters::{gguf, peft};
+use espalier_adapters::{gguf, head, peft};
 use espalier_proto::v1;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
@@ -39,7 +39,8 @@ impl AdapterService {
         let version = self.registry.get_version(reference).await?;
         let artifact = self.artifact(&version).await?;
         let files = match format {
-            convert::Export::Peft => stored(version, artifact),
+            convert::Export::Peft => as_peft(version, artifact)?,
+            convert::Export::Stored => stored(version, artifact),
             convert::Export::GgufLora => self.as_gguf(version, artifact).await?,
         };
         let (sender, receiver) = mpsc::channel(4);
@@ -110,6 +111,23 @@ impl AdapterService {
         let files = vec![(v1::ArtifactPart::Gguf, bytes)];
         Ok(Files { version, files })
     }
+}
+
+/// PEFT's files, unless PEFT would make something else of them.
+fn as_peft(version: Version, artifact: AdapterArtifact) -> Result<Files, Refusal> {
+    let summary = &version.content.summary;
+    if summary.hidden_layers.is_empty() {
+        return Ok(stored(version, artifact));
+    }
+    let layers = head::stack(&summary.hidden_layers, summary.activation);
+    let why = format!(
+        "the head has {layers}, and PEFT's score is one matrix, so that PEFT would load another head: download it as EXPORT_FORMAT_STORED (pull --format stored), which this server reads back, or train a head without hidden layers"
+    );
+    let refusal = Refusal::new(Code::FailedPrecondition, "EXPORT_UNSUPPORTED", why);
+    Err(refusal
+        .with("adapter_version", &version.name)
+        .with("format", "PEFT")
+        .with("subject", "score"))
 }
 
 fn stored(version: Version, artifact: AdapterArtifact) -> Files {

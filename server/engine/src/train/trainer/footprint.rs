@@ -94,7 +94,13 @@ fn loss(plan: &TrainPlan, rows: Rows, ops: &Backend, config: &ModelConfig) -> us
             let targets = rows.kept.max(rows.forward).min(ops.loss_rows());
             targets * config.vocab * (F32 + ops.working_bytes())
         }
-        Method::Class { labels, .. } => 2 * F32 * labels.len() * plan.hp.batch_size,
+        Method::Class {
+            labels, options, ..
+        } => {
+            // Logits and their gradients; of hidden layers also sums, outputs and the gradients of both.
+            let hidden: usize = options.hidden_layers.iter().sum();
+            F32 * (2 * labels.len() + 4 * hidden) * plan.hp.batch_size
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use espalier_adapters::linear::ResidentAdapter;
-use espalier_adapters::ops::{Backend, Buffer, Ops, ViewMut};
+use espalier_adapters::linear::{AdapterGrads, HeadTrace, ResidentAdapter};
+use espalier_adapters::ops::{Backend, Buffer, Ops};
 use espalier_adapters::train::loss::{LossBuffers, LossSum};
 
 use super::objective::{Objective, Wanted};
@@ -17,6 +17,7 @@ pub(super) struct HeadBuffers {
     /// `[targets, labels]`, exact.
     logits: Buf,
     dlogits: Buf,
+    trace: HeadTrace,
 }
 
 // === impl HeadBuffers ===
@@ -28,30 +29,28 @@ impl HeadBuffers {
             dstates: ops.working(),
             logits: ops.exact(),
             dlogits: ops.exact(),
+            trace: HeadTrace::new(ops),
         }
     }
 
-    /// The head's loss on `states`; with `dhead`, its gradient is added.
+    /// The head's loss on `states`.
     pub(super) fn judge(
         &mut self,
         (ops, adapter): (&Backend, &ResidentAdapter),
         (objective, wanted): (&Objective, &Wanted),
-        dhead: Option<ViewMut<'_, Backend>>,
         loss: &mut LossBuffers<Backend>,
     ) -> LossSum {
-        let classes = adapter.labels().len();
+        let (classes, rows) = (adapter.labels().len(), wanted.targets.len());
         let Self {
             states,
             logits,
             dlogits,
+            trace,
             ..
         } = self;
-        ops.resize(logits, wanted.targets.len() * classes);
-        adapter.score(ops, states.all(), logits.all_mut());
+        ops.resize(logits, rows * classes);
+        adapter.score_traced(ops, (states.all(), rows), trace, logits.all_mut());
         let judged = objective.judge(ops, (logits, wanted), dlogits, loss);
-        if let Some(dhead) = dhead {
-            ops.outer(dlogits.all(), states.all(), classes, 1.0, dhead);
-        }
         let mut sum = LossSum::default();
         for (judged, target) in judged.iter().zip(&wanted.targets) {
             sum.push(judged, objective.counts(target));
@@ -59,39 +58,52 @@ impl HeadBuffers {
         sum
     }
 
-    /// The same on the targets' rows of `hidden`, the share's rows being `rows` of it; with `(dstates, dhead)`, the gradients
+    /// Adds the gradients of the last call's loss: of every layer to `grads`, and where they are `wanted` those of the states to
+    /// buffers of its own.
+    pub(super) fn back(
+        &mut self,
+        (ops, adapter): (&Backend, &ResidentAdapter),
+        grads: &mut AdapterGrads,
+        wanted: bool,
+    ) {
+        let Self {
+            states,
+            dstates,
+            dlogits,
+            trace,
+            ..
+        } = self;
+        let on = (states.all(), dlogits.all());
+        if wanted {
+            ops.resize(dstates, states.len());
+            ops.clear(dstates.all_mut());
+        }
+        let dstates = wanted.then(|| dstates.all_mut());
+        adapter.score_backward(ops, on, trace, grads, dstates);
+    }
+
+    /// The same on the targets' rows of `hidden`, the share's rows being `rows` of it; with `(dstates, grads)`, the gradients
     /// of both are added.
     pub(super) fn judge_rows(
         &mut self,
         (ops, adapter): (&Backend, &ResidentAdapter),
-        (hidden, rows): (&Buf, &Range<usize>),
+        (hidden, rows, width): (&Buf, &Range<usize>, usize),
         (objective, wanted): (&Objective, &Wanted),
-        gradients: Option<(&mut Buf, ViewMut<'_, Backend>)>,
+        gradients: Option<(&mut Buf, &mut AdapterGrads)>,
         loss: &mut LossBuffers<Backend>,
     ) -> LossSum {
-        let (Some(head), Some(range)) = (adapter.head(), adapter.head_range()) else {
-            return LossSum::default();
-        };
-        let classes = adapter.labels().len();
         let chosen = wanted
             .targets
             .iter()
             .map(|target| (rows.start + target.row) as u32);
         let chosen: Vec<u32> = chosen.collect();
-        let (chosen, len) = (
-            ops.ids(&chosen),
-            wanted.targets.len() * (range.len() / classes),
-        );
-        ops.resize(&mut self.states, len);
+        let chosen = ops.ids(&chosen);
+        ops.resize(&mut self.states, wanted.targets.len() * width);
         ops.take_rows(hidden.all(), chosen, self.states.all_mut());
-        let (dstates, dhead) = gradients.unzip();
-        let sum = self.judge((ops, adapter), (objective, wanted), dhead, loss);
-        if let Some(dstates) = dstates {
-            let from = &mut self.dstates;
-            ops.resize(from, len);
-            ops.clear(from.all_mut());
-            ops.expand(self.dlogits.all(), head, classes, 1.0, from.all_mut());
-            ops.add_rows(from.all(), chosen, dstates.all_mut());
+        let sum = self.judge((ops, adapter), (objective, wanted), loss);
+        if let Some((dstates, grads)) = gradients {
+            self.back((ops, adapter), grads, true);
+            ops.add_rows(self.dstates.all(), chosen, dstates.all_mut());
         }
         sum
     }

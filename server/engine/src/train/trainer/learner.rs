@@ -207,9 +207,11 @@ impl Learner {
         ops.resize(&mut head.states, states.len());
         ops.write(states, head.states.all_mut());
         let grads = self.grads.as_mut().filter(|_| learns);
-        let dhead = grads.and_then(AdapterGrads::head_mut);
         let asked = (self.objective.as_ref(), wanted);
-        let sum = head.judge((ops, &self.adapter), asked, dhead, loss);
+        let sum = head.judge((ops, &self.adapter), asked, loss);
+        if let Some(grads) = grads {
+            head.back((ops, &self.adapter), grads, false);
+        }
         let logits = if learns {
             Vec::new()
         } else {

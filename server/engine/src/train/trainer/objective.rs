@@ -2,7 +2,7 @@
 //!
 //! It must not know passes, steps or whose examples they are.
 
-use espalier_adapters::head::Problem;
+use espalier_adapters::head::{HeadSettings, Problem, check_hidden};
 use espalier_adapters::ops::Backend;
 use espalier_adapters::train::examples::Example;
 use espalier_adapters::train::head_loss::dense_loss;
@@ -111,6 +111,16 @@ fn target(row: usize, label: u32, weight: f32) -> Target {
 // === impl HeadOptions ===
 
 impl HeadOptions {
+    /// What is known of the head before anything is fitted.
+    pub(super) fn settings(&self) -> HeadSettings {
+        HeadSettings {
+            problem: self.problem,
+            hidden_layers: self.hidden_layers.clone(),
+            activation: self.activation,
+            ..HeadSettings::default()
+        }
+    }
+
     /// # Errors
     /// [`TrainError::Plan`] on labels, weights or a share that the problem has no use for.
     pub(super) fn validate(&self, labels: usize) -> Result<(), TrainError> {
@@ -133,6 +143,9 @@ impl HeadOptions {
         }
         if let Some(weights) = &self.class_weights {
             self.validate_weights(weights, labels)?;
+        }
+        if let Err((field, reason)) = check_hidden(&self.hidden_layers, self.activation) {
+            return Err(TrainError::plan(field, reason));
         }
         match self.out_of_scope_share {
             Some(_) if self.problem != Problem::SingleLabel => Err(TrainError::plan(

@@ -193,11 +193,16 @@ fn judge(
             }));
             continue;
         }
-        let dhead = grads.as_mut().and_then(AdapterGrads::head_mut);
-        let gradients = dstates.as_deref_mut().zip(dhead);
+        let gradients = dstates.as_deref_mut().zip(grads.as_mut());
         let on = (ops, share.adapter.as_ref());
         let asked = (share.objective.as_ref(), &share.wanted);
-        share.sum = head.judge_rows(on, (hidden, rows), asked, gradients, loss);
+        share.sum = head.judge_rows(
+            on,
+            (hidden, rows, model.config().hidden),
+            asked,
+            gradients,
+            loss,
+        );
         if dstates.is_none() {
             share.logits = head.read_logits(ops);
         }

@@ -1,7 +1,7 @@
 //! What a training run is told, what it reports, and why it may fail. Plain types.
 
 use espalier_adapters::config::AdapterConfig;
-use espalier_adapters::head::{HeadSettings, Problem};
+use espalier_adapters::head::{Activation, HeadSettings, Problem};
 use espalier_adapters::ops::OutOfMemory;
 use espalier_adapters::train::examples::{Example, Examples};
 use espalier_adapters::train::quality::Quality;
@@ -93,6 +93,10 @@ pub struct HeadOptions {
     pub class_weights: Option<Vec<f32>>,
     /// The share of right answers on validation that the fitted threshold may call out of scope, in 0..=0.5; `None` fits none.
     pub out_of_scope_share: Option<f64>,
+    /// Outputs of the fully connected layers below `score`; none is a head of one layer.
+    pub hidden_layers: Vec<usize>,
+    /// Behind each of them; there if and only if they are.
+    pub activation: Option<Activation>,
 }
 
 /// What is learnt.
@@ -518,9 +522,12 @@ impl TrainPlan {
             values.for_each(|x| hash.update(x.to_le_bytes()));
         }
         if let Some(head) = self.init.as_ref().and_then(|init| init.head.as_ref()) {
-            head.weight
+            let hidden = head
+                .hidden
                 .iter()
-                .for_each(|x| hash.update(x.to_le_bytes()));
+                .flat_map(|l| l.weight.iter().chain(&l.bias));
+            let numbers = hidden.chain(&head.weight);
+            numbers.for_each(|x| hash.update(x.to_le_bytes()));
         }
         hex::encode(hash.finalize())
     }

@@ -5,14 +5,15 @@ use espalier_adapters::config::{
     AdapterConfig, FullConfig, Ia3Config, LayerTensor, LoraConfig, ScaleOn, Site,
 };
 use espalier_adapters::error::AdapterError;
-use espalier_adapters::head::{HeadSettings, Problem};
 use espalier_adapters::linear::{BaseSites, row_norms};
 use espalier_adapters::ops::Ops;
-use espalier_adapters::weights::{AdapterWeights, Delta, ScoreHead, SiteAdapter, SiteScale};
+use espalier_adapters::weights::{
+    AdapterWeights, Delta, HiddenLayer, ScoreHead, SiteAdapter, SiteScale,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::plan::{Method, TrainError, TrainPlan};
+use super::plan::{HeadOptions, Method, TrainError, TrainPlan};
 use crate::model::Model;
 
 /// Streams of the seed: sites use their number, what is no site a number that no model reaches.
@@ -86,22 +87,26 @@ pub(super) fn initial(plan: &TrainPlan, model: &Model) -> Result<AdapterWeights,
         } => {
             let head = weights
                 .head
-                .get_or_insert_with(|| head((labels, options.problem), plan, model));
+                .get_or_insert_with(|| head((labels, options), plan, model));
             if head.labels != *labels {
                 return Err(TrainError::plan(
                     "init",
                     "its head has other labels than the plan",
                 ));
             }
-            let settings = HeadSettings {
-                problem: options.problem,
-                ..HeadSettings::default()
-            };
+            let settings = options.settings();
             if head.settings.problem != settings.problem {
                 let reason = format!(
                     "its head answers {}, the plan {}",
                     head.settings.problem.as_str(),
                     settings.problem.as_str()
+                );
+                return Err(TrainError::plan("init", reason));
+            }
+            let (own, asked) = (head.settings.stack(), settings.stack());
+            if own != asked {
+                let reason = format!(
+                    "its head has {own}, the plan {asked}: ask for the same to go on from it"
                 );
                 return Err(TrainError::plan("init", reason));
             }
@@ -188,24 +193,37 @@ fn bad_patterns(errors: Vec<AdapterError>) -> TrainError {
     TrainError::plan("adapter", reasons.join("; "))
 }
 
-/// A head drawn within `1 / sqrt(hidden)` below LoRA; alone on frozen states its loss is convex and zero is as good.
-fn head((labels, problem): (&[String], Problem), plan: &TrainPlan, model: &Model) -> ScoreHead {
-    let width = model.config().hidden;
-    let bound = if plan.head_only() {
+/// A head drawn within `1 / sqrt(in)`, hidden layers and their biases too, as torch's `nn.Linear` starts; one layer alone on frozen
+/// states has a convex loss, and zero is as good.
+fn head(
+    (labels, options): (&[String], &HeadOptions),
+    plan: &TrainPlan,
+    model: &Model,
+) -> ScoreHead {
+    let drawn = |stream_number: u64, count: usize, bound: f32| -> Vec<f32> {
+        let mut random = stream(plan.seed, stream_number);
+        let number = |_| bound * random.random_range(-1.0f32..1.0);
+        (0..count).map(number).collect()
+    };
+    let (mut inputs, mut hidden) = (model.config().hidden, Vec::new());
+    for (index, outputs) in options.hidden_layers.iter().enumerate() {
+        let (bound, first) = (1.0 / (inputs as f32).sqrt(), 1 + 2 * index as u64);
+        hidden.push(HiddenLayer {
+            weight: drawn(HEAD_STREAM + first, outputs * inputs, bound),
+            bias: drawn(HEAD_STREAM + first + 1, *outputs, bound),
+        });
+        inputs = *outputs;
+    }
+    let convex = plan.head_only() && hidden.is_empty();
+    let bound = if convex {
         0.0
     } else {
-        1.0 / (width as f32).sqrt()
+        1.0 / (inputs as f32).sqrt()
     };
-    let mut random = stream(plan.seed, HEAD_STREAM);
-    let weight = (0..labels.len() * width)
-        .map(|_| bound * random.random_range(-1.0f32..1.0))
-        .collect();
     ScoreHead {
         labels: labels.to_vec(),
-        weight,
-        settings: HeadSettings {
-            problem,
-            ..HeadSettings::default()
-        },
+        hidden,
+        weight: drawn(HEAD_STREAM, labels.len() * inputs, bound),
+        settings: options.settings(),
     }
 }

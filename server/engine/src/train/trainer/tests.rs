@@ -141,7 +141,7 @@ fn class_plan(head_only: bool) -> TrainPlan {
 }
 
 /// One of each kind of run.
-fn every_plan() -> [TrainPlan; 10] {
+fn every_plan() -> [TrainPlan; 12] {
     [
         lm_plan(),
         dora_plan(),
@@ -153,6 +153,8 @@ fn every_plan() -> [TrainPlan; 10] {
         classification::labels_plan(true),
         classification::score_plan(false),
         classification::score_plan(true),
+        classification::deep_plan(false),
+        classification::deep_plan(true),
     ]
 }
 

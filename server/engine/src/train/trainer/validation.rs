@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use espalier_adapters::head::{HeadSettings, Problem};
+use espalier_adapters::head::Problem;
 use espalier_adapters::pace::{Pace, Stopped};
 use espalier_adapters::train::calibration;
 use espalier_adapters::train::checkpoint::{BestEval, Bits};
@@ -95,10 +95,7 @@ impl Trainer {
         let Some(quality) = self.quality(&judged) else {
             return Ok(None);
         };
-        let mut settings = HeadSettings {
-            problem: options.problem,
-            ..HeadSettings::default()
-        };
+        let mut settings = options.settings();
         let mut log_loss = None;
         if options.problem == Problem::SingleLabel {
             let right: Vec<u32> = judged.wanted.targets.iter().map(|t| t.label).collect();

@@ -1,6 +1,6 @@
 //! Heads of every problem: what they learn, what is fitted when they end, and what is refused.
 
-use espalier_adapters::head::{HeadSettings, Problem};
+use espalier_adapters::head::{Activation, HeadSettings, Problem};
 use espalier_adapters::train::dataset::Score;
 use espalier_adapters::train::examples::Example;
 use espalier_adapters::train::quality::Quality;
@@ -69,6 +69,20 @@ pub(super) fn score_plan(head_only: bool) -> TrainPlan {
         valid: Some(answered(20, 2, number)),
         ..plan
     }
+}
+
+/// A head with hidden layers.
+pub(super) fn deep_plan(head_only: bool) -> TrainPlan {
+    let mut plan = with(Problem::SingleLabel, class_plan(head_only));
+    if let Method::Class { options, .. } = &mut plan.method {
+        options.hidden_layers = vec![16, 8];
+        options.activation = Some(if head_only {
+            Activation::Tanh
+        } else {
+            Activation::Gelu
+        });
+    }
+    plan
 }
 
 fn evals(events: &[TrainEvent]) -> Vec<EvalReport> {
@@ -184,6 +198,26 @@ fn what_a_problem_has_no_use_for_is_refused() {
             change(options);
         }
     };
+    let width = refused(&|plan| options(plan, &|o| o.hidden_layers = vec![12]));
+    assert!(
+        width.contains("hidden_layers") && width.contains("12"),
+        "{width}"
+    );
+    let init = {
+        let trained = Trainer::new(model(&on), score_plan(true)).unwrap();
+        trained.weights()
+    };
+    let stack = refused(&|plan| {
+        plan.init = Some(init.clone());
+        options(plan, &|o| {
+            o.hidden_layers = vec![8];
+            o.activation = Some(Activation::Relu);
+        });
+    });
+    assert!(
+        stack.contains("no hidden layers") && stack.contains("8 with relu"),
+        "{stack}"
+    );
     let weights = refused(&|plan| options(plan, &|o| o.class_weights = Some(vec![1.0])));
     assert!(weights.contains("class_weights"), "{weights}");
     let share = refused(&|plan| options(plan, &|o| o.out_of_scope_share = Some(0.1)));
