@@ -46,6 +46,17 @@ pub enum Activation {
     Tanh,
 }
 
+/// Which of a text's states, after the final norm, become one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pooling {
+    /// The last token's state.
+    #[default]
+    Last,
+    /// The mean of all tokens' states.
+    Mean,
+}
+
 /// What is known of a head beside its weights and labels.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -65,6 +76,9 @@ pub struct HeadSettings {
     /// Behind each of them; there if and only if they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activation: Option<Activation>,
+    /// Which states it reads.
+    #[serde(default, skip_serializing_if = "Pooling::is_last")]
+    pub pooling: Pooling,
 }
 
 /// `head.json` as it is written.
@@ -94,6 +108,24 @@ impl Problem {
             Self::SingleLabel => "single_label_classification",
             Self::MultiLabel => "multi_label_classification",
             Self::Regression => "regression",
+        }
+    }
+}
+
+// === impl Pooling ===
+
+impl Pooling {
+    #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks by reference")]
+    fn is_last(&self) -> bool {
+        *self == Self::Last
+    }
+
+    /// What a head with it reads, in words.
+    #[must_use]
+    pub const fn reads(self) -> &'static str {
+        match self {
+            Self::Last => "the last token's state",
+            Self::Mean => "the mean of all tokens' states",
         }
     }
 }
@@ -179,18 +211,37 @@ pub fn check_hidden(
     }
 }
 
-/// The layers below `score`, in words.
+/// The layers below `score`, and what they read, in words.
 #[must_use]
-pub fn stack(layers: &[usize], activation: Option<Activation>) -> String {
+pub fn stack(layers: &[usize], activation: Option<Activation>, pooling: Pooling) -> String {
+    let on = pooling.reads();
     let Some(activation) = activation else {
-        return "no hidden layers".to_owned();
+        return format!("no hidden layers on {on}");
     };
     let widths: Vec<String> = layers.iter().map(usize::to_string).collect();
-    format!(
-        "hidden layers {} with {}",
-        widths.join(", "),
-        activation.as_str()
-    )
+    let (widths, activation) = (widths.join(", "), activation.as_str());
+    format!("hidden layers {widths} with {activation} on {on}")
+}
+
+/// What keeps a head from being the `score` of PEFT and transformers, one matrix on the last token's state; in words.
+#[must_use]
+pub fn beyond_score(
+    layers: &[usize],
+    activation: Option<Activation>,
+    pooling: Pooling,
+) -> Option<String> {
+    match (layers, pooling) {
+        ([], Pooling::Last) => None,
+        ([], pooling) => Some(format!(
+            "the head reads {}, and score reads {}",
+            pooling.reads(),
+            Pooling::Last.reads()
+        )),
+        _ => Some(format!(
+            "the head has {}, and score is one matrix",
+            stack(layers, activation, pooling)
+        )),
+    }
 }
 
 // === impl HeadSettings ===
@@ -251,10 +302,16 @@ impl HeadSettings {
         }
     }
 
-    /// The layers below `score`, in words.
+    /// The layers below `score`, and what they read, in words.
     #[must_use]
     pub fn stack(&self) -> String {
-        stack(&self.hidden_layers, self.activation)
+        stack(&self.hidden_layers, self.activation, self.pooling)
+    }
+
+    /// What keeps it from being the `score` of PEFT and transformers, in words.
+    #[must_use]
+    pub fn beyond_score(&self) -> Option<String> {
+        beyond_score(&self.hidden_layers, self.activation, self.pooling)
     }
 
     /// What the head answers with these logits `[labels]`. Sums run in f64.
@@ -318,6 +375,7 @@ mod tests {
             out_of_scope_below: Some(0.625),
             hidden_layers: vec![64, 8],
             activation: Some(Activation::Gelu),
+            pooling: Pooling::Mean,
         };
         let bytes = settings.write().unwrap();
         assert_eq!(HeadSettings::read(&bytes).unwrap(), settings);
@@ -335,6 +393,7 @@ mod tests {
             ),
             (r#"{"version": 1, "hidden_layers": [8]}"#, "activation"),
             (r#"{"version": 1, "activation": "tanh"}"#, "tanh without"),
+            (r#"{"version": 1, "pooling": "first"}"#, "first"),
             (
                 r#"{"version": 1, "hidden_layers": [8], "activation": "swish"}"#,
                 "swish",

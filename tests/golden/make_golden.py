@@ -158,7 +158,14 @@ def save_deep(peft, path, way):
         tensors[name.replace(old, names[old]) if old else name] = tensor
     save_file(tensors, file, metadata={"format": "pt"})
     with open(f"{path}/head.json", "w") as f:
-        json.dump(dict(version=1, problem_type=way["problem"], hidden_layers=way["hidden_layers"], activation="gelu"), f, indent=2)
+        said = dict(version=1, problem_type=way["problem"], hidden_layers=way["hidden_layers"], activation="gelu")
+        json.dump(said | ({"pooling": "mean"} if way.get("mean") else {}), f, indent=2)
+
+
+def mean_logits(peft, ids):
+    """Of a text alone, whose states are pooled by their mean: transformers' classifier knows the last one only."""
+    model = peft.base_model.model
+    return model.score(model.model(input_ids=ids).last_hidden_state.mean(1))
 
 
 def train(peft, path, batches, loss_of, ratio=None, keep=save):
@@ -204,10 +211,14 @@ def cls_loss(peft, batch):
     return torch.stack(rows).mean()
 
 
-def answered(problem, weights=None):
+def last_logits(peft, ids):
+    return peft(input_ids=ids).logits
+
+
+def answered(problem, weights=None, logits_of=last_logits):
     """The loss that transformers computes for a head of this problem; class weights as torch's cross-entropy takes them."""
     def loss(peft, batch):
-        logits = torch.cat([peft(input_ids=torch.tensor([r["input_ids"]])).logits for r in batch])
+        logits = torch.cat([logits_of(peft, torch.tensor([r["input_ids"]])) for r in batch])
         if weights:
             return torch.nn.functional.cross_entropy(logits, torch.tensor([r["label"] for r in batch]), weight=torch.tensor(weights))
         model = peft.base_model.model
@@ -278,13 +289,15 @@ def heads(tok, way):
     peft = classifier(way["rows"], dict(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"]), way.get("hidden_layers"))
     path = f"{HERE}/train_{way['name']}"
     keep = (lambda peft, path: save_deep(peft, path, way)) if "hidden_layers" in way else save
-    train(peft, path, rows, answered(way["problem"], way.get("weights")), keep=keep)
+    train(peft, path, rows, answered(way["problem"], way.get("weights"), mean_logits if way.get("mean") else last_logits), keep=keep)
     curve = json.load(open(f"{path}/curve.json"))
     curve["problem_type"] = way["problem"]
     if "weights" in way:
         curve["class_weights"] = way["weights"]
     if "hidden_layers" in way:
         curve["hidden_layers"], curve["activation"] = way["hidden_layers"], "gelu"
+    if way.get("mean"):
+        curve["pooling"] = "mean"
     write(f"{path}/curve.json", curve)
 
 
@@ -293,6 +306,7 @@ HEADS = [
     dict(name="regression", problem="regression", rows=1, seed=22, answer=lambda labels, n: dict(score=0.5 * n - len(labels))),
     dict(name="weighted", problem="single_label_classification", rows=3, seed=23, weights=[0.5, 1.0, 3.0], answer=lambda labels, n: dict(label=min(len(labels), 2))),
     dict(name="deep_head", problem="single_label_classification", rows=3, seed=24, weights=[1.0, 2.0, 0.5], hidden_layers=[16, 8], answer=lambda labels, n: dict(label=min(len(labels), 2))),
+    dict(name="mean_head", problem="single_label_classification", rows=3, seed=25, weights=[0.5, 1.0, 2.0], hidden_layers=[24], mean=True, answer=lambda labels, n: dict(label=min(len(labels), 2))),
 ]
 
 

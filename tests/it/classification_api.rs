@@ -301,6 +301,12 @@ async fn what_cannot_be_learned_is_refused_before_the_job_begins() {
         field == at("activation") && why.contains("hidden_layers"),
         "{why}"
     );
+    let all = |m: &mut v1::ClassificationMethod| m.dropout = 1.0;
+    let (field, why) = refused(lines(one), &all, true).await;
+    assert!(field == at("dropout") && why.contains("0 to 1"), "{why}");
+    let none = |m: &mut v1::ClassificationMethod| m.pooling = 9;
+    let (field, why) = refused(lines(one), &none, true).await;
+    assert!(field == at("pooling") && why.contains("MEAN"), "{why}");
     let absent = |m: &mut v1::ClassificationMethod| {
         m.labels = ["account", "card", "transfer", "never"]
             .map(str::to_owned)
@@ -317,6 +323,67 @@ async fn what_cannot_be_learned_is_refused_before_the_job_begins() {
     );
     let (_, why) = refused(bad, &|_| (), false).await;
     assert!(why.contains("line 2") || why.contains("score"), "{why}");
+    server.ended().await;
+}
+
+#[tokio::test]
+async fn a_head_on_the_mean_answers_as_it_was_measured_and_is_no_peft_file() {
+    let server = TestServer::start(&[]).await;
+    let acme = tenant(server.addr, "acme").await;
+    let on_mean = |change: &dyn Fn(&mut v1::ClassificationMethod)| {
+        let mut spec = spec(&acme, "mean", lines(one), |method| {
+            method.set_pooling(v1::Pooling::Mean);
+            method.dropout = 0.1;
+            change(method);
+        });
+        spec.hyper_parameters.as_mut().unwrap().learning_rate = Some(0.01);
+        spec
+    };
+    let job = start(&acme, on_mean(&|_| ())).await;
+    let job = succeeded(&acme, &job).await;
+    let Some(Method::Classification(method)) = job.spec.unwrap().method else {
+        panic!("a classification")
+    };
+    assert_eq!((method.pooling(), method.dropout), (v1::Pooling::Mean, 0.1));
+    let asked = ask(&acme, "mean");
+    let reply = acme.classify(asked.clone()).await.unwrap();
+    // A second time the prompt is in the prefix cache, whose states a mean must not miss.
+    assert_eq!(acme.classify(asked).await.unwrap().results, reply.results);
+    let dir = tempfile::tempdir().unwrap();
+    let refused = acme.download_adapter(&job.version, dir.path()).await;
+    let why = refused.unwrap_err().to_string();
+    assert!(why.contains("the mean of all tokens"), "{why}");
+    acme.download_stored(&job.version, dir.path())
+        .await
+        .unwrap();
+    let upload = AdapterUpload {
+        adapter: acme.names().adapter("copy").unwrap(),
+        dir: dir.path().to_owned(),
+        create_if_missing: true,
+        ..Default::default()
+    };
+    acme.upload_adapter(upload).await.unwrap();
+    let copy = acme.classify(ask(&acme, "copy")).await.unwrap();
+    assert_eq!(copy.results, reply.results);
+    // What goes on reads the same states, and asking for others is refused.
+    let mut more = on_mean(&|method| method.pooling = 0);
+    more.from_version.clone_from(&job.version);
+    let more = start(&acme, more).await;
+    let more = succeeded(&acme, &more).await;
+    let Some(Method::Classification(method)) = more.spec.unwrap().method else {
+        panic!("a classification")
+    };
+    assert_eq!(method.pooling(), v1::Pooling::Mean);
+    let mut other = on_mean(&|method| method.set_pooling(v1::Pooling::Last));
+    other.from_version.clone_from(&job.version);
+    let error = acme
+        .create_training_job(create(&acme, other))
+        .await
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("the last token's state"),
+        "{error}"
+    );
     server.ended().await;
 }
 
@@ -348,7 +415,7 @@ async fn a_head_with_hidden_layers_is_trained_answers_goes_on_and_is_no_peft_fil
     let refused = acme.download_adapter(&job.version, dir.path()).await;
     let why = refused.unwrap_err().to_string();
     assert!(
-        why.contains("hidden layers 32, 16") && why.contains("one matrix"),
+        why.contains("hidden layers 32, 16 with gelu") && why.contains("one matrix"),
         "{why}"
     );
     acme.download_stored(&job.version, dir.path())

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use espalier_adapters::head::{Activation, Problem};
+use espalier_adapters::head::{Activation, Pooling, Problem};
 use espalier_adapters::ops::Backend;
 use espalier_adapters::pace::Unpaced;
 use espalier_adapters::train::dataset::Score;
@@ -34,6 +34,8 @@ struct Curve {
     #[serde(default)]
     hidden_layers: Vec<usize>,
     activation: Option<Activation>,
+    #[serde(default)]
+    pooling: Pooling,
     steps: Vec<Step>,
 }
 
@@ -105,6 +107,8 @@ fn plan(curve: &Curve, dir: &Path, model: &Model) -> TrainPlan {
             out_of_scope_share: None,
             hidden_layers: curve.hidden_layers.clone(),
             activation: curve.activation,
+            pooling: curve.pooling,
+            dropout: 0.0,
         },
     });
     TrainPlan {

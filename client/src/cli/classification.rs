@@ -3,7 +3,10 @@
 use clap::{Args, ValueEnum};
 
 use crate::{
-    cli::output::{Failure, Out},
+    cli::{
+        infer::PoolingArg,
+        output::{Failure, Out},
+    },
     v1,
 };
 
@@ -38,6 +41,12 @@ pub(crate) struct HeadArgs {
     /// What stands behind each hidden layer [usual: gelu].
     #[arg(long, value_enum, requires = "hidden_layers")]
     activation: Option<ActivationArg>,
+    /// Which of a text's states the head reads [usual: last].
+    #[arg(long, value_enum)]
+    pooling: Option<PoolingArg>,
+    /// Drop this share of the inputs of the head's layers in training [usual: 0].
+    #[arg(long, value_name = "SHARE")]
+    head_dropout: Option<f64>,
 }
 
 /// What a hidden layer makes of its sums.
@@ -81,12 +90,14 @@ impl HeadArgs {
             activation: self
                 .activation
                 .map_or(0, |a| v1::Activation::from(a).into()),
+            pooling: self.pooling.map_or(0, |p| v1::Pooling::from(p).into()),
+            dropout: self.head_dropout.unwrap_or_default(),
             ..v1::ClassificationMethod::default()
         }
     }
 
     /// The options of heads that are given, by name.
-    pub(crate) fn given(&self) -> [(&'static str, bool); 8] {
+    pub(crate) fn given(&self) -> [(&'static str, bool); 10] {
         [
             ("--head-only", self.head_only),
             ("--ladder", self.ladder),
@@ -96,6 +107,8 @@ impl HeadArgs {
             ("--out-of-scope", self.out_of_scope.is_some()),
             ("--hidden-layers", !self.hidden_layers.is_empty()),
             ("--activation", self.activation.is_some()),
+            ("--pooling", self.pooling.is_some()),
+            ("--head-dropout", self.head_dropout.is_some()),
         ]
     }
 }

@@ -77,11 +77,20 @@ fn one_or_lines<M: prost::Message + prost::Name>(
 
 /// How token states become one vector.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum PoolingArg {
+pub(crate) enum PoolingArg {
     /// The last token's state.
     Last,
     /// The mean of all tokens' states.
     Mean,
+}
+
+impl From<PoolingArg> for v1::Pooling {
+    fn from(given: PoolingArg) -> Self {
+        match given {
+            PoolingArg::Last => Self::Last,
+            PoolingArg::Mean => Self::Mean,
+        }
+    }
 }
 
 /// Turn texts into vectors.
@@ -104,10 +113,7 @@ impl Embed {
         let Session { client, out } = session;
         let texts = texts_or_stdin(&self.texts)?;
         for batch in texts.chunks(BATCH) {
-            let pooling = match self.pooling {
-                PoolingArg::Last => v1::Pooling::Last,
-                PoolingArg::Mean => v1::Pooling::Mean,
-            };
+            let pooling = v1::Pooling::from(self.pooling);
             let request = v1::EmbedRequest {
                 target: self.adapter.target(client)?,
                 texts: batch.to_vec(),

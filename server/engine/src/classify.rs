@@ -8,20 +8,6 @@ pub(crate) fn softmax(logits: &[f64]) -> Vec<f32> {
     shares.map(|share| share as f32).collect()
 }
 
-/// Adds states `[rows, hidden]` to a running sum `[hidden]`, row after row: cutting a prompt in chunks changes no bit.
-pub(crate) fn add_states(sum: &mut [f64], states: &[f32]) {
-    for row in states.chunks_exact(sum.len()) {
-        for (sum, state) in sum.iter_mut().zip(row) {
-            *sum += f64::from(*state);
-        }
-    }
-}
-
-/// The mean of `count` summed states.
-pub(crate) fn mean(sum: &[f64], count: usize) -> Vec<f32> {
-    sum.iter().map(|sum| (sum / count as f64) as f32).collect()
-}
-
 /// Scales to unit length; a zero vector stays.
 pub(crate) fn normalize(vector: &mut [f32]) {
     let norm = vector
@@ -48,15 +34,12 @@ mod tests {
     }
 
     #[test]
-    fn a_mean_does_not_depend_on_chunks() {
-        let states: Vec<f32> = (0..30).map(|i| (i as f32 * 0.37).sin()).collect();
-        let (mut whole, mut cut) = (vec![0.0; 3], vec![0.0; 3]);
-        add_states(&mut whole, &states);
-        add_states(&mut cut, &states[..12]);
-        add_states(&mut cut, &states[12..]);
-        assert_eq!(whole, cut);
-        let mut vector = mean(&whole, 10);
+    fn a_normalized_vector_has_length_one() {
+        let mut vector = [3.0, -4.0, 0.0];
         normalize(&mut vector);
-        assert!((vector.iter().map(|v| v * v).sum::<f32>() - 1.0).abs() < 1e-6);
+        assert_eq!(vector, [0.6, -0.8, 0.0]);
+        let mut zero = [0.0; 3];
+        normalize(&mut zero);
+        assert_eq!(zero, [0.0; 3]);
     }
 }

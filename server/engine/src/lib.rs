@@ -23,6 +23,7 @@ mod validate;
 
 mod block_manager;
 mod cache_key;
+mod pooling;
 mod prefill_pace;
 mod prefix_cache;
 mod scheduler;

@@ -225,13 +225,15 @@ impl ModelRunner {
         count
     }
 
-    /// The head's logits `[labels]` of one row's state.
-    pub(crate) fn score(&self, adapter: &ResidentAdapter, row: usize) -> Vec<f32> {
-        let (ops, width) = (self.model.ops(), self.model.config().hidden);
-        let state = self.states.part(row * width..(row + 1) * width);
+    /// The head's logits `[labels]` of one state `[hidden]`.
+    pub(crate) fn score(&self, adapter: &ResidentAdapter, state: &[f32]) -> Vec<f32> {
+        let ops = self.model.ops();
+        let mut there = ops.working();
+        ops.resize(&mut there, state.len());
+        ops.write(state, there.all_mut());
         let mut scores = ops.exact();
         ops.resize(&mut scores, adapter.labels().len());
-        adapter.score(ops, (state, 1), scores.all_mut());
+        adapter.score(ops, (there.all(), 1), scores.all_mut());
         let mut logits = vec![0.0; scores.len()];
         ops.read(scores.all(), &mut logits);
         logits

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use espalier_adapters::head::Pooling;
 use espalier_adapters::head::Problem;
 use espalier_adapters::version::VersionDigest;
 
@@ -153,16 +154,6 @@ pub struct StopConditions {
     pub ignore_eos: bool,
     /// Keep the stop string at the end of the text.
     pub include_stop_str: bool,
-}
-
-/// Which rows make an embedding.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Pooling {
-    /// The last token's state.
-    #[default]
-    Last,
-    /// The mean of all tokens' states.
-    Mean,
 }
 
 /// What the engine tells about one request, in order. Exactly one of `Done` and `Failed` comes last; a channel that

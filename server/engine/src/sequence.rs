@@ -16,8 +16,9 @@ use crate::error::EngineError;
 use crate::handle::Ticket;
 use crate::merger::MergedWeights;
 use crate::metrics;
+use crate::pooling::Pooled;
 use crate::request::{
-    Event, Pooling, Priority, Started, StopConditions, TargetVersion, Timings, TokenLogprob, Usage,
+    Event, Priority, Started, StopConditions, TargetVersion, Timings, TokenLogprob, Usage,
 };
 use crate::sampler::Sampler;
 use crate::scheduler::SequenceId;
@@ -79,14 +80,13 @@ pub(crate) struct Sequence {
 pub(crate) enum Task {
     /// The last state gives the next token.
     Generate(Box<Generation>),
-    /// The last state goes through the adapter's head.
-    Classify { index: usize },
-    /// The last state, or the mean of all.
+    /// One state goes through the adapter's head.
+    Classify { index: usize, pooled: Pooled },
+    /// One state is the answer.
     Embed {
         index: usize,
-        pooling: Pooling,
         normalize: bool,
-        sum: Vec<f64>,
+        pooled: Pooled,
     },
     /// Each state from the last of the prompt on scores the token that follows.
     Score(Continuation),
@@ -220,8 +220,8 @@ impl Task {
     /// with them everything that it has sent.
     pub(crate) fn restart(&mut self) {
         match self {
-            Task::Generate(_) | Task::Classify { .. } => {}
-            Task::Embed { sum, .. } => sum.fill(0.0),
+            Task::Generate(_) => {}
+            Task::Classify { pooled, .. } | Task::Embed { pooled, .. } => pooled.restart(),
             Task::Score(continuation) => continuation.scored.clear(),
         }
     }
@@ -230,12 +230,9 @@ impl Task {
     /// cache.
     pub(crate) fn reusable(&self) -> usize {
         match self {
-            Task::Embed {
-                pooling: Pooling::Mean,
-                ..
-            } => 0,
+            Task::Classify { pooled, .. } | Task::Embed { pooled, .. } => pooled.reusable(),
             Task::Score(continuation) => continuation.from - 1,
-            Task::Generate(_) | Task::Classify { .. } | Task::Embed { .. } => usize::MAX,
+            Task::Generate(_) => usize::MAX,
         }
     }
 
@@ -248,15 +245,14 @@ impl Task {
         completes: bool,
     ) -> std::ops::Range<usize> {
         match self {
-            Task::Embed {
-                pooling: Pooling::Mean,
-                ..
-            } => 0..rows,
+            Task::Classify { pooled, .. } | Task::Embed { pooled, .. } => {
+                pooled.wanted(rows, completes)
+            }
             Task::Score(continuation) => {
                 (continuation.from - 1).saturating_sub(start).min(rows)..rows
             }
-            _ if completes => rows - 1..rows,
-            _ => rows..rows,
+            Task::Generate(_) if completes => rows - 1..rows,
+            Task::Generate(_) => rows..rows,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Classification between the wire and the job service: how a head is to learn, and what it was found to be worth.
 
-use espalier_adapters::head::{Activation, Problem};
+use espalier_adapters::head::{Activation, Pooling, Problem};
 use espalier_adapters::train::quality::Quality;
 use espalier_proto::v1;
 
@@ -24,6 +24,8 @@ pub(super) fn options(given: &v1::ClassificationMethod) -> Result<ClassOptions, 
         ladder: given.ladder,
         hidden_layers: given.hidden_layers.iter().map(|w| *w as usize).collect(),
         activation: activation(given.activation)?,
+        pooling: pooling(given.pooling)?,
+        dropout: given.dropout,
     })
 }
 
@@ -49,6 +51,24 @@ pub(super) fn method_reply(
             Some(Activation::Tanh) => v1::Activation::Tanh,
         }
         .into(),
+        pooling: match options.pooling.unwrap_or_default() {
+            Pooling::Last => v1::Pooling::Last,
+            Pooling::Mean => v1::Pooling::Mean,
+        }
+        .into(),
+        dropout: options.dropout,
+    }
+}
+
+fn pooling(given: i32) -> Result<Option<Pooling>, Refusal> {
+    match v1::Pooling::try_from(given) {
+        Ok(v1::Pooling::Unspecified) => Ok(None),
+        Ok(v1::Pooling::Last) => Ok(Some(Pooling::Last)),
+        Ok(v1::Pooling::Mean) => Ok(Some(Pooling::Mean)),
+        Err(_) => Err(invalid(
+            "spec.classification.pooling",
+            format!("{given} is no pooling; LAST and MEAN are"),
+        )),
     }
 }
 

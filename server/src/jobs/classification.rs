@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use espalier_adapters::head::{Activation, Problem, check_hidden, stack};
+use espalier_adapters::head::{Activation, Pooling, Problem, check_hidden};
 use espalier_adapters::train::dataset::Kind;
 use espalier_adapters::train::examples::{Example, Examples};
 use espalier_adapters::train::quality::Quality;
@@ -40,6 +40,10 @@ pub struct ClassOptions {
     pub hidden_layers: Vec<usize>,
     /// Behind each of them.
     pub activation: Option<Activation>,
+    /// Which states it reads; settled in a job.
+    pub pooling: Option<Pooling>,
+    /// The probability that an input of one of its layers is dropped in training.
+    pub dropout: f64,
 }
 
 /// What the kept head is worth, on the validation examples.
@@ -81,8 +85,8 @@ pub(super) fn problem_of(kind: Kind) -> Problem {
 // === impl ClassOptions ===
 
 impl ClassOptions {
-    /// The same with the layers below `score` settled: those that are asked for, else those of the version to go on from. GELU
-    /// stands behind layers whose activation is not named.
+    /// The same with the layers below `score` and what they read settled: as asked for, else as in the version to go on from. GELU
+    /// stands behind layers whose activation is not named; the last token's state is read where nothing is said.
     ///
     /// # Errors
     /// [`JobError::InvalidField`] with field, value and limit.
@@ -94,7 +98,8 @@ impl ClassOptions {
         let mut stacked = self.clone();
         let open = self.hidden_layers.is_empty() && self.activation.is_none();
         if let Some(from) = from.filter(|from| open && !from.hidden_layers.is_empty()) {
-            let found = stack(&from.hidden_layers, from.activation);
+            let widths: Vec<String> = from.hidden_layers.iter().map(usize::to_string).collect();
+            let found = widths.join(", ");
             choices.make(
                 "classification.hidden_layers",
                 found,
@@ -110,6 +115,22 @@ impl ClassOptions {
                 "smooth, and not flat at 0",
             );
             stacked.activation = Some(Activation::Gelu);
+        }
+        let with_head = from.filter(|from| !from.labels.is_empty());
+        stacked.pooling = Some(match (self.pooling, with_head) {
+            (Some(asked), _) => asked,
+            (None, None) => Pooling::Last,
+            (None, Some(from)) => {
+                if from.pooling != Pooling::Last {
+                    let (field, why) = ("classification.pooling", "that of from_version");
+                    choices.make(field, from.pooling.reads(), why);
+                }
+                from.pooling
+            }
+        });
+        if !(0.0..1.0).contains(&self.dropout) {
+            let reason = format!("{} is outside 0 to 1, 1 left out", self.dropout);
+            return Err(invalid("dropout", reason));
         }
         check_hidden(&stacked.hidden_layers, stacked.activation)
             .map_err(|(field, reason)| invalid(field, reason))?;
@@ -195,6 +216,8 @@ impl ClassOptions {
             out_of_scope_share: self.out_of_scope_share,
             hidden_layers: self.hidden_layers.clone(),
             activation: self.activation,
+            pooling: self.pooling.unwrap_or_default(),
+            dropout: self.dropout as f32,
         })
     }
 
@@ -340,7 +363,26 @@ mod tests {
             ..VersionSummary::default()
         };
         let settled = asked(&[], None).stacked(Some(&from), &mut choices).unwrap();
-        assert_eq!(settled, asked(&[16], Some(Activation::Tanh)));
+        let expected = ClassOptions {
+            pooling: Some(Pooling::Last),
+            ..asked(&[16], Some(Activation::Tanh))
+        };
+        assert_eq!(settled, expected);
+        let from = VersionSummary {
+            labels: vec!["a".to_owned()],
+            pooling: Pooling::Mean,
+            ..VersionSummary::default()
+        };
+        let settled = asked(&[], None).stacked(Some(&from), &mut choices).unwrap();
+        assert_eq!(settled.pooling, Some(Pooling::Mean));
+        for dropout in [-0.1, 1.0, f64::NAN] {
+            let refused = ClassOptions {
+                dropout,
+                ..ClassOptions::default()
+            };
+            let error = refused.stacked(None, &mut choices).unwrap_err().to_string();
+            assert!(error.contains("classification.dropout"), "{error}");
+        }
         for (layers, activation, named) in [
             (&[12][..], None, "hidden_layers"),
             (&[0], None, "width of 0"),

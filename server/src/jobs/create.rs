@@ -573,8 +573,12 @@ fn fits_shape(
         );
     }
     let layers = (
-        stack(&options.hidden_layers, options.activation),
-        stack(&summary.hidden_layers, summary.activation),
+        stack(
+            &options.hidden_layers,
+            options.activation,
+            options.pooling.unwrap_or_default(),
+        ),
+        stack(&summary.hidden_layers, summary.activation, summary.pooling),
     );
     if !summary.labels.is_empty() && layers.0 != layers.1 {
         let head = |layers: &str| format!("a head with {layers}");

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
-use espalier_adapters::head::{Activation, Problem};
+use espalier_adapters::head::{Activation, Pooling, Problem};
 use espalier_adapters::profile::{MergePolicy, ServingProfile};
 use espalier_adapters::report::Report;
 use espalier_adapters::version::VersionDigest;
@@ -258,6 +258,8 @@ pub struct VersionSummary {
     pub hidden_layers: Vec<usize>,
     /// Behind each of them.
     pub activation: Option<Activation>,
+    /// Which states the head reads.
+    pub pooling: Pooling,
     /// The files.
     pub parts: Vec<PartSummary>,
 }

@@ -61,6 +61,11 @@ pub fn summarize(
             .head
             .as_ref()
             .and_then(|head| head.settings.activation),
+        pooling: weights
+            .head
+            .as_ref()
+            .map(|head| head.settings.pooling)
+            .unwrap_or_default(),
         parts: parts
             .into_iter()
             .filter_map(|(file, bytes)| {

@@ -13,6 +13,7 @@ use crate::constraint::Constraint;
 use crate::detokenizer::StopFilter;
 use crate::error::EngineError;
 use crate::metrics;
+use crate::pooling::Pooled;
 use crate::request::{Generate, RequestKind, Usage};
 use crate::sampler::Sampler;
 use crate::scheduler::{NewSequence, Prefix, SequenceId};
@@ -224,10 +225,17 @@ impl Engine {
                 return Ok(self.plan_candidates(seed, generate));
             }
             RequestKind::Classify { inputs } => {
-                request.labels = Arc::clone(&request.head()?.labels);
+                let head = request.head()?;
+                let (labels, reads) = (Arc::clone(&head.labels), head.adapter.head_settings());
+                let pooling = reads.pooling;
+                request.labels = labels;
+                let task = |index| Task::Classify {
+                    index,
+                    pooled: Pooled::new(pooling, hidden),
+                };
                 let indexed = inputs.into_iter().enumerate();
                 indexed
-                    .map(|(index, tokens)| alone(index, tokens, Task::Classify { index }))
+                    .map(|(index, tokens)| alone(index, tokens, task(index)))
                     .collect()
             }
             RequestKind::Embed {
@@ -237,9 +245,8 @@ impl Engine {
             } => {
                 let task = |index| Task::Embed {
                     index,
-                    pooling,
                     normalize,
-                    sum: vec![0.0; hidden],
+                    pooled: Pooled::new(pooling, hidden),
                 };
                 let indexed = inputs.into_iter().enumerate();
                 indexed

@@ -16,9 +16,7 @@ use crate::constraint::{self, Masker, Progress};
 use crate::error::EngineError;
 use crate::metrics;
 use crate::model_runner::Choice;
-use crate::request::{
-    Candidate, Delta, Event, FinishReason, Output, Pooling, Priority, TokenLogprob,
-};
+use crate::request::{Candidate, Delta, Event, FinishReason, Output, Priority, TokenLogprob};
 use crate::sampler::token_logprob;
 use crate::scheduler::SequenceId;
 use crate::sequence::{Generation, RequestKey, Sequence, Task};
@@ -168,29 +166,23 @@ impl Engine {
                     self.advance_generation(key, drawn);
                 }
             }
-            Task::Classify { index } if completes => {
+            Task::Classify { index, pooled } => {
                 let index = *index;
-                self.classify(key, index, rows.start);
-                self.finish(id, key);
+                if let Some(state) = pooled.add(states, completes.then_some(position)) {
+                    self.classify(key, index, &state);
+                    self.finish(id, key);
+                }
             }
             Task::Embed {
-                sum,
-                pooling,
-                normalize,
                 index,
+                normalize,
+                pooled,
             } => {
-                if *pooling == Pooling::Mean {
-                    classify::add_states(sum, &states);
-                }
-                if completes {
-                    let mut vector = match pooling {
-                        Pooling::Last => states,
-                        Pooling::Mean => classify::mean(sum, position),
-                    };
-                    if *normalize {
+                let (index, normalize) = (*index, *normalize);
+                if let Some(mut vector) = pooled.add(states, completes.then_some(position)) {
+                    if normalize {
                         classify::normalize(&mut vector);
                     }
-                    let index = *index;
                     self.deliver(key, index, Output::Embedding(vector));
                     self.finish(id, key);
                 }
@@ -201,7 +193,6 @@ impl Engine {
                     self.finish_continuation(id, key);
                 }
             }
-            Task::Classify { .. } => {}
         }
     }
 
@@ -254,12 +245,12 @@ impl Engine {
 
     // --- classify and score ---
 
-    fn classify(&mut self, key: RequestKey, index: usize, row: usize) {
+    fn classify(&mut self, key: RequestKey, index: usize, state: &[f32]) {
         let Some(request) = self.requests.get(&key) else {
             return;
         };
         let Ok(head) = request.head() else { return };
-        let logits = self.runner.score(&head.adapter, row);
+        let logits = self.runner.score(&head.adapter, state);
         let labels = Arc::clone(&request.labels);
         let settings = head.adapter.head_settings();
         let (answer, problem) = (settings.answer(&logits), settings.problem);

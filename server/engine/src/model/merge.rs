@@ -59,12 +59,12 @@ pub fn write_merged(
             format!("adapter: {path}: {wrong}"),
         ));
     }
-    if let Some(head) = adapter.head.as_ref().filter(|head| !head.hidden.is_empty()) {
-        let stack = head.settings.stack();
+    let head = adapter.head.as_ref();
+    if let Some(why) = head.and_then(|head| head.settings.beyond_score()) {
         return Err(ModelError::file(
             Path::new(&base.name),
             format!(
-                "adapter: score: {stack}, and a sequence classifier's score is one matrix: serve the version here, or train one without hidden layers"
+                "adapter: {why} in a sequence classifier: serve the version here, or train one without"
             ),
         ));
     }

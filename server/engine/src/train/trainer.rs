@@ -244,7 +244,7 @@ impl Trainer {
             return Err(TrainError::plan("batch", "holds no example"));
         }
         let states = match self.plan.head_only() {
-            true => Some(self.learner.last_states(&numbered, pace, &mut |_| ())?),
+            true => Some(self.learner.pooled_states(&numbered, pace, &mut |_| ())?),
             false => None,
         };
         self.step(&numbered, states.as_deref(), pace)
@@ -273,7 +273,7 @@ impl Trainer {
             };
             cached.push(
                 self.learner
-                    .last_states(&numbered(items), pace, &mut report)?,
+                    .pooled_states(&numbered(items), pace, &mut report)?,
             );
             before += items.len();
         }
@@ -331,7 +331,9 @@ impl Trainer {
                     Ok(sum) => break sum,
                 }
             };
-            let wanted = self.wanted(batch, scale);
+            let mut wanted = self.wanted(batch, scale);
+            let drawn = (self.plan.seed, step);
+            wanted.dropout = self.learner.objective.dropout(batch, drawn);
             break self.learner.head_pass(states, &wanted, true).0;
         };
         pace.breathe()?;

@@ -116,12 +116,12 @@ impl AdapterService {
 /// PEFT's files, unless PEFT would make something else of them.
 fn as_peft(version: Version, artifact: AdapterArtifact) -> Result<Files, Refusal> {
     let summary = &version.content.summary;
-    if summary.hidden_layers.is_empty() {
+    let (layers, activation) = (&summary.hidden_layers, summary.activation);
+    let Some(beyond) = head::beyond_score(layers, activation, summary.pooling) else {
         return Ok(stored(version, artifact));
-    }
-    let layers = head::stack(&summary.hidden_layers, summary.activation);
+    };
     let why = format!(
-        "the head has {layers}, and PEFT's score is one matrix, so that PEFT would load another head: download it as EXPORT_FORMAT_STORED (pull --format stored), which this server reads back, or train a head without hidden layers"
+        "{beyond} in PEFT, which would make another head of it: download it as EXPORT_FORMAT_STORED (pull --format stored), which this server reads back, or train a head without"
     );
     let refusal = Refusal::new(Code::FailedPrecondition, "EXPORT_UNSUPPORTED", why);
     Err(refusal

@@ -3,6 +3,7 @@
 //! It is a bound: rows as many as a micro-batch may have, and every buffer at its largest. Allocators and the host's copies of
 //! examples are not in it.
 
+use espalier_adapters::head::Pooling;
 use espalier_adapters::ops::{Backend, Ops};
 use espalier_adapters::train::examples::Examples;
 
@@ -99,7 +100,13 @@ fn loss(plan: &TrainPlan, rows: Rows, ops: &Backend, config: &ModelConfig) -> us
         } => {
             // Logits and their gradients; of hidden layers also sums, outputs and the gradients of both.
             let hidden: usize = options.hidden_layers.iter().sum();
-            F32 * (2 * labels.len() + 4 * hidden) * plan.hp.batch_size
+            let stack = F32 * (2 * labels.len() + 4 * hidden) * plan.hp.batch_size;
+            // Every state's gradient, before it is added to those of the pass.
+            let pooled = match options.pooling {
+                Pooling::Last => 0,
+                Pooling::Mean => rows.kept * config.hidden * ops.working_bytes(),
+            };
+            stack + pooled
         }
     }
 }

@@ -135,6 +135,7 @@ impl Learner {
             let mut share = Share::of(part, (&self.adapter, &self.objective), scale);
             share.room = budget;
             share.recompute = part.len() == 1 && share.rows() > budget;
+            share.wanted.dropout = self.objective.dropout(part, (self.seed, step));
             share.dropout = (self.dropout_rate > 0.0).then(|| self.dropout(part, step));
             share.grads = self.grads.take();
             let passes = &mut self.passes;
@@ -178,8 +179,8 @@ impl Learner {
         Ok((sum, logits))
     }
 
-    /// The last token's states after the final norm, `[examples, hidden]`, one `done(count)` after each micro-batch.
-    pub(super) fn last_states(
+    /// What a head reads of the base's states after the final norm, `[examples, hidden]`, one `done(count)` after each micro-batch.
+    pub(super) fn pooled_states(
         &mut self,
         examples: &[Numbered<'_>],
         pace: &dyn Pace,
@@ -189,7 +190,7 @@ impl Learner {
         let mut states = Vec::with_capacity(examples.len() * width);
         for part in parts(examples, FORWARD_ROWS) {
             let share = Share::of(part, (&self.adapter, &self.objective), 0.0);
-            self.passes.last_states(&share, pace, &mut states)?;
+            self.passes.pooled_states(&share, pace, &mut states)?;
             done(states.len() / width);
         }
         Ok(states)

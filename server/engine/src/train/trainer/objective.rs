@@ -2,13 +2,15 @@
 //!
 //! It must not know passes, steps or whose examples they are.
 
-use espalier_adapters::head::{HeadSettings, Problem, check_hidden};
+use espalier_adapters::batch::Dropout;
+use espalier_adapters::head::{HeadSettings, Pooling, Problem, check_hidden};
 use espalier_adapters::ops::Backend;
 use espalier_adapters::train::examples::Example;
 use espalier_adapters::train::head_loss::dense_loss;
 use espalier_adapters::train::loss::{Judged, LossBuffers, Target, softmax_cross_entropy};
 
 use super::plan::{HeadOptions, Method, TrainError};
+use super::share::Numbered;
 use crate::model::Buf;
 
 /// What examples are to a job: tokens that count one each, or answers of a head.
@@ -25,6 +27,8 @@ pub(super) struct Wanted {
     pub(super) targets: Vec<Target>,
     /// `[targets, labels]`, for problems that do not ask for one label.
     pub(super) dense: Vec<f32>,
+    /// Of what a head reads in training, one key for each target.
+    pub(super) dropout: Option<Dropout>,
 }
 
 // === impl Objective ===
@@ -40,6 +44,26 @@ impl Objective {
                 labels: labels.len(),
             },
         }
+    }
+
+    /// Which states a head reads.
+    pub(super) fn pooling(&self) -> Pooling {
+        self.options.pooling
+    }
+
+    /// What a head drops of its inputs in a step on these examples; nothing where none is asked for.
+    pub(super) fn dropout(
+        &self,
+        examples: &[Numbered<'_>],
+        (seed, step): (u64, u64),
+    ) -> Option<Dropout> {
+        let rate = self.options.dropout;
+        // No token stands there, so what is dropped of a head says nothing of what is dropped of LoRA's inputs.
+        let key = |number| Dropout::row_key(seed, step, number, u64::MAX);
+        (rate > 0.0).then(|| Dropout {
+            rate,
+            row_keys: examples.iter().map(|(number, _)| key(*number)).collect(),
+        })
     }
 
     /// What a target counts in its batch's mean.
@@ -117,6 +141,7 @@ impl HeadOptions {
             problem: self.problem,
             hidden_layers: self.hidden_layers.clone(),
             activation: self.activation,
+            pooling: self.pooling,
             ..HeadSettings::default()
         }
     }
@@ -146,6 +171,10 @@ impl HeadOptions {
         }
         if let Err((field, reason)) = check_hidden(&self.hidden_layers, self.activation) {
             return Err(TrainError::plan(field, reason));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            let reason = format!("{} is not in 0..1", self.dropout);
+            return Err(TrainError::plan("dropout", reason));
         }
         match self.out_of_scope_share {
             Some(_) if self.problem != Problem::SingleLabel => Err(TrainError::plan(

@@ -141,8 +141,8 @@ impl Passes {
         Ok(())
     }
 
-    /// The last tokens' states after the final norm, `[sequences, hidden]`, in a pass of the base alone.
-    pub(super) fn last_states(
+    /// What a head reads of the states after the final norm, `[sequences, hidden]`, in a pass of the base alone.
+    pub(super) fn pooled_states(
         &mut self,
         share: &Share,
         pace: &dyn Pace,
@@ -159,12 +159,12 @@ impl Passes {
         };
         let (saved, workspace) = (&mut self.saved, &mut self.workspace);
         let hidden = self.model.forward_train(&pass, rows, saved, workspace)?;
-        let last: Vec<u32> = share.sequences.iter().map(|r| r.end as u32 - 1).collect();
-        let (chosen, first) = (&mut self.head.states, states.len());
-        ops.resize(chosen, last.len() * config.hidden);
-        ops.take_rows(hidden.all(), ops.ids(&last), chosen.all_mut());
-        states.resize(first + last.len() * config.hidden, 0.0);
-        ops.read(chosen.all(), &mut states[first..]);
+        let pooling = share.objective.pooling();
+        let on = (hidden, share.sequences.as_slice(), config.hidden);
+        self.head.pool((ops, pooling), on);
+        let (pooled, first) = (&self.head.states, states.len());
+        states.resize(first + pooled.len(), 0.0);
+        ops.read(pooled.all(), &mut states[first..]);
         Ok(())
     }
 }
@@ -196,9 +196,12 @@ fn judge(
         let gradients = dstates.as_deref_mut().zip(grads.as_mut());
         let on = (ops, share.adapter.as_ref());
         let asked = (share.objective.as_ref(), &share.wanted);
-        share.sum = head.judge_rows(
+        let sequences = share.sequences.iter();
+        let sequences = sequences.map(|own| rows.start + own.start..rows.start + own.end);
+        let sequences: Vec<Range<usize>> = sequences.collect();
+        share.sum = head.judge_sequences(
             on,
-            (hidden, rows, model.config().hidden),
+            (hidden, &sequences, model.config().hidden),
             asked,
             gradients,
             loss,

@@ -1,7 +1,7 @@
 //! What a training run is told, what it reports, and why it may fail. Plain types.
 
 use espalier_adapters::config::AdapterConfig;
-use espalier_adapters::head::{Activation, HeadSettings, Problem};
+use espalier_adapters::head::{Activation, HeadSettings, Pooling, Problem};
 use espalier_adapters::ops::OutOfMemory;
 use espalier_adapters::train::examples::{Example, Examples};
 use espalier_adapters::train::quality::Quality;
@@ -97,6 +97,10 @@ pub struct HeadOptions {
     pub hidden_layers: Vec<usize>,
     /// Behind each of them; there if and only if they are.
     pub activation: Option<Activation>,
+    /// Which states it reads.
+    pub pooling: Pooling,
+    /// The probability that an input of one of its layers is dropped in training, in 0..1.
+    pub dropout: f32,
 }
 
 /// What is learnt.

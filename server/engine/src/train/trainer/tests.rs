@@ -141,7 +141,7 @@ fn class_plan(head_only: bool) -> TrainPlan {
 }
 
 /// One of each kind of run.
-fn every_plan() -> [TrainPlan; 12] {
+fn every_plan() -> [TrainPlan; 14] {
     [
         lm_plan(),
         dora_plan(),
@@ -155,6 +155,8 @@ fn every_plan() -> [TrainPlan; 12] {
         classification::score_plan(true),
         classification::deep_plan(false),
         classification::deep_plan(true),
+        classification::mean_plan(false),
+        classification::mean_plan(true),
     ]
 }
 

@@ -1,6 +1,6 @@
 //! Heads of every problem: what they learn, what is fitted when they end, and what is refused.
 
-use espalier_adapters::head::{Activation, HeadSettings, Problem};
+use espalier_adapters::head::{Activation, HeadSettings, Pooling, Problem};
 use espalier_adapters::train::dataset::Score;
 use espalier_adapters::train::examples::Example;
 use espalier_adapters::train::quality::Quality;
@@ -81,6 +81,16 @@ pub(super) fn deep_plan(head_only: bool) -> TrainPlan {
         } else {
             Activation::Gelu
         });
+    }
+    plan
+}
+
+/// A head on the mean of all states, whose inputs are dropped now and then.
+pub(super) fn mean_plan(head_only: bool) -> TrainPlan {
+    let mut plan = deep_plan(head_only);
+    if let Method::Class { options, .. } = &mut plan.method {
+        options.pooling = Pooling::Mean;
+        options.dropout = 0.2;
     }
     plan
 }
