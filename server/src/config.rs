@@ -332,6 +332,8 @@ settings! {
         training_max_tpot_impact: f64 = "0.25" in "0" .. "100";
         /// Bytes of saved activations of one micro-batch; 0 is 512MiB on a processor, a tenth of its memory on a GPU.
         training_activation_bytes: ByteSize = "0" in "0" .. "16TiB";
+        /// Bytes that one job may hold beside the base while it trains, its activations included; one that would hold more is refused.
+        training_job_bytes: ByteSize = "8GiB" in "1MiB" .. "16TiB";
         /// Jobs that train at the same time.
         max_active_jobs: usize = "4" in "1" .. "1024";
         /// Jobs of one tenant that are not finished.

@@ -60,6 +60,8 @@ pub struct EngineConfig {
     pub constraints: ConstraintLimits,
     /// Bytes of saved activations of one training job's micro-batch.
     pub training_activation_bytes: usize,
+    /// Bytes that one training job may hold beside the base.
+    pub training_job_bytes: usize,
     /// Longest stretch of training between two looks at the serving queue.
     pub training_quantum: Duration,
     /// What training may add to the mean time per output token while requests run: 0.25 is 25 %.
@@ -120,6 +122,7 @@ impl Default for EngineConfig {
             limits: RequestLimits::default(),
             constraints: ConstraintLimits::default(),
             training_activation_bytes: 512 << 20,
+            training_job_bytes: 8 << 30,
             training_quantum: Duration::from_millis(10),
             training_max_tpot_impact: 0.25,
             max_training_jobs: 8,

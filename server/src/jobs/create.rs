@@ -402,7 +402,7 @@ fn quote(
     }
     let way = request.way.as_ref();
     let hyper = match way {
-        Some(way) => way.hyper(&request.hyper, &mut choices)?,
+        Some(way) => way.hyper((&request.hyper, &at), &mut choices)?,
         None => request.hyper.clone(),
     };
     let way = way.map(|way| way.decide((head_only, &base.shape), limits, &mut choices));

@@ -15,6 +15,8 @@ use super::spec::{HyperRequest, JobLimits, LoraRequest, LoraSpec};
 
 /// Steps below which a run is too short to settle; the default number of epochs grows until it is reached.
 const WANTED_STEPS: u64 = 100;
+/// The same where a head begins from nothing above LoRA: it has every label to learn.
+const WANTED_STEPS_OF_A_HEAD: u64 = 250;
 /// Passes of a head that learns alone, and the steps that bound them.
 const HEAD_EPOCHS: u64 = 40;
 const HEAD_STEPS: u64 = 15_000;
@@ -62,6 +64,8 @@ pub(super) struct Circumstances {
     pub examples: usize,
     /// Whether there is something to measure on.
     pub validated: bool,
+    /// Whether a head is trained.
+    pub classifies: bool,
     /// Width of the base.
     pub hidden: usize,
     /// Layers of the base.
@@ -101,8 +105,8 @@ fn positive(field: &str, value: f64, high: f64) -> Result<f64, JobError> {
 }
 
 /// Peak learning rate of LoRA for a base of this width: 5e-5 * 10 * (2000 / H)^p with p = 0.781 for Llama's kin and 0.0775
-/// for Qwen's (Tinker's fit, reported within 0.5 % of the best loss), half as much again for runs below 100 steps.
-fn lora_learning_rate(at: &Circumstances, steps: u64) -> (f64, String) {
+/// for Qwen's (Tinker's fit, reported within 0.5 % of the best loss).
+pub(super) fn lora_learning_rate(at: &Circumstances) -> (f64, String) {
     let power = match at.family {
         Family::Llama | Family::Mistral => 0.781,
         Family::Qwen2 | Family::Qwen3 => 0.0775,
@@ -112,6 +116,12 @@ fn lora_learning_rate(at: &Circumstances, steps: u64) -> (f64, String) {
         "5e-4 * (2000 / {})^{power} for a base of this width",
         at.hidden
     );
+    (rate, formula)
+}
+
+/// The same for a run of so many steps: half as much again where they are few.
+fn lora_learning_rate_for(at: &Circumstances, steps: u64) -> (f64, String) {
+    let (rate, formula) = lora_learning_rate(at);
     if steps < WANTED_STEPS {
         let why = format!("{formula}, half as much again because {steps} steps are few");
         (rate * 1.5, why)
@@ -149,7 +159,7 @@ fn length(
             let most = f64::from(limits.max_epochs);
             positive("hyper_parameters.epochs", epochs, most)?
         }
-        None => default_epochs(per_epoch, head_only, limits, choices),
+        None => default_epochs((per_epoch, at), head_only, limits, choices),
     };
     let mut steps = ((epochs * per_epoch as f64).ceil() as u64).max(1);
     if let Some(bound) = request.max_steps {
@@ -185,7 +195,7 @@ fn default_batch_size(at: &Circumstances, head_only: bool, choices: &mut Choices
 }
 
 fn default_epochs(
-    per_epoch: u64,
+    (per_epoch, at): (u64, &Circumstances),
     head_only: bool,
     limits: &JobLimits,
     choices: &mut Choices,
@@ -197,9 +207,13 @@ fn default_epochs(
         );
         (epochs, why)
     } else {
-        let epochs = WANTED_STEPS.div_ceil(per_epoch).clamp(3, 10);
-        let why =
-            format!("3 to 10 passes, as many as make {WANTED_STEPS} steps of {per_epoch} a pass");
+        let wanted = if at.classifies {
+            WANTED_STEPS_OF_A_HEAD
+        } else {
+            WANTED_STEPS
+        };
+        let epochs = wanted.div_ceil(per_epoch).clamp(3, 10);
+        let why = format!("3 to 10 passes, as many as make {wanted} steps of {per_epoch} a pass");
         (epochs, why)
     };
     let epochs = epochs.min(u64::from(limits.max_epochs));
@@ -281,7 +295,7 @@ fn learning_rates(
             choices.make(field, rate, why)
         }
         None => {
-            let (rate, why) = lora_learning_rate(at, steps);
+            let (rate, why) = lora_learning_rate_for(at, steps);
             choices.make(field, rate, why)
         }
     };

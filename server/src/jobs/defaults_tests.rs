@@ -18,6 +18,7 @@ pub(crate) fn limits() -> JobLimits {
         max_labels: 16,
         max_adapter_bytes: 1 << 30,
         adapter_cache_bytes: 1 << 30,
+        training_job_bytes: 8 << 30,
         max_description_bytes: 100,
     }
 }
@@ -26,6 +27,7 @@ fn at(examples: usize, validated: bool) -> Circumstances {
     Circumstances {
         examples,
         validated,
+        classifies: false,
         hidden: 576,
         layers: 30,
         family: Family::Llama,

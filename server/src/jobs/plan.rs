@@ -207,6 +207,7 @@ impl Material {
         Circumstances {
             examples: self.train.items.len(),
             validated: self.valid.is_some(),
+            classifies: self.train.labels.is_some(),
             hidden: base.shape.hidden,
             layers: base.shape.layers,
             family: base.family,

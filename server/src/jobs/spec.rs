@@ -346,6 +346,8 @@ pub struct JobLimits {
     pub max_adapter_bytes: u64,
     /// Bytes of all versions in memory.
     pub adapter_cache_bytes: u64,
+    /// Bytes that one job holds beside the base while it trains.
+    pub training_job_bytes: u64,
     /// Bytes of a description.
     pub max_description_bytes: usize,
 }

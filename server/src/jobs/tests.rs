@@ -250,6 +250,7 @@ async fn open(dir: &Arc<tempfile::TempDir>, fake: Fake) -> Bench {
             max_labels: 16,
             max_adapter_bytes: 1 << 30,
             adapter_cache_bytes: 1 << 30,
+            training_job_bytes: 8 << 30,
             max_description_bytes: 100,
         },
         artifact_limits: peft::Limits::default(),

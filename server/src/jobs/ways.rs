@@ -8,15 +8,15 @@ use espalier_adapters::config::{
 use serde::{Deserialize, Serialize};
 
 use super::JobError;
-use super::defaults::Choices;
+use super::defaults::{Choices, Circumstances, lora_learning_rate};
 use super::spec::{HyperRequest, JobLimits};
 use crate::registry::VersionSummary;
 
 /// Peak learning rate of (IA)3's vectors: that of the paper (Liu et al., 2022, section 3.2), whatever the width of the base.
 const IA3_LEARNING_RATE: f64 = 3e-3;
 
-/// Peak learning rate of whole tensors: what full fine-tuning of such models usually takes, a tenth to a fiftieth of LoRA's.
-const UNFREEZE_LEARNING_RATE: f64 = 2e-5;
+/// Peak learning rate of whole tensors, as a share of LoRA's: what full fine-tuning usually takes.
+const UNFREEZE_RATE_SHARE: f64 = 0.1;
 
 /// Bytes that a trained number takes: its delta, its gradient, two moments, the sum that is multiplied by, and the best so far.
 const TRAINED_BYTES: u64 = 24;
@@ -120,7 +120,7 @@ impl WayRequest {
     /// The hyperparameters that are asked for, with the defaults that are this way's own.
     pub(super) fn hyper(
         &self,
-        asked: &HyperRequest,
+        (asked, at): (&HyperRequest, &Circumstances),
         choices: &mut Choices,
     ) -> Result<HyperRequest, JobError> {
         if let Some(ratio) = asked.lora_plus_ratio.filter(|ratio| *ratio != 1.0) {
@@ -131,14 +131,15 @@ impl WayRequest {
             return Err(invalid("hyper_parameters.lora_plus_ratio", reason));
         }
         let (rate, why) = match self {
-            Self::Ia3 { .. } => (
-                IA3_LEARNING_RATE,
-                "(IA)3's own, whatever the width of the base",
-            ),
-            Self::Unfreeze { .. } => (
-                UNFREEZE_LEARNING_RATE,
-                "whole tensors want a fraction of LoRA's",
-            ),
+            Self::Ia3 { .. } => {
+                let why = "(IA)3's own, whatever the width of the base";
+                (IA3_LEARNING_RATE, why.to_owned())
+            }
+            Self::Unfreeze { .. } => {
+                let (rate, formula) = lora_learning_rate(at);
+                let why = format!("whole tensors want a tenth of LoRA's, which is {formula}");
+                (UNFREEZE_RATE_SHARE * rate, why)
+            }
         };
         let rate = asked
             .learning_rate
@@ -249,24 +250,30 @@ fn fits(spec: &UnfreezeSpec, base: &BaseShape, limits: &JobLimits) -> Result<(),
     let numbers =
         |(_, tensor): &(usize, LayerTensor)| -> usize { tensor.shape(base).iter().product() };
     let count: usize = tensors.iter().map(numbers).sum();
-    let bytes = 4 * count as u64;
+    let (bytes, trained) = (4 * count as u64, TRAINED_BYTES * count as u64);
     let limits = [
         (
+            bytes,
             "a version's file may have (max_adapter_bytes)",
             limits.max_adapter_bytes,
         ),
         (
+            bytes,
             "all versions in memory may have (adapter_cache_bytes)",
             limits.adapter_cache_bytes,
         ),
+        (
+            trained,
+            "a job may hold (training_job_bytes)",
+            limits.training_job_bytes,
+        ),
     ];
-    match limits.into_iter().find(|(_, limit)| bytes > *limit) {
+    match limits.into_iter().find(|(asked, _, limit)| asked > limit) {
         None => Ok(()),
-        Some((what, limit)) => {
+        Some((asked, what, limit)) => {
             let reason = format!(
-                "{count} numbers make a version of {bytes} bytes (and take {} while it trains), more than the {limit} that {what}: \
-                 unfreeze fewer layers or modules, or have the limit raised",
-                TRAINED_BYTES * count as u64
+                "{count} numbers make a version of {bytes} bytes and take {trained} while it trains; {asked} is more than the {limit} \
+                 that {what}: unfreeze fewer layers or modules, or have the limit raised"
             );
             Err(invalid("unfreeze", reason))
         }
@@ -357,8 +364,19 @@ impl std::fmt::Display for WaySpec {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+    use espalier_engine::model::Family;
+
     use super::*;
     use crate::jobs::defaults::tests::limits;
+
+    const AT: Circumstances = Circumstances {
+        examples: 100,
+        validated: true,
+        classifies: false,
+        hidden: 2000,
+        layers: 4,
+        family: Family::Llama,
+    };
 
     const BASE: BaseShape = BaseShape {
         layers: 4,
@@ -416,17 +434,34 @@ mod tests {
             let error = refused(request);
             assert!(error.contains(expected), "{error}");
         }
-        let narrow = JobLimits {
-            adapter_cache_bytes: 4 * 328 - 1,
-            ..limits()
+        let decided = |limits: JobLimits| {
+            let choices = &mut Choices::default();
+            unfreeze(Some(1), &[], &[]).decide((false, &BASE), &limits, choices)
         };
-        let choices = &mut Choices::default();
-        let error = unfreeze(Some(1), &[], &[]).decide((false, &BASE), &narrow, choices);
-        let error = error.unwrap_err().to_string();
-        let expected = "328 numbers make a version of 1312 bytes (and take 7872 while it trains), more than the 1311";
+        let told = |limits: JobLimits, expected: &str| {
+            let error = decided(limits).unwrap_err().to_string();
+            let made = "328 numbers make a version of 1312 bytes and take 7872 while it trains";
+            assert!(error.contains(made) && error.contains(expected), "{error}");
+            assert!(error.contains("fewer layers"), "{error}");
+        };
+        let mut narrow = limits();
+        narrow.adapter_cache_bytes = 4 * 328 - 1;
+        told(narrow, "1312 is more than the 1311 that all versions");
+        let mut narrow = limits();
+        narrow.training_job_bytes = 24 * 328 - 1;
+        told(
+            narrow.clone(),
+            "7872 is more than the 7871 that a job may hold",
+        );
+        narrow.training_job_bytes += 1;
+        decided(narrow).unwrap();
+        let mut choices = Choices::default();
+        let asked = unfreeze(Some(1), &[], &[]);
+        let hyper = asked.hyper((&HyperRequest::default(), &AT), &mut choices);
+        assert!((hyper.unwrap().learning_rate.unwrap() - 5e-5).abs() < 1e-12);
         assert!(
-            error.contains(expected) && error.contains("fewer layers"),
-            "{error}"
+            choices.0[0].reason.contains("a tenth of LoRA's"),
+            "{choices:?}"
         );
     }
 
@@ -449,7 +484,7 @@ mod tests {
         assert_eq!(queries.to_string(), "(IA)3 on q_proj");
         let mut choices = Choices::default();
         let hyper = request(&[], &[])
-            .hyper(&HyperRequest::default(), &mut choices)
+            .hyper((&HyperRequest::default(), &AT), &mut choices)
             .unwrap();
         assert_eq!(hyper.learning_rate, Some(3e-3));
         let [choice] = choices.0.as_slice() else {
@@ -482,7 +517,7 @@ mod tests {
             lora_plus_ratio: Some(16.0),
             ..HyperRequest::default()
         };
-        let error = request(&[], &[]).hyper(&ratio, &mut Choices::default());
+        let error = request(&[], &[]).hyper((&ratio, &AT), &mut Choices::default());
         let error = error.unwrap_err().to_string();
         assert!(
             error.contains("lora_plus_ratio") && error.contains("ia3"),

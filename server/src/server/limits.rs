@@ -69,6 +69,7 @@ pub(super) fn engine_config(config: &Config, ops: &Backend, model: &ModelConfig)
         },
         adapter_limits: artifact_limits(config),
         training_activation_bytes: training.training_activation_bytes.as_usize(),
+        training_job_bytes: training.training_job_bytes.as_usize(),
         training_quantum: training.training_quantum,
         training_max_tpot_impact: training.training_max_tpot_impact,
         max_training_jobs: training.max_active_jobs,
@@ -143,6 +144,7 @@ pub(super) fn job_limits(config: &Config, engine: &EngineHandle) -> JobLimits {
         max_labels: config.adapters.max_head_labels,
         max_adapter_bytes: config.adapters.max_adapter_bytes.0,
         adapter_cache_bytes: engine.config().adapter_bytes as u64,
+        training_job_bytes: engine.config().training_job_bytes as u64,
         max_description_bytes: config.catalog.max_description_bytes,
     }
 }

@@ -32,8 +32,9 @@ impl Budget {
         }
     }
 
-    /// A quantum beside nothing.
-    pub(super) fn idle(&self) -> Duration {
+    /// A quantum beside nothing. What was earned or is owed to requests that have ended is forgotten.
+    pub(super) fn idle(&mut self) -> Duration {
+        self.credit = 0.0;
         self.quantum
     }
 
@@ -107,5 +108,14 @@ mod tests {
             quanta += 1;
         }
         assert_eq!(quanta, 2);
+        // Nor does one request pay for another, or earn for it.
+        for held in [0, 3600].map(Duration::from_secs) {
+            budget.earn(QUANTUM * 2);
+            budget.spend(held);
+            budget.idle();
+            assert_eq!(budget.busy(), None);
+            budget.earn(QUANTUM);
+            assert_eq!(budget.busy(), Some(QUANTUM / 2));
+        }
     }
 }

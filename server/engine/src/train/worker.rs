@@ -42,6 +42,8 @@ pub(crate) struct TrainingWorker {
     next_job: u64,
     turns: u64,
     budget: Budget,
+    /// Bytes that a job may hold beside the base.
+    most_bytes: usize,
     busy: Arc<Mutex<BusyTime>>,
     gauges: Arc<Gauges>,
     commands: CommandSender,
@@ -64,6 +66,7 @@ impl TrainingWorker {
             next_job: 0,
             turns: 0,
             budget: Budget::new(config.training_quantum, config.training_max_tpot_impact),
+            most_bytes: config.training_job_bytes,
             busy: Arc::default(),
             gauges,
             commands,
@@ -83,9 +86,10 @@ impl TrainingWorker {
             last_turn: 0,
         };
         let (busy, events) = (Arc::clone(&self.busy), start.events.clone());
+        let most_bytes = self.most_bytes;
         let spawned = std::thread::Builder::new()
             .name(format!("trainer-{job}"))
-            .spawn(move || run_job(start, &turns, model, &busy));
+            .spawn(move || run_job(start, &turns, (model, most_bytes), &busy));
         match spawned {
             Ok(_) => {
                 self.jobs.insert(job, book);
@@ -193,7 +197,12 @@ fn share(now: BusyTime, before: BusyTime) -> f64 {
 
 // === a job's thread ===
 
-fn run_job(start: TrainingStart, turns: &JobTurns, model: Arc<Model>, busy: &Mutex<BusyTime>) {
+fn run_job(
+    start: TrainingStart,
+    turns: &JobTurns,
+    within: (Arc<Model>, usize),
+    busy: &Mutex<BusyTime>,
+) {
     let TrainingStart {
         submission,
         events,
@@ -202,7 +211,7 @@ fn run_job(start: TrainingStart, turns: &JobTurns, model: Arc<Model>, busy: &Mut
     } = start;
     let before = *lock(busy);
     turns.wake_engine();
-    let last = match train(submission, turns, model, &events) {
+    let last = match train(submission, turns, within, &events) {
         Ok(finished) => {
             let tpot_impact = share(*lock(busy), before);
             let impact = TrainingImpact {
@@ -244,7 +253,7 @@ impl From<TrainError> for Ended {
 fn train(
     submission: TrainingSubmission,
     turns: &JobTurns,
-    model: Arc<Model>,
+    (model, most_bytes): (Arc<Model>, usize),
     events: &mpsc::Sender<JobEvent>,
 ) -> Result<Finished, Ended> {
     let TrainingSubmission {
@@ -255,6 +264,11 @@ fn train(
         Some(bytes) => Trainer::resume(model, plan, &bytes),
         None => Trainer::new(model, plan),
     })?;
+    let bytes = trainer.footprint().bytes;
+    if bytes > most_bytes as u64 {
+        let limit = most_bytes;
+        return Err(TrainError::TooLarge { bytes, limit }.into());
+    }
     turns.report(events, JobEvent::Started(trainer.footprint()));
     let result = caught(|| {
         trainer.run(turns, &mut |event| {

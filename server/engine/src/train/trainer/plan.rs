@@ -276,6 +276,17 @@ pub enum TrainError {
     /// The adapter does not fit beside what the device holds.
     #[error(transparent)]
     OutOfMemory(#[from] OutOfMemory),
+    /// It would hold more than a job may.
+    #[error(
+        "the job would hold up to {bytes} bytes beside the base, more than the {limit} that one may (training_job_bytes): give it \
+         shorter examples, a smaller batch or rank, or fewer modules or layers, or have the limit raised"
+    )]
+    TooLarge {
+        /// Its footprint.
+        bytes: u64,
+        /// The most.
+        limit: usize,
+    },
     /// The first step gave nothing a gradient, so that no step will change anything.
     #[error(
         "no parameter got a gradient at step {step}: nothing can be learned from these rows with these target modules"
