@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 daemon=$1 cli=$2 model=$3 rounds=${4:-3}
-load=(--rate 1 --arrivals constant --input 64 --output 48 --duration 40s --warmup 5s --seed 1)
+load=(--rate 0.5 --arrivals constant --input 64 --output 48 --duration 40s --warmup 5s --seed 1)
 work=$(mktemp -d)
 trap '[ -z "${server:-}" ] || kill "$server" 2>/dev/null || true; rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM

@@ -18,7 +18,8 @@ from server import Server, moment
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "tuning.md"
 SHARED = "--valid-fraction 0.2 --seed 1"
-VOICE = f"globex-style.jsonl {SHARED} --epochs 6"
+CHATS = f"globex-style.jsonl {SHARED}"
+VOICE = f"{CHATS} --epochs 6"
 
 # Kinds: what is learned. Name, arguments of `espalier train` in examples/.
 KINDS = {
@@ -28,7 +29,7 @@ KINDS = {
     "several labels": f"vandelay-shipments.jsonl {SHARED}",
     "a number": f"sirius-urgency.csv --text-col message --score-col urgency {SHARED}",
     "instructions": f"initech-tasks.jsonl {SHARED}",
-    "chats": f"globex-style.jsonl {SHARED}",
+    "chats": CHATS,
     "raw text": "press-manual --valid press-letters.md --seed 1",
 }
 # Ways: what is trained, on the same rows for as many passes.
@@ -41,7 +42,7 @@ WAYS = {
     "the last 2 layers": f"{VOICE} --unfreeze-last 2",
     "two modules of the last 8": f"{VOICE} --unfreeze-last 8 --targets o_proj,down_proj",
     "LoRA, base in 8 bits": VOICE,
-    "LoRA, going on from a version": f"{VOICE} --from tuned --epochs 2",
+    "LoRA, going on from a version": f"{CHATS} --from tuned --epochs 2",
 }
 EIGHT_BITS = ["--dtype", "q8"]
 
@@ -53,7 +54,7 @@ def seconds(job):
 
 def trained(server, way):
     server.ask("train", *way.split(), "--adapter", "tuned", "--quiet", cwd=ROOT / "examples")
-    return json.loads(server.ask("--json", "jobs", "list"))[0]
+    return max(json.loads(server.ask("--json", "jobs", "list")), key=lambda job: job["create_time"])
 
 
 def run(programs, name, way):
