@@ -1,13 +1,11 @@
 //! What training may take of the time of running requests.
 //!
-//! Every step earns a share of its own time, and a quantum takes place only when what was earned covers it. One that runs
-//! over is paid for by those that follow, so however long quanta are, the mean time per output token grows by no more than
-//! the share. The budget knows no clock: it is told what steps and quanta took.
+//! Every step earns a share of its own time, and a quantum takes place only when what was earned covers all of it: the step behind
+//! a quantum finds cold caches, so few long ones cost requests less than many short ones. One that runs over is paid for by those
+//! that follow, so however long quanta are, they take no more than the share. The budget knows no clock: it is told what steps and
+//! quanta took.
 
 use std::time::Duration;
-
-/// Beside running requests a quantum shorter than this share of the configured one costs more in hand-overs than it does.
-const LEAST_QUANTUM_SHARE: u32 = 4;
 
 /// Unused credit is worth so many quanta at most: a long quiet time must not be made up for at once.
 const MOST_QUANTA: f64 = 2.0;
@@ -38,10 +36,9 @@ impl Budget {
         self.quantum
     }
 
-    /// A quantum beside running requests, if what was earned covers one that is worth its hand-over.
+    /// A quantum beside running requests, if what was earned covers it.
     pub(super) fn busy(&self) -> Option<Duration> {
-        let affordable = Duration::from_secs_f64(self.credit.max(0.0)).min(self.quantum);
-        (affordable >= self.quantum / LEAST_QUANTUM_SHARE).then_some(affordable)
+        (self.credit >= self.quantum.as_secs_f64()).then_some(self.quantum)
     }
 
     /// Books a step of running requests.
@@ -88,7 +85,7 @@ mod tests {
                     // The last quantum that ran over is still to be paid for.
                     let most = share * steps + overrun * quantum;
                     assert!(training <= most, "{training} of {most}");
-                    // Short quanta, or a step that earns more than credit can hold, leave some of it.
+                    // Quanta that end early, or a step that earns more than credit can hold, leave some of it.
                     let whole = step.as_secs_f64() * share <= quantum && overrun >= 1.0;
                     let least = share * steps - quantum;
                     assert!(!whole || training >= least, "{training} of {least}");
@@ -115,7 +112,9 @@ mod tests {
             budget.idle();
             assert_eq!(budget.busy(), None);
             budget.earn(QUANTUM);
-            assert_eq!(budget.busy(), Some(QUANTUM / 2));
+            assert_eq!(budget.busy(), None);
+            budget.earn(QUANTUM);
+            assert_eq!(budget.busy(), Some(QUANTUM));
         }
     }
 }
