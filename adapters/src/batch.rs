@@ -170,6 +170,8 @@ pub struct Thin<O: Ops> {
     pub(crate) direction: O::Buf,
     /// Inputs behind (IA)3's vectors, or the gradients before them.
     pub(crate) scaled: O::Buf,
+    /// Some rows of gradients, exact.
+    pub(crate) exact_rows: O::Buf,
     /// As many ones as were wanted so far, exact: they sum rows.
     pub(crate) ones: O::Buf,
 }
@@ -184,6 +186,7 @@ impl<O: Ops> Thin<O> {
             gained: ops.working(),
             direction: ops.exact(),
             scaled: ops.working(),
+            exact_rows: ops.exact(),
             ones: ops.exact(),
         }
     }

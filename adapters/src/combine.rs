@@ -150,8 +150,8 @@ fn refuse_scales(terms: &[Term<'_>]) -> Result<(), CombineError> {
             full,
             head: _,
         } = term.weights;
-        if let Some((layer, tensor)) = full.keys().next() {
-            let (name, tensor) = (term.name.to_owned(), tensor.path(*layer));
+        if let Some(tensor) = full.keys().next() {
+            let (name, tensor) = (term.name.to_owned(), tensor.path());
             return Err(CombineError::Full { name, tensor });
         }
         if let Some((layer, site)) = scales.keys().next() {

@@ -12,7 +12,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-pub use full::{FullConfig, LayerTensor};
+pub use full::{BaseTensor, FullConfig, LayerTensor};
 pub use targets::{MAX_PATTERN_BYTES, SitePlan};
 pub use ways::{AdapterConfig, Ia3Config, ScaleOn};
 
@@ -113,6 +113,9 @@ pub struct BaseShape {
     pub head_dim: usize,
     /// Rows of the embedding.
     pub vocab: usize,
+    /// Whether the embedding table is the output head too.
+    #[serde(default)]
+    pub tied_embeddings: bool,
 }
 
 impl BaseShape {

@@ -13,6 +13,7 @@ mod overlay;
 mod resident;
 mod scale;
 mod update;
+mod vocabulary;
 mod whole;
 
 use std::ops::Range;
@@ -28,6 +29,7 @@ pub use norm::RmsNorm;
 pub use overlay::{Overlay, OverlayBytes};
 pub use resident::{BaseSites, BuildError, Misfit, ResidentAdapter, SiteView, Tensor};
 pub use update::{merged, row_norms, scaled};
+pub use vocabulary::Vocabulary;
 
 use resident::TrainedView;
 use scale::ScaleWork;
@@ -341,6 +343,7 @@ impl<O: Ops> LoraLinear<O> {
             gained,
             direction,
             scaled,
+            exact_rows: _,
             ones,
         } = thin;
         let inner = self.inner_gradient(pass, dy, gained);
@@ -510,7 +513,7 @@ impl<O: Ops> LoraLinear<O> {
 }
 
 /// An exact copy `[rows, width]` of working numbers.
-fn exact_copy<O: Ops>(
+pub(crate) fn exact_copy<O: Ops>(
     ops: &O,
     from: View<'_, O>,
     (rows, width): (usize, usize),

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use half::{bf16, f16};
 
-use crate::config::{BaseShape, LayerTensor, ScaleOn, Site};
+use crate::config::{BaseShape, BaseTensor, ScaleOn, Site};
 use crate::head::HeadSettings;
 
 /// Numbers in the dtype that their file stores.
@@ -85,8 +85,8 @@ pub struct AdapterWeights {
     pub sites: BTreeMap<(usize, Site), SiteAdapter>,
     /// Sites that (IA)3 scales, by (layer, site).
     pub scales: BTreeMap<(usize, Site), SiteScale>,
-    /// What is added to whole tensors of the base, by (layer, tensor).
-    pub full: BTreeMap<(usize, LayerTensor), Delta>,
+    /// What is added to whole tensors of the base.
+    pub full: BTreeMap<BaseTensor, Delta>,
     /// The head, when the adapter classifies.
     pub head: Option<ScoreHead>,
 }
@@ -250,17 +250,17 @@ impl AdapterWeights {
             };
             return Some((site.path(layer), wrong));
         }
-        for (&(layer, tensor), delta) in &self.full {
+        for (tensor, delta) in &self.full {
             let expected: usize = tensor.shape(base).iter().product();
-            let wrong = if layer >= base.layers {
-                format!("layer {layer} of a base with {} layers", base.layers)
+            let wrong = if let Some(absent) = tensor.absent(base) {
+                absent
             } else if delta.values.len() != expected {
                 let found = delta.values.len();
                 format!("the delta has {found} values, not {expected}")
             } else {
                 continue;
             };
-            return Some((tensor.path(layer), wrong));
+            return Some((tensor.path(), wrong));
         }
         self.head.as_ref()?.misfit(base.hidden)
     }

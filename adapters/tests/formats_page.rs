@@ -90,6 +90,7 @@ fn the_configuration_is_read_and_its_digest_is_pythons() {
         kv_heads: 1,
         head_dim: 8,
         vocab: 5,
+        tied_embeddings: false,
     };
     let config_json = one("json adapter_config").as_bytes().to_vec();
     // The configuration as read from the page, with weights that fit it.

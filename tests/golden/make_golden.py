@@ -58,8 +58,8 @@ def make_model():
     return fast
 
 
-def base():
-    return LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+def base(model=MODEL):
+    return LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
 def expected(model, tok, texts):
@@ -327,9 +327,12 @@ def ia3(tok):
     train(peft, f"{HERE}/train_ia3", batches(tok)[0], sft_loss)
 
 
-def delta(model, path, layers, modules):
-    """What was added to the base's layers, in our own form: PEFT has none for single tensors."""
-    start = dict(base().named_parameters())
+OUTSIDE = ["embed_tokens", "norm", "lm_head"]
+
+
+def delta(model, path, layers, modules, of=MODEL):
+    """What was added to the base's tensors, in our own form: PEFT has none for single tensors."""
+    start = dict(base(of).named_parameters())
     deltas = {f"{name}.delta": p.detach() - start[name] for name, p in model.named_parameters() if p.requires_grad}
     os.makedirs(path, exist_ok=True)
     save_file(deltas, f"{path}/adapter_model.safetensors", metadata={"format": "pt"})
@@ -338,13 +341,43 @@ def delta(model, path, layers, modules):
         json.dump(config, f, indent=2, sort_keys=True)
 
 
-def unfrozen(layers, modules):
-    """A base of which only these modules of these layers learn."""
-    model = base()
+def unfrozen(layers, modules, of=MODEL):
+    """A base of which only these modules of these layers learn, all of theirs where none is named, and those that stand outside."""
+    model, inside = base(of), [m for m in modules if m not in OUTSIDE]
     for name, p in model.named_parameters():
         parts = name.split(".")
-        p.requires_grad_(parts[1] == "layers" and int(parts[2]) in layers and (not modules or parts[-2] in modules))
+        of_layer = parts[1] == "layers"
+        p.requires_grad_(int(parts[2]) in layers and (not inside or parts[-2] in inside) if of_layer else parts[-2] in modules)
     return model
+
+
+def untied(path):
+    """The model with an output head of its own."""
+    torch.manual_seed(31)
+    model = base()
+    weights = model.state_dict() | {"lm_head.weight": 0.25 * torch.randn_like(model.lm_head.weight)}
+    model.config.tie_word_embeddings = False
+    other = LlamaForCausalLM(model.config).float()
+    other.load_state_dict(weights)
+    other.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(f"{MODEL}/{name}", path)
+    return path
+
+
+def whole(tok):
+    layers = list(range(base().config.num_hidden_layers))
+    shutil.rmtree(f"{HERE}/train_whole_untied", ignore_errors=True)
+    for path, of, modules in ((f"{HERE}/train_whole", MODEL, OUTSIDE[:2]), (f"{HERE}/train_whole_untied", untied(f"{HERE}/train_whole_untied/model"), OUTSIDE)):
+        train(unfrozen(layers, modules, of), path, batches(tok)[0], sft_loss, keep=lambda m, path: delta(m, path, layers, modules, of))
+    model = unfrozen(layers, OUTSIDE[:2])
+    torch.manual_seed(32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    shutil.rmtree(f"{HERE}/adapters/whole", ignore_errors=True)
+    delta(model, f"{HERE}/adapters/whole", layers, OUTSIDE[:2])
+    write(f"{HERE}/adapters/whole/expected.json", expected(model.eval(), tok, TEXTS))
 
 
 def unfreeze(tok):
@@ -363,7 +396,7 @@ def unfreeze(tok):
     write(f"{HERE}/adapters/unfrozen/expected.json", expected(model.eval(), tok, TEXTS))
 
 
-WAYS = dict(loraplus=loraplus, dora=dora, ia3=ia3, unfreeze=unfreeze, **{way["name"]: lambda tok, way=way: heads(tok, way) for way in HEADS})
+WAYS = dict(loraplus=loraplus, dora=dora, ia3=ia3, unfreeze=unfreeze, whole=whole, **{way["name"]: lambda tok, way=way: heads(tok, way) for way in HEADS})
 
 
 def only(ways):

@@ -151,3 +151,62 @@ async fn layers_are_unfrozen_served_and_gone_on_from() {
     }
     server.ended().await;
 }
+
+#[tokio::test]
+async fn the_whole_model_is_unfrozen_and_served_in_company() {
+    let server = TestServer::start(&[]).await;
+    let acme = tenant(server.addr, "acme").await;
+    let whole = |adapter: &str, unfreeze: v1::UnfreezeConfig| {
+        let mut spec = supervised(&acme, adapter, lessons(), 30);
+        spec.lora = None;
+        spec.unfreeze = Some(unfreeze);
+        spec.hyper_parameters.as_mut().unwrap().learning_rate = Some(0.01);
+        spec
+    };
+    let all = v1::UnfreezeConfig {
+        whole_model: true,
+        ..Default::default()
+    };
+    let outside = |modules: &[&str]| v1::UnfreezeConfig {
+        modules: modules.iter().map(|m| (*m).to_owned()).collect(),
+        ..Default::default()
+    };
+    let job = succeeded(&acme, &start(&acme, whole("a", all.clone())).await).await;
+    let decided = job.spec.unwrap().unfreeze.unwrap();
+    assert!(!decided.whole_model && decided.layers == [0, 1]);
+    assert_eq!(decided.modules, ["embed_tokens", "norm"]);
+    let version = acme.get_adapter_version(&job.version).await.unwrap();
+    assert_eq!(version.unfreeze, Some(decided));
+    let norm = start(&acme, whole("norm", outside(&["norm"]))).await;
+    succeeded(&acme, &norm).await;
+    let lora = start(&acme, supervised(&acme, "lora", lessons(), 30)).await;
+    succeeded(&acme, &lora).await;
+
+    // Each alone, then all at once.
+    let adapters = [Some("a"), None, Some("norm"), Some("lora")];
+    let mut alone = Vec::new();
+    for adapter in adapters {
+        alone.push(answer(&acme, adapter, "case 3", 24).await);
+    }
+    assert_ne!(alone[0].0, alone[1].0, "nothing was learnt");
+    let ask = |at: usize| answer(&acme, adapters[at % 4], "case 3", 24);
+    let together = futures::future::join_all((0..16).map(ask)).await;
+    for (at, found) in together.into_iter().enumerate() {
+        assert_eq!(found, alone[at % 4], "request {at}");
+    }
+
+    let also = v1::UnfreezeConfig {
+        last_layers: Some(1),
+        ..all
+    };
+    for (unfreeze, expected) in [
+        (also, "unfreeze.whole_model: last_layers is set too"),
+        (outside(&["lm_head"]), "embed_tokens is its output head too"),
+        (outside(&["w1"]), "\"w1\" is none of"),
+    ] {
+        let asked = create(&acme, whole("b", unfreeze));
+        let (_, reason) = refused(acme.create_training_job(asked).await);
+        assert!(reason.contains(expected), "{reason}");
+    }
+    server.ended().await;
+}

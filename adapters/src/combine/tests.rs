@@ -17,6 +17,7 @@ const SHAPE: BaseShape = BaseShape {
     kv_heads: 2,
     head_dim: 4,
     vocab: 40,
+    tied_embeddings: false,
 };
 
 fn adapter(seed: u64, r: usize, scale: f32, sites: &[(usize, Site)]) -> AdapterWeights {

@@ -106,9 +106,9 @@ fn refuse(weights: &AdapterWeights) -> Result<(), NotInGguf> {
         let what = "a vector of (IA)3, which multiplies what the base makes".to_owned();
         return refused(site.path(*layer), what, MERGE_INSTEAD);
     }
-    if let Some((layer, tensor)) = full.keys().next() {
+    if let Some(tensor) = full.keys().next() {
         let what = "a whole tensor that was unfrozen".to_owned();
-        return refused(tensor.path(*layer), what, MERGE_INSTEAD);
+        return refused(tensor.path(), what, MERGE_INSTEAD);
     }
     for (&(layer, site), adapter) in sites {
         // By name, so that a new part of a site does not compile before it has been thought of here.

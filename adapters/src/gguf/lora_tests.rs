@@ -23,6 +23,7 @@ const SHAPE: BaseShape = BaseShape {
     kv_heads: 2,
     head_dim: 8,
     vocab: 299,
+    tied_embeddings: false,
 };
 
 const LLAMA: LoraBase = LoraBase {

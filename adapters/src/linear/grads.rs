@@ -8,8 +8,8 @@ use std::panic::panic_any;
 use super::ResidentAdapter;
 use super::layout::{Place, ScalePlace};
 use super::whole::Deltas;
-use crate::config::{LayerTensor, Site};
-use crate::ops::{ArenaSize, Backend, Ops, Real, Span, View, ViewMut};
+use crate::config::{BaseTensor, Site};
+use crate::ops::{ArenaSize, Backend, Buffer, Ops, Real, Span, View, ViewMut};
 
 /// Gradients of an adapter's parameters, in its layout.
 #[derive(Debug)]
@@ -19,6 +19,9 @@ pub struct AdapterGrads<O: Ops = Backend> {
     sites: Vec<Option<Place<O::T>>>,
     scales: Vec<Option<ScalePlace>>,
     deltas: Deltas,
+    /// What passes add to rows of the embedding table, where products with the output add to the same ones: apart until
+    /// [`AdapterGrads::settle`], so that no sum depends on how a batch was cut in passes.
+    looked_up: Option<O::Buf>,
 }
 
 /// Where the gradients of one site lie.
@@ -45,6 +48,19 @@ impl<O: Ops> AdapterGrads<O> {
             sites: adapter.sites.clone(),
             scales: adapter.scales.clone(),
             deltas: adapter.deltas.clone(),
+            looked_up: None,
+        }
+    }
+
+    /// Completes the sums of a batch when all of its passes have added to them.
+    pub fn settle(&mut self, ops: &O) {
+        let place = self.delta(BaseTensor::Embedding);
+        if let (Some(place), Some(looked_up)) = (place, self.looked_up.take()) {
+            let mut one = ops.exact();
+            ops.resize(&mut one, 1);
+            ops.write(&[O::T::ONE], one.all_mut());
+            let sum = self.part_mut(place);
+            ops.outer(one.all(), looked_up.all(), 1, O::T::ONE, sum);
         }
     }
 
@@ -66,7 +82,7 @@ impl<O: Ops> AdapterGrads<O> {
             let low_rank = low_rank.map(|s| [Some(s.a), Some(s.bt), s.magnitude]);
             let parts = low_rank.into_iter().flatten().flatten();
             let (layer, site) = (index / Site::ALL.len(), Site::ALL[index % Site::ALL.len()]);
-            let whole = self.delta((layer, LayerTensor::Weight(site)));
+            let whole = self.delta(BaseTensor::weight(layer, site));
             let parts: Vec<Range<usize>> = parts.chain(self.scale(index)).chain(whole).collect();
             if parts.is_empty() {
                 continue;
@@ -83,6 +99,7 @@ impl<O: Ops> AdapterGrads<O> {
 
     /// All become zero.
     pub fn clear(&mut self, ops: &O) {
+        self.looked_up = None;
         ops.clear(O::numbers_mut(&mut self.arena, 0..self.len));
     }
 
@@ -100,8 +117,19 @@ impl<O: Ops> AdapterGrads<O> {
     }
 
     /// Where the gradient of a whole tensor lies.
-    pub(super) fn delta(&self, at: (usize, LayerTensor)) -> Option<Range<usize>> {
+    pub(crate) fn delta(&self, at: BaseTensor) -> Option<Range<usize>> {
         self.deltas.get(&at).map(|place| place.at.clone())
+    }
+
+    /// Sums beside those of the embedding table's delta, which has `len` numbers; zeros at first.
+    pub(super) fn looked_up(&mut self, ops: &O, len: usize) -> ViewMut<'_, O> {
+        let sums = self.looked_up.get_or_insert_with(|| {
+            let mut zeros = ops.exact();
+            ops.resize(&mut zeros, len);
+            ops.clear(zeros.all_mut());
+            zeros
+        });
+        sums.all_mut()
     }
 
     /// Where the gradient of a site's vector lies.
@@ -111,7 +139,7 @@ impl<O: Ops> AdapterGrads<O> {
     }
 
     /// Some of them, to be added to.
-    pub(super) fn part_mut(&mut self, at: Range<usize>) -> ViewMut<'_, O> {
+    pub(crate) fn part_mut(&mut self, at: Range<usize>) -> ViewMut<'_, O> {
         O::numbers_mut(&mut self.arena, at)
     }
 }

@@ -248,7 +248,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
 
     use super::*;
-    use crate::config::{LayerTensor, Site};
+    use crate::config::{BaseTensor, Site};
     use crate::head::HeadSettings;
     use crate::linear::BaseSites;
     use crate::ops::Reference;
@@ -270,7 +270,10 @@ mod tests {
         fn weight(&self, _: usize, _: Site) -> &<Reference<f64> as Ops>::Matrix {
             panic!("no layer has weights")
         }
-        fn vector(&self, _: usize, _: LayerTensor) -> Option<View<'_, Reference<f64>>> {
+        fn matrix(&self, _: BaseTensor) -> Option<&<Reference<f64> as Ops>::Matrix> {
+            None
+        }
+        fn vector(&self, _: BaseTensor) -> Option<View<'_, Reference<f64>>> {
             None
         }
         fn hidden(&self) -> usize {

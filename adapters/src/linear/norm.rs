@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::scale::add_products;
 use super::{AdapterGrads, numbers};
 use crate::batch::{Pass, Thin};
-use crate::config::LayerTensor;
+use crate::config::BaseTensor;
 use crate::ops::{Buffer, Ops, Real, View};
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight`, in pieces of the weight's length.
@@ -17,7 +17,7 @@ pub struct RmsNorm<O: Ops> {
     ones: O::Buf,
     eps: f64,
     /// What an adapter may have in its place.
-    at: Option<(usize, LayerTensor)>,
+    at: BaseTensor,
     /// Numbers of a row of a batch: one piece, or one a head.
     width: usize,
 }
@@ -26,13 +26,7 @@ pub struct RmsNorm<O: Ops> {
 
 impl<O: Ops> RmsNorm<O> {
     /// A norm of rows of `width` numbers; `at` is its place in the model, where adapters may have their own.
-    pub fn new(
-        ops: &O,
-        weight: &[f32],
-        eps: f32,
-        at: Option<(usize, LayerTensor)>,
-        width: usize,
-    ) -> Self {
+    pub fn new(ops: &O, weight: &[f32], eps: f32, at: BaseTensor, width: usize) -> Self {
         let working = |numbers: Vec<O::T>| {
             let mut buffer = ops.working();
             ops.resize(&mut buffer, numbers.len());
@@ -60,9 +54,8 @@ impl<O: Ops> RmsNorm<O> {
     ) -> impl Iterator<Item = (usize, &'a Range<usize>, View<'a, O>)> {
         let segments = pass.segments.iter().enumerate();
         segments.filter_map(|(index, segment)| {
-            let (layer, tensor) = self.at?;
             let (adapter, _) = segment.adapters.parts().next()?;
-            let own = adapter.whole.vector(layer, tensor)?;
+            let own = adapter.whole.vector(self.at)?;
             Some((index, &segment.rows, own))
         })
     }
@@ -111,7 +104,7 @@ impl<O: Ops> RmsNorm<O> {
 
     /// Whether a segment trains it.
     pub fn is_trained(&self, grads: &[Option<AdapterGrads<O>>]) -> bool {
-        let trains = |grads: &AdapterGrads<O>| self.at.and_then(|at| grads.delta(at)).is_some();
+        let trains = |grads: &AdapterGrads<O>| grads.delta(self.at).is_some();
         grads.iter().flatten().any(trains)
     }
 
@@ -125,7 +118,7 @@ impl<O: Ops> RmsNorm<O> {
     ) {
         for (index, rows, _) in self.own(pass) {
             let grads = grads.get_mut(index).and_then(Option::as_mut);
-            let place = |grads: &&mut AdapterGrads<O>| self.at.and_then(|at| grads.delta(at));
+            let place = |grads: &&mut AdapterGrads<O>| grads.delta(self.at);
             let Some((place, grads)) = grads.and_then(|grads| Some((place(&grads)?, grads))) else {
                 continue;
             };

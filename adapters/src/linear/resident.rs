@@ -9,7 +9,7 @@ use super::dora::Norms;
 use super::layout::{ByRow, HiddenPlace, Layout, Place, ScalePlace, columns_as_rows};
 use super::update::{dora_gain, row_squares};
 use super::whole::{self, Deltas, Whole};
-use crate::config::{LayerTensor, Site};
+use crate::config::{BaseTensor, Site};
 use crate::head::HeadSettings;
 use crate::ops::{Backend, Ops, OutOfMemory, Real, Span, View, ViewMut};
 use crate::pace::Unpaced;
@@ -23,8 +23,10 @@ pub trait BaseSites<O: Ops> {
     fn layers(&self) -> usize;
     /// The frozen weight of a site.
     fn weight(&self, layer: usize, site: Site) -> &O::Matrix;
-    /// The frozen bias or norm of a layer, working; `None` where the base has none.
-    fn vector(&self, layer: usize, tensor: LayerTensor) -> Option<View<'_, O>>;
+    /// A frozen tensor that [is a matrix](BaseTensor::is_matrix); `None` where the base has none.
+    fn matrix(&self, tensor: BaseTensor) -> Option<&O::Matrix>;
+    /// A frozen bias or norm, working; `None` where the base has none.
+    fn vector(&self, tensor: BaseTensor) -> Option<View<'_, O>>;
     /// Numbers in the state that a classification head reads.
     fn hidden(&self) -> usize;
 }
@@ -312,13 +314,15 @@ impl<O: Ops> ResidentAdapter<O> {
         self.bytes
     }
 
-    /// The lowest adapted layer.
+    /// The lowest layer that reads what is adapted: 0 of the embedding table, and the number of layers of what is behind them all.
     pub fn lowest_layer(&self) -> Option<usize> {
+        let layers = self.sites.len() / Site::ALL.len();
         let updated = self.sites.iter().position(Option::is_some);
         let scaled = self.scales.iter().position(Option::is_some);
         let first = updated.into_iter().chain(scaled).min();
         let first = first.map(|i| i / Site::ALL.len());
-        first.into_iter().chain(self.whole.lowest_layer()).min()
+        let whole = self.whole.lowest_layer(layers);
+        first.into_iter().chain(whole).min()
     }
 
     /// Whether all that it does is to add to what the base makes, so that others can add to it too and a merged weight can take its

@@ -12,7 +12,7 @@ use super::{
     AdapterGrads, BaseSites, LoraLinear, Misfit, ResidentAdapter, exact_copy, numbers, some_ones,
 };
 use crate::batch::{Pass, Segment};
-use crate::config::{LayerTensor, Site};
+use crate::config::{BaseTensor, LayerTensor};
 use crate::ops::{Buffer, Ops, Real, View, Weight, WeightKind};
 use crate::pace::{Pace, Stopped};
 use crate::weights::Delta;
@@ -29,14 +29,14 @@ pub(super) struct DeltaPlace {
 }
 
 /// Where all lie.
-pub(super) type Deltas = BTreeMap<(usize, LayerTensor), DeltaPlace>;
+pub(super) type Deltas = BTreeMap<BaseTensor, DeltaPlace>;
 
 /// Tensors in the base's place.
 #[derive(Debug)]
 pub(super) struct Whole<O: Ops> {
-    weights: BTreeMap<(usize, Site), O::Matrix>,
+    matrices: BTreeMap<BaseTensor, O::Matrix>,
     /// Biases and norms, working.
-    vectors: BTreeMap<(usize, LayerTensor), O::Buf>,
+    vectors: BTreeMap<BaseTensor, O::Buf>,
 }
 
 // === impl Whole ===
@@ -44,73 +44,80 @@ pub(super) struct Whole<O: Ops> {
 impl<O: Ops> Whole<O> {
     pub(super) fn empty() -> Self {
         Self {
-            weights: BTreeMap::new(),
+            matrices: BTreeMap::new(),
             vectors: BTreeMap::new(),
         }
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.weights.is_empty() && self.vectors.is_empty()
+        self.matrices.is_empty() && self.vectors.is_empty()
     }
 
-    /// Every tensor, in the order of layers.
-    fn tensors(&self) -> impl Iterator<Item = (usize, LayerTensor)> {
-        let weights = self.weights.keys();
-        let weights = weights.map(|(layer, site)| (*layer, LayerTensor::Weight(*site)));
-        weights.chain(self.vectors.keys().copied())
-    }
-
-    pub(super) fn lowest_layer(&self) -> Option<usize> {
-        self.tensors().map(|(layer, _)| layer).min()
+    /// The lowest layer of `layers` that it changes what is read in: `layers` when that is all behind them.
+    pub(super) fn lowest_layer(&self, layers: usize) -> Option<usize> {
+        let tensors = self.matrices.keys().chain(self.vectors.keys());
+        let lowest = tensors.map(|tensor| match tensor {
+            BaseTensor::Layer(layer, _) => *layer,
+            BaseTensor::Embedding => 0,
+            BaseTensor::FinalNorm | BaseTensor::Output => layers,
+        });
+        lowest.min()
     }
 
     /// Makes one tensor `W + d`. What the base does not have is left out; see [`check`].
     pub(super) fn set(
         &mut self,
         (base, ops): (&impl BaseSites<O>, &O),
-        (layer, tensor): (usize, LayerTensor),
+        tensor: BaseTensor,
         delta: &[O::T],
     ) {
-        if let LayerTensor::Weight(site) = tensor {
-            let matrix = weight(ops, base.weight(layer, site), delta);
-            self.weights.insert((layer, site), matrix);
-        } else if let Some(vector) = base.vector(layer, tensor) {
+        if let Some(matrix) = base.matrix(tensor) {
+            self.matrices.insert(tensor, weight(ops, matrix, delta));
+        } else if let Some(vector) = base.vector(tensor) {
             let mut sum = vec![O::T::ZERO; delta.len()];
             ops.read(vector, &mut sum);
             sum.iter_mut().zip(delta).for_each(|(w, d)| *w += *d);
             let mut own = ops.working();
             ops.resize(&mut own, sum.len());
             ops.write(&sum, own.all_mut());
-            self.vectors.insert((layer, tensor), own);
+            self.vectors.insert(tensor, own);
         }
     }
 
-    pub(super) fn weight(&self, layer: usize, site: Site) -> Option<&O::Matrix> {
-        self.weights.get(&(layer, site))
+    pub(super) fn matrix(&self, tensor: BaseTensor) -> Option<&O::Matrix> {
+        self.matrices.get(&tensor)
     }
 
-    pub(super) fn vector(&self, layer: usize, tensor: LayerTensor) -> Option<View<'_, O>> {
-        self.vectors.get(&(layer, tensor)).map(Buffer::all)
+    pub(super) fn vector(&self, tensor: BaseTensor) -> Option<View<'_, O>> {
+        self.vectors.get(&tensor).map(Buffer::all)
     }
 }
 
 /// The first delta that the base has no tensor for, or one of another size.
 pub(super) fn check<O: Ops>(
-    full: &BTreeMap<(usize, LayerTensor), Delta>,
+    full: &BTreeMap<BaseTensor, Delta>,
     base: &impl BaseSites<O>,
 ) -> Result<(), Misfit> {
-    for (&(layer, tensor), Delta { values: delta, .. }) in full {
-        let expected = match tensor {
-            _ if layer >= base.layers() => Err(format!("layer {layer} of {}", base.layers())),
-            LayerTensor::Weight(site) => {
-                let (outputs, inputs) = base.ops().dims(base.weight(layer, site));
+    for (tensor, Delta { values: delta, .. }) in full {
+        let expected = match (*tensor, base.matrix(*tensor)) {
+            (BaseTensor::Layer(layer, _), _) if layer >= base.layers() => {
+                Err(format!("layer {layer} of {}", base.layers()))
+            }
+            (_, Some(matrix)) => {
+                let (outputs, inputs) = base.ops().dims(matrix);
                 Ok(outputs * inputs)
             }
-            LayerTensor::Bias(site) => Ok(base.ops().dims(base.weight(layer, site)).0),
-            LayerTensor::AttnNorm | LayerTensor::MlpNorm => Ok(base.hidden()),
-            LayerTensor::QNorm | LayerTensor::KNorm => Ok(delta.len()),
+            (vector, None) if base.vector(vector).is_none() => {
+                Err("the base has no such tensor".to_owned())
+            }
+            (BaseTensor::Layer(layer, LayerTensor::Bias(site)), None) => {
+                Ok(base.ops().dims(base.weight(layer, site)).0)
+            }
+            (BaseTensor::Layer(_, LayerTensor::QNorm | LayerTensor::KNorm), None) => {
+                Ok(delta.len())
+            }
+            (_, None) => Ok(base.hidden()),
         };
-        let missing = || base.vector(layer, tensor).is_none();
         let reason = match expected {
             Err(reason) => reason,
             Ok(expected) if expected != delta.len() => {
@@ -119,35 +126,28 @@ pub(super) fn check<O: Ops>(
                     delta.len()
                 )
             }
-            Ok(_) if !matches!(tensor, LayerTensor::Weight(_)) && missing() => {
-                "the base has no such tensor".to_owned()
-            }
             Ok(_) => continue,
         };
-        let path = tensor.path(layer);
+        let path = tensor.path();
         return Err(Misfit { path, reason });
     }
     Ok(())
 }
 
-/// Bytes that the tensors will take: those of projections in bf16 where the base is, and in single precision otherwise.
-pub(super) fn bytes<O: Ops>(
-    full: &BTreeMap<(usize, LayerTensor), Delta>,
-    base: &impl BaseSites<O>,
-) -> usize {
+/// Bytes that the tensors will take: those of matrices in bf16 where the base is, and in single precision otherwise.
+pub(super) fn bytes<O: Ops>(full: &BTreeMap<BaseTensor, Delta>, base: &impl BaseSites<O>) -> usize {
     let ops = base.ops();
-    let tensor = |(layer, tensor): (usize, LayerTensor), len: usize| match tensor {
-        LayerTensor::Weight(site) if layer < base.layers() => {
-            let weight = base.weight(layer, site);
-            let (outputs, inputs) = ops.dims(weight);
+    let tensor = |tensor: BaseTensor, len: usize| match base.matrix(tensor) {
+        Some(matrix) => {
+            let (outputs, inputs) = ops.dims(matrix);
             // Layouts fill outputs up to whole panels.
             let numbers = outputs.next_multiple_of(32) * inputs;
-            match ops.kind(weight) {
+            match ops.kind(matrix) {
                 WeightKind::Bf16 => numbers * size_of::<bf16>(),
                 _ => numbers * size_of::<O::T>(),
             }
         }
-        _ => len * ops.working_bytes(),
+        None => len * ops.working_bytes(),
     };
     full.iter()
         .map(|(at, delta)| tensor(*at, delta.values.len()))
@@ -189,6 +189,11 @@ fn weight<O: Ops>(ops: &O, base: &O::Matrix, delta: &[O::T]) -> O::Matrix {
 // === impl ResidentAdapter ===
 
 impl<O: Ops> ResidentAdapter<O> {
+    /// Whether it holds a delta of this tensor to be trained.
+    pub fn trains(&self, tensor: BaseTensor) -> bool {
+        self.deltas.contains_key(&tensor)
+    }
+
     /// Takes the whole tensors of the deltas as they are now. Does nothing to an adapter that serves or has none. Breathes between
     /// tensors, but is not left half done: whether the work is still wanted is asked again by whoever goes on.
     pub fn renew_whole(&mut self, base: &impl BaseSites<O>, ops: &O, pace: &dyn Pace) {
@@ -210,16 +215,16 @@ impl<O: Ops> ResidentAdapter<O> {
         ops.resize(&mut one, 1);
         ops.write(&[O::T::ONE], one.all_mut());
         let mut block = ops.exact();
-        for ((layer, tensor), DeltaPlace { at, .. }) in &deltas {
+        for (tensor, DeltaPlace { at, .. }) in &deltas {
             ops.begin_pass();
-            if let LayerTensor::Weight(site) = tensor {
-                by_rows(ops, base.weight(*layer, *site), |rows, numbers| {
+            if let Some(matrix) = base.matrix(*tensor) {
+                by_rows(ops, matrix, |rows, numbers| {
                     ops.resize(&mut block, numbers.len());
                     ops.write(numbers, block.all_mut());
                     let part = self.part_mut(at.start + rows.start..at.start + rows.end);
                     ops.outer(one.all(), block.all(), 1, -factor, part);
                 });
-            } else if let Some(vector) = base.vector(*layer, *tensor) {
+            } else if let Some(vector) = base.vector(*tensor) {
                 ops.outer(one.all(), vector, 1, -factor, self.part_mut(at.clone()));
             }
         }
@@ -233,14 +238,15 @@ impl<O: Ops> LoraLinear<O> {
     /// The weight that a segment has in the base's place. It is never one of several adapters: see [`crate::batch::Mixture`].
     pub(super) fn own<'a>(&self, segment: &'a Segment<O>) -> Option<&'a O::Matrix> {
         let (adapter, _) = segment.adapters.parts().next()?;
-        adapter.whole.weight(self.layer, self.site)
+        let tensor = BaseTensor::weight(self.layer, self.site);
+        adapter.whole.matrix(tensor)
     }
 
     /// The bias that a segment has in the base's place.
     fn own_bias<'a>(&self, segment: &'a Segment<O>) -> Option<View<'a, O>> {
         let (adapter, _) = segment.adapters.parts().next()?;
-        let tensor = LayerTensor::Bias(self.site);
-        adapter.whole.vector(self.layer, tensor)
+        let tensor = BaseTensor::Layer(self.layer, LayerTensor::Bias(self.site));
+        adapter.whole.vector(tensor)
     }
 
     /// `y += b`, with a segment's own bias in its rows.
@@ -298,7 +304,7 @@ impl<O: Ops> LoraLinear<O> {
         let most = (pass.pace.quantum_flops() / flops).max(1);
         for (segment, grads) in pass.segments.iter().zip(grads) {
             let Some(grads) = grads else { continue };
-            let place = |tensor| grads.delta((self.layer, tensor));
+            let place = |tensor| grads.delta(BaseTensor::Layer(self.layer, tensor));
             let (weight, bias) = (
                 place(LayerTensor::Weight(self.site)),
                 place(LayerTensor::Bias(self.site)),

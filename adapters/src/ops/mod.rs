@@ -700,6 +700,9 @@ pub trait Ops: Clone + Debug + Send + Sync + 'static {
 /// Bytes on whose multiples the parts of an arena begin: a cache line, and more than a device asks for.
 pub const ARENA_ALIGN: usize = 64;
 
+/// After so many rows of any width operands may begin on a device.
+pub(crate) const ALIGNED_ROWS: usize = 8;
+
 /// No row: see [`Ops::ids`].
 pub const NO_ROW: u32 = u32::MAX;
 

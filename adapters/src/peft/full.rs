@@ -6,7 +6,7 @@
 use serde_json::{Map, Value, json};
 
 use super::config_file::Fields;
-use crate::config::{FullConfig, LayerTensor};
+use crate::config::{BaseTensor, FullConfig, LayerTensor};
 use crate::report::Rule;
 
 /// `peft_type` of the configuration.
@@ -26,20 +26,23 @@ pub(super) const READ: [&str; 6] = [
 const SUFFIX: &str = ".delta";
 
 /// The name of a delta.
-pub(super) fn name(layer: usize, tensor: LayerTensor) -> String {
-    tensor.path(layer) + SUFFIX
+pub(super) fn name(tensor: BaseTensor) -> String {
+    tensor.path() + SUFFIX
 }
 
 /// The tensor that a name stands for.
-pub(super) fn tensor(name: &str) -> Option<(usize, LayerTensor)> {
+pub(super) fn tensor(name: &str) -> Option<BaseTensor> {
     let path = name.strip_suffix(SUFFIX)?;
-    let (number, _) = path.strip_prefix("model.layers.")?.split_once('.')?;
+    // One spelling for one tensor: what is written for it is what was read.
+    let named = |tensor: &BaseTensor| tensor.path() == path;
+    let Some(layers) = path.strip_prefix("model.layers.") else {
+        return BaseTensor::OUTSIDE.into_iter().find(named);
+    };
+    let (number, _) = layers.split_once('.')?;
     let layer = number.parse().ok()?;
-    // One spelling for one layer: what is written for it is what was read.
-    let tensor = LayerTensor::ALL
-        .into_iter()
-        .find(|t| t.path(layer) == path)?;
-    Some((layer, tensor))
+    let all = LayerTensor::ALL.into_iter();
+    all.map(|tensor| BaseTensor::Layer(layer, tensor))
+        .find(named)
 }
 
 /// The configuration as an object.
@@ -65,15 +68,19 @@ impl Fields<'_, '_> {
         let mut layers = self.numbers("layers").unwrap_or_default();
         layers.sort_unstable();
         layers.dedup();
-        if layers.is_empty() {
-            self.value_error("layers", "no layer", "layer numbers from 0", "");
-        }
         let modules = self.strings("modules").unwrap_or_default();
+        if layers.is_empty()
+            && modules
+                .iter()
+                .all(|name| BaseTensor::outside(name).is_none())
+        {
+            let next = "name layers, or modules outside of them: embed_tokens, norm, lm_head";
+            self.value_error("layers", "no layer", "layer numbers from 0", next);
+        }
         for name in &modules {
-            let known = |tensor: &LayerTensor| tensor.module() == name;
-            if !LayerTensor::ALL.iter().any(known) {
+            if LayerTensor::named(name).is_none() && BaseTensor::outside(name).is_none() {
                 let found = format!("'{}'", super::config_file::cut(name));
-                let next = "name modules of a decoder layer, such as q_proj or input_layernorm";
+                let next = "name modules of a decoder layer, such as q_proj or input_layernorm, or embed_tokens, norm, lm_head";
                 self.check
                     .error("modules", Rule::Unsupported, found, "known modules", next);
             }

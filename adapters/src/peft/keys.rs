@@ -4,7 +4,7 @@
 //! module no `modules_to_save`. This file must not know shapes or values.
 
 use super::full;
-use crate::config::{LayerTensor, Site};
+use crate::config::{BaseTensor, Site};
 use crate::head::MAX_HIDDEN_LAYERS;
 
 /// Before a module's path in the base, for causal models and sequence classifiers alike.
@@ -80,7 +80,7 @@ pub(super) enum Key {
     /// One part of what changes one site.
     Site(usize, Site, Part),
     /// The delta of a whole tensor.
-    Whole(usize, LayerTensor),
+    Whole(BaseTensor),
     /// The classification head.
     Score,
     /// A layer below it.
@@ -98,7 +98,7 @@ pub(super) fn name(layer: usize, site: Site, part: Part) -> String {
 
 /// What a tensor's name stands for.
 pub(super) fn classify(name: &str) -> Key {
-    let whole = || full::tensor(name).map(|(layer, tensor)| Key::Whole(layer, tensor));
+    let whole = || full::tensor(name).map(Key::Whole);
     site(name).or_else(whole).unwrap_or_else(|| match name {
         SCORE => Key::Score,
         _ => hidden(name).unwrap_or_else(|| refuse(name)),

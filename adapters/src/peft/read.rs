@@ -11,7 +11,9 @@ use super::config_file::cut;
 use super::keys::{self, HiddenPart, Key, Part};
 use super::tensor_file::{self, Tensor};
 use super::{Checker, Limits, config_file};
-use crate::config::{AdapterConfig, BaseShape, LayerTensor, Modules, ScaleOn, Site, SitePlan};
+use crate::config::{
+    AdapterConfig, BaseShape, BaseTensor, FullConfig, Modules, ScaleOn, Site, SitePlan,
+};
 use crate::error::AdapterError;
 use crate::head::{HeadSettings, Problem};
 use crate::report::{Finding, Report, Rule, Severity};
@@ -30,7 +32,7 @@ enum Promise {
     /// Vectors of (IA)3.
     Scales(BTreeMap<(usize, Site), ScaleOn>),
     /// Deltas of whole tensors.
-    Whole(BTreeSet<(usize, LayerTensor)>),
+    Whole(BTreeSet<BaseTensor>),
 }
 
 /// Reads an adapter for a base of this shape. The report beside the weights holds warnings only.
@@ -150,6 +152,7 @@ impl Promise {
             AdapterConfig::Ia3(_) => {}
             AdapterConfig::Full(full) => {
                 layers_exist("layers", full.layers.iter(), base, check);
+                modules_exist(full, base, check);
                 return Some(Self::Whole(full.tensors()));
             }
         }
@@ -247,6 +250,22 @@ fn layers_exist<'a>(
         let next = "use the base that the adapter was trained on";
         let expected = format!("layers 0 to {last}");
         check.error(field, Rule::Layer, layer.to_string(), expected, next);
+    }
+}
+
+fn modules_exist(full: &FullConfig, base: &BaseShape, check: &mut Checker) {
+    let tensors = full.tensors();
+    let outside = tensors.iter().filter(|t| BaseTensor::OUTSIDE.contains(t));
+    for (tensor, absent) in outside.filter_map(|t| Some((t, t.absent(base)?))) {
+        let found = format!("{} of {absent}", tensor.module());
+        let next = "use the base that the version was trained on";
+        check.error(
+            "modules",
+            Rule::Unsupported,
+            found,
+            "modules of the base",
+            next,
+        );
     }
 }
 
@@ -401,8 +420,8 @@ struct Parts {
     values: BTreeMap<(usize, Site, Part), Numbers>,
     /// Parts that are in the file, sound or not, so that a bad tensor is not called missing too.
     present: HashSet<(usize, Site, Part)>,
-    whole: BTreeMap<(usize, LayerTensor), Delta>,
-    whole_present: HashSet<(usize, LayerTensor)>,
+    whole: BTreeMap<BaseTensor, Delta>,
+    whole_present: HashSet<BaseTensor>,
     /// Outputs of the layers below the head, as `head.json` names them.
     widths: Vec<usize>,
     hidden: BTreeMap<(usize, HiddenPart), Vec<f32>>,
@@ -416,7 +435,7 @@ impl Parts {
     fn note(&mut self, key: &Key) {
         match *key {
             Key::Site(layer, site, part) => drop(self.present.insert((layer, site, part))),
-            Key::Whole(layer, tensor) => drop(self.whole_present.insert((layer, tensor))),
+            Key::Whole(tensor) => drop(self.whole_present.insert(tensor)),
             Key::Score => self.score_rows = Some(0),
             Key::Hidden(layer, part) => drop(self.hidden_present.insert((layer, part))),
             Key::Unsupported(..) | Key::Unknown(_) => {}
@@ -439,10 +458,10 @@ impl Parts {
                     finite(tensor, &tensor.numbers(), check);
                 }
             }
-            Key::Whole(layer, whole) => {
-                self.whole_present.insert((layer, whole));
+            Key::Whole(whole) => {
+                self.whole_present.insert(whole);
                 let promise = wanted.map(|(_, promise)| promise);
-                self.add_whole((layer, whole), tensor, (promise, base), check);
+                self.add_whole(whole, tensor, (promise, base), check);
             }
             Key::Score => self.add_score(tensor, wanted.map(|w| w.0), base, check),
             Key::Hidden(layer, part) => self.add_hidden((layer, part), tensor, base, check),
@@ -499,7 +518,7 @@ impl Parts {
 
     fn add_whole(
         &mut self,
-        at: (usize, LayerTensor),
+        at: BaseTensor,
         tensor: &Tensor,
         (promise, base): (Option<&Promise>, &BaseShape),
         check: &mut Checker,
@@ -512,7 +531,7 @@ impl Parts {
             Some(Promise::Whole(tensors)) => tensors.contains(&at),
             Some(_) => false,
         };
-        let shape = at.1.shape(base);
+        let shape = at.shape(base);
         if !promised {
             let next = "correct layers or modules, or remove the tensor";
             let (found, expected) = (
@@ -525,10 +544,7 @@ impl Parts {
             let next = "use the base that the version was trained on";
             check.error(name, Rule::Shape, found, format!("{shape:?}"), next);
         } else {
-            let rows = match at.1 {
-                LayerTensor::Weight(_) => shape[0],
-                _ => 1,
-            };
+            let rows = if at.is_matrix() { shape[0] } else { 1 };
             let values = values.to_f32().into_owned();
             self.whole.insert(at, Delta { rows, values });
         }
@@ -639,11 +655,10 @@ impl Parts {
             }
         }
         if let Promise::Whole(tensors) = promise {
-            let absent =
-                |at: &&(usize, LayerTensor)| at.1.everywhere() && !self.whole_present.contains(*at);
-            for (layer, tensor) in tensors.iter().filter(absent) {
+            let absent = |at: &&BaseTensor| at.everywhere() && !self.whole_present.contains(*at);
+            for tensor in tensors.iter().filter(absent) {
                 let next = "save or upload the file again; this one is incomplete";
-                let name = super::full::name(*layer, *tensor);
+                let name = super::full::name(*tensor);
                 check.error(name, Rule::MissingTensor, "nothing", "this tensor", next);
             }
         }

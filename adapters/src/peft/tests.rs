@@ -27,6 +27,7 @@ const TINY: BaseShape = BaseShape {
     kv_heads: 1,
     head_dim: 2,
     vocab: 11,
+    tied_embeddings: false,
 };
 
 const SMOLLM2: BaseShape = BaseShape {
@@ -37,6 +38,7 @@ const SMOLLM2: BaseShape = BaseShape {
     kv_heads: 3,
     head_dim: 64,
     vocab: 49152,
+    tied_embeddings: false,
 };
 
 fn random(n: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {

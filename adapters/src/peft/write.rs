@@ -13,7 +13,7 @@ use super::config_file::NO_MODULES;
 use super::full;
 use super::keys::{self, HiddenPart, Part};
 use crate::config::{
-    AdapterConfig, Ia3Config, Init, LayerTensor, LoraConfig, Modules, ScaleOn, Site, SitePlan,
+    AdapterConfig, BaseTensor, Ia3Config, Init, LoraConfig, Modules, ScaleOn, Site, SitePlan,
 };
 use crate::error::AdapterError;
 use crate::version::AdapterArtifact;
@@ -105,23 +105,20 @@ fn consistent(config: &AdapterConfig, weights: &AdapterWeights) -> Result<(), Ad
 }
 
 /// Whole tensors are those that the configuration unfreezes; those that not every family has may lack.
-fn whole(
-    config: &AdapterConfig,
-    full: &BTreeMap<(usize, LayerTensor), Delta>,
-) -> Result<(), AdapterError> {
+fn whole(config: &AdapterConfig, full: &BTreeMap<BaseTensor, Delta>) -> Result<(), AdapterError> {
     let unfrozen = match config {
         AdapterConfig::Full(config) => config.tensors(),
         AdapterConfig::Lora(_) | AdapterConfig::Ia3(_) => BTreeSet::new(),
     };
-    if let Some((layer, tensor)) = full.keys().find(|at| !unfrozen.contains(at)) {
+    if let Some(tensor) = full.keys().find(|at| !unfrozen.contains(at)) {
         let expected = "none, because it is not unfrozen";
-        return Err(inconsistent(&tensor.path(*layer), "a delta", expected));
+        return Err(inconsistent(&tensor.path(), "a delta", expected));
     }
-    let absent = |at: &&(usize, LayerTensor)| at.1.everywhere() && !full.contains_key(at);
+    let absent = |at: &&BaseTensor| at.everywhere() && !full.contains_key(at);
     match unfrozen.iter().find(absent) {
-        Some((layer, tensor)) => {
+        Some(tensor) => {
             let expected = "a delta, because it is unfrozen";
-            Err(inconsistent(&tensor.path(*layer), "nothing", expected))
+            Err(inconsistent(&tensor.path(), "nothing", expected))
         }
         None => Ok(()),
     }
@@ -392,13 +389,13 @@ fn tensors(weights: &AdapterWeights) -> Result<Vec<u8>, AdapterError> {
             single(&scale.l),
         );
     }
-    for (&(layer, tensor), delta) in &weights.full {
+    for (tensor, delta) in &weights.full {
         let len = delta.values.len();
-        let shape = match tensor {
-            LayerTensor::Weight(_) => vec![delta.rows, len / delta.rows.max(1)],
-            _ => vec![len],
+        let shape = match tensor.is_matrix() {
+            true => vec![delta.rows, len / delta.rows.max(1)],
+            false => vec![len],
         };
-        add(full::name(layer, tensor), shape, single(&delta.values));
+        add(full::name(*tensor), shape, single(&delta.values));
     }
     if let Some(head) = &weights.head {
         for (index, layer) in head.hidden.iter().enumerate() {

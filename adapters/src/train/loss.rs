@@ -3,7 +3,9 @@
 //! Next-token prediction multiplies only the rows that predict a label by the output head, a few at a time: the logits
 //! of a batch never exist at once. Sums run in f64 in row order, so that cutting a batch changes no bit.
 
-use crate::ops::{Buffer, Ops, Real};
+use crate::config::BaseTensor;
+use crate::linear::{AdapterGrads, exact_copy};
+use crate::ops::{ALIGNED_ROWS, Buffer, Ops, Real};
 use crate::pace::{Pace, Stopped, pieces};
 
 /// A row that predicts a label.
@@ -89,6 +91,17 @@ pub struct LossBuffers<O: Ops> {
     part: O::Buf,
     weights: O::Buf,
     judged: O::Buf,
+    exact: O::Buf,
+    ones: O::Buf,
+}
+
+/// What the way back adds to.
+#[derive(Debug)]
+pub struct Learning<'a, O: Ops> {
+    /// The states' gradients, `[rows, hidden]`.
+    pub states: &'a mut O::Buf,
+    /// Those of the adapter that the head belongs to, and which of its tensors it is; `None` of a frozen one.
+    pub output: Option<(&'a mut AdapterGrads<O>, BaseTensor)>,
 }
 
 impl<O: Ops> LossBuffers<O> {
@@ -102,6 +115,8 @@ impl<O: Ops> LossBuffers<O> {
             part: ops.working(),
             weights: ops.exact(),
             judged: ops.exact(),
+            exact: ops.exact(),
+            ones: ops.exact(),
         }
     }
 }
@@ -109,8 +124,12 @@ impl<O: Ops> LossBuffers<O> {
 /// What a logit costs beside a multiply-add: two visits and an exponential.
 const SOFTMAX_FLOPS: usize = 256;
 
-/// Cross-entropy of `softmax(head * state)` for the targets' rows of `states [rows, hidden]`, one by one. With `dstates`, adds
-/// each one's weighted gradient to the same row there.
+/// Targets whose gradients join those of a trained head together, at least: each time all of these are read and written.
+const OUTPUT_ROWS: usize = 16;
+
+/// Cross-entropy of `softmax(head * state)` for the targets' rows of `states [rows, hidden]`, one by one. Where something is
+/// `learning`, adds each one's weighted gradient to the same row of the states', and what it asks of the head to the head's, target
+/// after target.
 ///
 /// Most of a vocabulary is nearly impossible; added one by one to the large terms in f32 its many small ones would vanish,
 /// which shortened gradients by 2e-4 of their norm at 49152 tokens. So the gradients of [`Ops::loss_outputs`] tokens are
@@ -123,7 +142,7 @@ pub fn linear_cross_entropy<O: Ops>(
     head: &O::Matrix,
     states: &O::Buf,
     targets: &[Target],
-    mut dstates: Option<&mut O::Buf>,
+    mut learning: Option<Learning<'_, O>>,
     buffers: &mut LossBuffers<O>,
 ) -> Result<Vec<Judged>, Stopped> {
     let (vocab, width) = ops.dims(head);
@@ -158,18 +177,22 @@ pub fn linear_cross_entropy<O: Ops>(
             );
             pace.breathe()?;
         }
-        if let Some(dstates) = dstates.as_deref_mut() {
+        if let Some(Learning { states, output }) = &mut learning {
             back(ops, pace, head, buffers)?;
-            ops.add_rows(buffers.gradient.all(), rows, dstates.all_mut());
+            ops.add_rows(buffers.gradient.all(), rows, states.all_mut());
+            if let Some((grads, tensor)) = output {
+                output_gradients((ops, pace), (vocab, width), (grads, *tensor), buffers)?;
+            }
         }
     }
     Ok(read(ops, &buffers.judged))
 }
 
-/// Rows of logits between two breaths: eight of any width end where a device's operands may begin.
+/// Rows of logits between two breaths.
 fn softmax_rows(pace: &dyn Pace, vocab: usize) -> usize {
     let rows = pace.quantum_flops() / (vocab * SOFTMAX_FLOPS);
-    rows.max(1).checked_next_multiple_of(8).unwrap_or(rows)
+    let aligned = rows.max(1).checked_next_multiple_of(ALIGNED_ROWS);
+    aligned.unwrap_or(rows)
 }
 
 /// From the gradient of the logits to that of the states.
@@ -190,6 +213,32 @@ fn back<O: Ops>(
         ops.clear(part.all_mut());
         ops.matmul_backward_part(dlogits.all(), head, outputs, part.all_mut());
         ops.add(part.all(), gradient.all_mut());
+        pace.breathe()?;
+    }
+    Ok(())
+}
+
+/// `dW += dlogits^T states`, row after row.
+fn output_gradients<O: Ops>(
+    (ops, pace): (&O, &dyn Pace),
+    (vocab, width): (usize, usize),
+    (grads, tensor): (&mut AdapterGrads<O>, BaseTensor),
+    buffers: &mut LossBuffers<O>,
+) -> Result<(), Stopped> {
+    let Some(place) = grads.delta(tensor) else {
+        return Ok(());
+    };
+    let count = buffers.states.len() / width;
+    let most = pace.quantum_flops() / (2 * vocab * width);
+    let most = most.max(OUTPUT_ROWS) / ALIGNED_ROWS * ALIGNED_ROWS;
+    for start in (0..count).step_by(most) {
+        let rows = start..start.saturating_add(most).min(count);
+        let dlogits = buffers.dlogits.part(rows.start * vocab..rows.end * vocab);
+        let copy = (&mut buffers.exact, &mut buffers.ones);
+        exact_copy(ops, dlogits, (rows.len(), vocab), copy);
+        let states = buffers.states.part(rows.start * width..rows.end * width);
+        let dw = grads.part_mut(place.clone());
+        ops.outer(buffers.exact.all(), states, vocab, O::T::ONE, dw);
         pace.breathe()?;
     }
     Ok(())
@@ -280,7 +329,10 @@ mod tests {
             &head,
             &states,
             &targets,
-            Some(&mut gradient),
+            Some(Learning {
+                states: &mut gradient,
+                output: None,
+            }),
             &mut buffers,
         );
         assert_eq!(judged.map(|judged| judged.len()), Ok(targets.len()));
@@ -351,7 +403,10 @@ mod tests {
                 &head,
                 &states,
                 target,
-                Some(&mut gradient),
+                Some(Learning {
+                    states: &mut gradient,
+                    output: None,
+                }),
                 &mut buffers,
             );
             assert!(judged.is_ok());

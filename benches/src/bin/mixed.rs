@@ -11,7 +11,7 @@ use std::time::Instant;
 use clap::Parser;
 use espalier_adapters::batch::Segment;
 use espalier_adapters::config::{LoraConfig, Site};
-use espalier_adapters::ops::{Backend, Buffer, Ops};
+use espalier_adapters::ops::{Backend, Ops};
 use espalier_adapters::peft;
 use espalier_adapters::version::{AdapterArtifact, VersionDigest};
 use espalier_adapters::weights::{AdapterWeights, Numbers, SiteAdapter};
@@ -218,7 +218,7 @@ impl<'a> Step<'a> {
             };
             let (model, kv, workspace) = (self.model, &mut self.kv, &mut self.workspace);
             let hidden = model.forward(&batch, kv, workspace);
-            model.logits(hidden.all(), self.logits.all_mut());
+            model.logits(hidden, &segments, &mut self.logits);
             model.ops().wait();
             black_box(&self.logits);
         }

@@ -128,6 +128,7 @@ fn from_model(shape: &v1::ModelShape) -> BaseShape {
         kv_heads: shape.kv_heads as usize,
         head_dim: shape.head_dim as usize,
         vocab: shape.vocab as usize,
+        tied_embeddings: shape.tied_embeddings,
     }
 }
 
@@ -160,6 +161,7 @@ fn from_file(path: &Path) -> Result<BaseShape, Failure> {
         kv_heads: or("num_key_value_heads", heads)?,
         head_dim: or("head_dim", hidden / heads)?,
         vocab: need("vocab_size")?,
+        tied_embeddings: config.get("tie_word_embeddings") == Some(&Value::Bool(true)),
     })
 }
 

@@ -219,11 +219,17 @@ struct LoraArgs {
     #[arg(long, value_delimiter = ',', requires = "ia3")]
     feedforward: Vec<String>,
     /// Train so many layers whole, counted from the top, in place of LoRA; with --targets, those modules of theirs.
-    #[arg(long, value_name = "LAYERS", conflicts_with_all = ["ia3", "unfreeze_layers", "rank", "alpha", "dropout", "layers", "rslora", "dora", "head_only"])]
+    #[arg(long, value_name = "LAYERS", conflicts_with_all = ["ia3", "unfreeze_layers", "unfreeze_all", "rank", "alpha", "dropout", "layers", "rslora", "dora", "head_only"])]
     unfreeze_last: Option<u32>,
     /// The same for these layers.
-    #[arg(long, value_name = "LAYERS", value_delimiter = ',', conflicts_with_all = ["ia3", "rank", "alpha", "dropout", "layers", "rslora", "dora", "head_only"])]
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',', conflicts_with_all = ["ia3", "unfreeze_all", "rank", "alpha", "dropout", "layers", "rslora", "dora", "head_only"])]
     unfreeze_layers: Vec<u32>,
+    /// Train modules that stand outside of layers whole, alone or beside layers: any of embed_tokens, norm, lm_head.
+    #[arg(long, value_name = "MODULES", value_delimiter = ',', conflicts_with_all = ["ia3", "unfreeze_all", "rank", "alpha", "dropout", "layers", "rslora", "dora", "head_only"])]
+    unfreeze_outside: Vec<String>,
+    /// Train the whole model in place of LoRA.
+    #[arg(long, conflicts_with_all = ["ia3", "targets", "rank", "alpha", "dropout", "layers", "rslora", "dora", "head_only"])]
+    unfreeze_all: bool,
 }
 
 impl HyperArgs {
@@ -276,14 +282,16 @@ impl LoraArgs {
     }
 
     fn unfreezes(&self) -> bool {
-        self.unfreeze_last.is_some() || !self.unfreeze_layers.is_empty()
+        let named = !(self.unfreeze_layers.is_empty() && self.unfreeze_outside.is_empty());
+        self.unfreeze_all || self.unfreeze_last.is_some() || named
     }
 
     fn unfreeze(&self) -> Option<v1::UnfreezeConfig> {
         self.unfreezes().then(|| v1::UnfreezeConfig {
+            whole_model: self.unfreeze_all,
             last_layers: self.unfreeze_last,
             layers: self.unfreeze_layers.clone(),
-            modules: self.targets.clone(),
+            modules: [&self.targets[..], &self.unfreeze_outside].concat(),
         })
     }
 

@@ -20,7 +20,7 @@ use crate::command::{CommandSender, EngineCommand};
 use crate::config::EngineConfig;
 use crate::error::EngineError;
 use crate::metrics;
-use crate::model::{Model, ModelConfig, ResidentAdapter};
+use crate::model::{Model, ResidentAdapter};
 use crate::model_runner::SELF_CHECK_TOKENS;
 
 /// Two, so that one source that hangs or one adapter that waits for room does not hold up all others.
@@ -100,7 +100,7 @@ pub(crate) fn start(
 ) -> std::io::Result<SyncSender<LoadJob>> {
     let (sender, jobs) = sync_channel(config.max_adapter_loads);
     let jobs = Arc::new(Mutex::new(jobs));
-    let base = base_shape(model.config());
+    let base = model.config().base_shape();
     let loader = Arc::new(Loader {
         source,
         model,
@@ -259,18 +259,6 @@ fn largest_gain(weights: &AdapterWeights, base: &BaseShape) -> f32 {
         return f32::INFINITY;
     }
     weights.sites.iter().map(gain).fold(0.0, f32::max)
-}
-
-fn base_shape(config: &ModelConfig) -> BaseShape {
-    BaseShape {
-        layers: config.layers,
-        hidden: config.hidden,
-        intermediate: config.intermediate,
-        heads: config.heads,
-        kv_heads: config.kv_heads,
-        head_dim: config.head_dim,
-        vocab: config.vocab,
-    }
 }
 
 fn from_build(digest: VersionDigest, error: BuildError) -> EngineError {

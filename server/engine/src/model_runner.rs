@@ -34,6 +34,12 @@ pub(crate) struct RunItem<'a> {
     pub(crate) wanted: Range<usize>,
 }
 
+/// Some of the wanted states of a step, and what was added to the base for them; `None` where nothing was.
+pub(crate) struct OwnedStates<'a> {
+    pub(crate) rows: Range<usize>,
+    pub(crate) adapters: Option<&'a Mixture>,
+}
+
 /// The model with all that a step needs.
 pub(crate) struct ModelRunner {
     model: Arc<Model>,
@@ -169,9 +175,9 @@ impl ModelRunner {
         states
     }
 
-    /// The logits `[rows, vocab]` of the states of some rows.
-    pub(crate) fn logits(&mut self, rows: &[Range<usize>]) -> &mut [f32] {
-        let count = self.multiply(rows);
+    /// The logits `[rows, vocab]` of some states.
+    pub(crate) fn logits(&mut self, states: &[OwnedStates<'_>]) -> &mut [f32] {
+        let count = self.multiply(states);
         let (ops, vocab) = (self.model.ops(), self.model.config().vocab);
         if ops.on_host(&mut self.logits).is_none() {
             self.host_logits.resize(count * vocab, 0.0);
@@ -181,14 +187,14 @@ impl ModelRunner {
         ops.on_host(&mut self.logits).unwrap_or_default()
     }
 
-    /// From which the next tokens of some rows follow: the tokens themselves where the device drew them by `draws`, else the
+    /// From which the next tokens of some states follow: the tokens themselves where the device drew them by `draws`, else the
     /// rows of logits.
     pub(crate) fn choose(
         &mut self,
-        rows: &[Range<usize>],
+        states: &[OwnedStates<'_>],
         draws: &[Option<TokenDraw>],
     ) -> Vec<Choice<'_>> {
-        self.multiply(rows);
+        self.multiply(states);
         let (ops, vocab) = (self.model.ops(), self.model.config().vocab);
         let asked: Vec<TokenDraw> = draws.iter().map(|draw| draw.unwrap_or_default()).collect();
         let Some(tokens) = ops.draw(self.logits.all(), &asked) else {
@@ -210,18 +216,22 @@ impl ModelRunner {
         choices
     }
 
-    /// The logits of the states of some rows, and how many there are.
-    fn multiply(&mut self, rows: &[Range<usize>]) -> usize {
+    /// The logits of some states, and how many there are.
+    fn multiply(&mut self, states: &[OwnedStates<'_>]) -> usize {
         let (ops, config) = (self.model.ops(), self.model.config());
         self.rows.clear();
-        self.rows
-            .extend(rows.iter().cloned().flatten().map(|row| row as u32));
+        let rows = states.iter().flat_map(|states| states.rows.clone());
+        self.rows.extend(rows.map(|row| row as u32));
         let count = self.rows.len();
         ops.resize(&mut self.chosen, count * config.hidden);
         let rows = ops.ids(&self.rows);
         ops.take_rows(self.states.all(), rows, self.chosen.all_mut());
         ops.resize(&mut self.logits, count * config.vocab);
-        self.model.logits(self.chosen.all(), self.logits.all_mut());
+        let segments = Segment::join(states.iter().map(|states| {
+            let adapters = states.adapters.cloned();
+            (states.rows.len(), adapters.unwrap_or_default())
+        }));
+        self.model.logits(&self.chosen, &segments, &mut self.logits);
         count
     }
 

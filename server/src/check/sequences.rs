@@ -82,7 +82,7 @@ impl<'a> Sequences<'a> {
         ops.resize(&mut self.states, runs.len() * config.hidden);
         ops.take_rows(hidden.all(), ops.ids(&last), self.states.all_mut());
         ops.resize(&mut self.logits, runs.len() * config.vocab);
-        self.model.logits(self.states.all(), self.logits.all_mut());
+        self.model.logits(&self.states, &[], &mut self.logits);
     }
 
     /// Draws the likeliest tokens, where the device draws, and waits for the pass.

@@ -249,6 +249,7 @@ fn lora_config(summary: &VersionSummary) -> v1::LoraConfig {
 
 fn unfreeze_config(summary: &VersionSummary) -> Option<v1::UnfreezeConfig> {
     summary.unfrozen.then(|| v1::UnfreezeConfig {
+        whole_model: false,
         last_layers: None,
         layers: summary.layers.clone(),
         modules: summary.target_modules.clone(),

@@ -24,6 +24,7 @@ pub(super) fn request(spec: &mut v1::TrainingSpec) -> Result<Option<WayRequest>,
         feedforward_modules: ia3.feedforward_modules,
     });
     let unfreeze = spec.unfreeze.take().map(|unfreeze| WayRequest::Unfreeze {
+        whole_model: unfreeze.whole_model,
         last_layers: unfreeze.last_layers,
         layers: unfreeze.layers,
         modules: unfreeze.modules,
@@ -48,6 +49,7 @@ pub(super) fn unfreeze_reply(way: Option<&WaySpec>) -> Option<v1::UnfreezeConfig
         return None;
     };
     Some(v1::UnfreezeConfig {
+        whole_model: false,
         last_layers: None,
         layers: spec.layers.clone(),
         modules: spec.modules.clone(),

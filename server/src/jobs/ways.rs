@@ -3,7 +3,7 @@
 //! This file must not know data, storage or time.
 
 use espalier_adapters::config::{
-    AdapterConfig, BaseShape, FullConfig, Ia3Config, LayerTensor, Modules, Site,
+    AdapterConfig, BaseShape, BaseTensor, FullConfig, Ia3Config, LayerTensor, Modules, Site,
 };
 use serde::{Deserialize, Serialize};
 
@@ -31,13 +31,15 @@ pub enum WayRequest {
         /// Those of them whose input is multiplied; empty is down_proj, where it is targeted.
         feedforward_modules: Vec<String>,
     },
-    /// Layers, whole.
+    /// Tensors, whole.
     Unfreeze {
+        /// Every one of the base.
+        whole_model: bool,
         /// So many from the top.
         last_layers: Option<u32>,
         /// These.
         layers: Vec<u32>,
-        /// Modules of theirs; empty is all.
+        /// Modules of theirs, all where none is named, and outside of them.
         modules: Vec<String>,
     },
 }
@@ -48,16 +50,16 @@ pub enum WayRequest {
 pub enum WaySpec {
     /// Vectors of (IA)3.
     Ia3(Ia3Spec),
-    /// Layers, whole.
+    /// Tensors, whole.
     Unfreeze(UnfreezeSpec),
 }
 
-/// Which layers are unfrozen.
+/// What is unfrozen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnfreezeSpec {
     /// The layers, ascending.
     pub layers: Vec<u32>,
-    /// Modules of theirs; empty is all.
+    /// Modules of theirs, all where none is named, and outside of them.
     pub modules: Vec<String>,
 }
 
@@ -106,11 +108,15 @@ impl WayRequest {
                 feedforward_modules,
             } => ia3(target_modules, feedforward_modules, choices).map(WaySpec::Ia3),
             Self::Unfreeze {
+                whole_model,
                 last_layers,
                 layers,
                 modules,
             } => {
-                let spec = unfreeze((*last_layers, layers), modules, base)?;
+                let spec = match whole_model {
+                    true => whole((*last_layers, layers), modules, base)?,
+                    false => unfreeze((*last_layers, layers), modules, base)?,
+                };
                 fits(&spec, base, limits)?;
                 Ok(WaySpec::Unfreeze(spec))
             }
@@ -198,11 +204,37 @@ fn ia3(
     })
 }
 
+fn whole(
+    (last, layers): (Option<u32>, &[u32]),
+    modules: &[String],
+    base: &BaseShape,
+) -> Result<UnfreezeSpec, JobError> {
+    let others = [
+        ("last_layers", last.is_some()),
+        ("layers", !layers.is_empty()),
+        ("modules", !modules.is_empty()),
+    ];
+    if let Some((other, _)) = others.iter().find(|(_, set)| *set) {
+        let reason = format!("{other} is set too: the whole is all of them, so leave one out");
+        return Err(invalid("unfreeze.whole_model", reason));
+    }
+    let FullConfig {
+        layers, modules, ..
+    } = FullConfig::whole(base);
+    let layers = layers.into_iter().map(|layer| layer as u32).collect();
+    Ok(UnfreezeSpec { layers, modules })
+}
+
 fn unfreeze(
     (last, layers): (Option<u32>, &[u32]),
     modules: &[String],
     base: &BaseShape,
 ) -> Result<UnfreezeSpec, JobError> {
+    for module in modules {
+        known(module, base)?;
+    }
+    let outside = modules.iter().any(|m| BaseTensor::outside(m).is_some());
+    let inside = modules.iter().any(|m| LayerTensor::named(m).is_some());
     let count = u32::try_from(base.layers).unwrap_or(u32::MAX);
     let mut layers = match (last, layers) {
         (Some(last), []) if (1..=count).contains(&last) => (count - last..count).collect(),
@@ -214,8 +246,8 @@ fn unfreeze(
             let reason = "layers is set too: name one of them";
             return Err(invalid("unfreeze.last_layers", reason));
         }
-        (None, []) => {
-            let reason = "last_layers or layers is required";
+        (None, []) if inside || !outside => {
+            let reason = "last_layers, layers or whole_model is required";
             return Err(invalid("unfreeze", reason));
         }
         (None, layers) => layers.to_vec(),
@@ -226,29 +258,31 @@ fn unfreeze(
         let reason = format!("layer {layer} does not exist: the base has {count}");
         return Err(invalid("unfreeze.layers", reason));
     }
-    let known = |module: &str| LayerTensor::ALL.iter().any(|t| t.module() == module);
-    if let Some(module) = modules.iter().find(|module| !known(module)) {
-        let reason = match module.as_str() {
-            "norm" | "embed_tokens" | "lm_head" => {
-                format!("{module:?} cannot be unfrozen: modules of layers can, so leave it out")
-            }
-            _ => format!(
-                "{module:?} is none of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, input_layernorm, \
-                 post_attention_layernorm, q_norm and k_norm"
-            ),
-        };
-        return Err(invalid("unfreeze.modules", reason));
-    }
     let modules = modules.to_vec();
     Ok(UnfreezeSpec { layers, modules })
+}
+
+/// The base has a module of this name.
+fn known(module: &str, base: &BaseShape) -> Result<(), JobError> {
+    let reason = match BaseTensor::outside(module) {
+        None if LayerTensor::named(module).is_some() => return Ok(()),
+        None => format!(
+            "{module:?} is none of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, input_layernorm, \
+             post_attention_layernorm, q_norm, k_norm, embed_tokens, norm and lm_head"
+        ),
+        Some(tensor) if tensor.absent(base).is_some() => {
+            format!("the base has no {module:?} of its own: embed_tokens is its output head too")
+        }
+        Some(_) => return Ok(()),
+    };
+    Err(invalid("unfreeze.modules", reason))
 }
 
 /// The version that comes of it can be stored, and served: what cannot is refused before anything is trained.
 fn fits(spec: &UnfreezeSpec, base: &BaseShape, limits: &JobLimits) -> Result<(), JobError> {
     let tensors = spec.config().tensors();
     // Biases and head norms that the family lacks are counted: next to nothing.
-    let numbers =
-        |(_, tensor): &(usize, LayerTensor)| -> usize { tensor.shape(base).iter().product() };
+    let numbers = |tensor: &BaseTensor| -> usize { tensor.shape(base).iter().product() };
     let count: usize = tensors.iter().map(numbers).sum();
     let (bytes, trained) = (4 * count as u64, TRAINED_BYTES * count as u64);
     let limits = [
@@ -341,13 +375,7 @@ impl std::fmt::Display for WaySpec {
             modules.join(", ")
         };
         match self {
-            Self::Unfreeze(spec) => {
-                let modules = match sorted(&spec.modules) {
-                    all if all.is_empty() => "all modules".to_owned(),
-                    some => some,
-                };
-                write!(f, "{modules} of layers {:?}, unfrozen", spec.layers)
-            }
+            Self::Unfreeze(spec) => spec.fmt(f),
             Self::Ia3(spec) => {
                 let targets = sorted(&spec.target_modules);
                 write!(f, "(IA)3 on {targets}")?;
@@ -357,6 +385,27 @@ impl std::fmt::Display for WaySpec {
                 }
             }
         }
+    }
+}
+
+impl std::fmt::Display for UnfreezeSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut modules: Vec<&str> = self.modules.iter().map(String::as_str).collect();
+        modules.sort_unstable();
+        let of_layers = |module: &&str| LayerTensor::named(module).is_some();
+        let (inside, outside): (Vec<&str>, Vec<&str>) = modules.into_iter().partition(of_layers);
+        let mut parts = Vec::new();
+        if !self.layers.is_empty() {
+            let inside = match inside.as_slice() {
+                [] => "all modules".to_owned(),
+                some => some.join(", "),
+            };
+            parts.push(format!("{inside} of layers {:?}", self.layers));
+        }
+        if !outside.is_empty() {
+            parts.push(outside.join(", "));
+        }
+        write!(f, "{}, unfrozen", parts.join(" and "))
     }
 }
 
@@ -386,6 +435,7 @@ mod tests {
         kv_heads: 1,
         head_dim: 2,
         vocab: 11,
+        tied_embeddings: false,
     };
 
     fn decide(request: &WayRequest, head_only: bool) -> Result<WaySpec, JobError> {
@@ -394,6 +444,7 @@ mod tests {
 
     fn unfreeze(last: Option<u32>, layers: &[u32], modules: &[&str]) -> WayRequest {
         WayRequest::Unfreeze {
+            whole_model: false,
             last_layers: last,
             layers: layers.to_vec(),
             modules: modules.iter().map(|m| (*m).to_owned()).collect(),
@@ -407,11 +458,17 @@ mod tests {
         assert_eq!(top, "all modules of layers [2, 3], unfrozen");
         let some = text(unfreeze(None, &[3, 0, 3], &["up_proj", "input_layernorm"]));
         assert_eq!(some, "input_layernorm, up_proj of layers [0, 3], unfrozen");
+        let ends = text(unfreeze(None, &[], &["norm", "embed_tokens"]));
+        assert_eq!(ends, "embed_tokens, norm, unfrozen");
+        let both = text(unfreeze(Some(1), &[], &["lm_head", "v_proj"]));
+        assert_eq!(both, "v_proj of layers [3] and lm_head, unfrozen");
+        let top = text(unfreeze(Some(1), &[], &["norm", "lm_head"]));
+        assert_eq!(top, "all modules of layers [3] and lm_head, norm, unfrozen");
         let refused = |request| decide(&request, false).unwrap_err().to_string();
         for (request, expected) in [
             (
                 unfreeze(None, &[], &[]),
-                "unfreeze: last_layers or layers is required",
+                "unfreeze: last_layers, layers or whole_model is required",
             ),
             (
                 unfreeze(Some(5), &[], &[]),
@@ -426,8 +483,8 @@ mod tests {
                 "unfreeze.layers: layer 4 does not exist",
             ),
             (
-                unfreeze(Some(1), &[], &["lm_head"]),
-                "\"lm_head\" cannot be unfrozen",
+                unfreeze(None, &[], &["norm", "up_proj"]),
+                "unfreeze: last_layers, layers or whole_model is required",
             ),
             (unfreeze(Some(1), &[], &["w1"]), "\"w1\" is none of q_proj"),
         ] {
@@ -462,6 +519,44 @@ mod tests {
         assert!(
             choices.0[0].reason.contains("a tenth of LoRA's"),
             "{choices:?}"
+        );
+    }
+
+    #[test]
+    fn the_whole_model_is_named_alone() {
+        let whole = |last_layers, layers: &[u32], modules: &[&str]| WayRequest::Unfreeze {
+            whole_model: true,
+            last_layers,
+            layers: layers.to_vec(),
+            modules: modules.iter().map(|m| (*m).to_owned()).collect(),
+        };
+        let tied = BaseShape {
+            tied_embeddings: true,
+            ..BASE
+        };
+        let decide = |request: &WayRequest, base: &BaseShape| {
+            request.decide((false, base), &limits(), &mut Choices::default())
+        };
+        let all = "all modules of layers [0, 1, 2, 3] and embed_tokens, ";
+        for (base, rest) in [(BASE, "lm_head, norm, unfrozen"), (tied, "norm, unfrozen")] {
+            let spec = decide(&whole(None, &[], &[]), &base).unwrap();
+            assert_eq!(spec.to_string(), format!("{all}{rest}"));
+        }
+        let refused =
+            |request: &WayRequest, base: &BaseShape| decide(request, base).unwrap_err().to_string();
+        for (request, other) in [
+            (whole(Some(1), &[], &[]), "last_layers"),
+            (whole(None, &[0], &[]), "layers"),
+            (whole(None, &[], &["norm"]), "modules"),
+        ] {
+            let error = refused(&request, &BASE);
+            let expected = format!("unfreeze.whole_model: {other} is set too");
+            assert!(error.contains(&expected), "{error}");
+        }
+        let error = refused(&unfreeze(None, &[], &["lm_head"]), &tied);
+        assert!(
+            error.contains("embed_tokens is its output head too"),
+            "{error}"
         );
     }
 

@@ -63,6 +63,7 @@ impl ModelService {
                 kv_heads: count(shape.kv_heads),
                 head_dim: count(shape.head_dim),
                 vocab: count(shape.vocab),
+                tied_embeddings: shape.tie_embeddings,
             }),
             capabilities: capabilities.into_iter().map(i32::from).collect(),
             limits: Some(self.limits()),

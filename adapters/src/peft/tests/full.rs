@@ -1,19 +1,16 @@
 //! The files of unfrozen versions: written, read back, and refused.
 
 use super::*;
-use crate::config::{FullConfig, LayerTensor};
+use crate::config::{BaseTensor, FullConfig, LayerTensor};
 use crate::weights::Delta;
 
 /// All of layer 2 but what not every family has, and some of its modules in layer 0.
 fn deltas(config: &FullConfig) -> AdapterWeights {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
     let tensors = config.tensors().into_iter();
-    let full = tensors.filter(|(_, tensor)| tensor.everywhere()).map(|at| {
-        let shape = at.1.shape(&TINY);
-        let rows = match at.1 {
-            LayerTensor::Weight(_) => shape[0],
-            _ => 1,
-        };
+    let full = tensors.filter(|tensor| tensor.everywhere()).map(|at| {
+        let shape = at.shape(&TINY);
+        let rows = if at.is_matrix() { shape[0] } else { 1 };
         let values = random(shape.iter().product(), &mut rng);
         (at, Delta { rows, values })
     });
@@ -33,7 +30,7 @@ fn some() -> FullConfig {
 
 #[test]
 fn what_is_written_reads_back() {
-    for config in [some(), FullConfig::new(vec![1])] {
+    for config in [some(), FullConfig::new(vec![1]), FullConfig::whole(&TINY)] {
         let weights = deltas(&config);
         assert_eq!(weights.misfit(&TINY), None);
         let artifact = write(&config, &weights).unwrap();
@@ -42,7 +39,10 @@ fn what_is_written_reads_back() {
         assert!(report.findings.is_empty(), "{report}");
     }
     let mut short = deltas(&some());
-    let delta = short.full.get_mut(&(2, LayerTensor::AttnNorm)).unwrap();
+    let delta = short
+        .full
+        .get_mut(&BaseTensor::Layer(2, LayerTensor::AttnNorm))
+        .unwrap();
     delta.values.pop();
     let (path, wrong) = short.misfit(&TINY).unwrap();
     assert_eq!(path, "model.layers.2.input_layernorm.weight");
@@ -70,7 +70,12 @@ fn what_cannot_be_honoured_is_refused_by_its_field() {
             json!(["up_proj"]),
             "a delta of a tensor that is not unfrozen",
         ),
-        ("modules", json!(["lm_head"]), "lm_head"),
+        ("modules", json!(["w1"]), "'w1'"),
+        (
+            "modules",
+            json!(["up_proj", "input_layernorm", "norm"]),
+            "model.norm.weight.delta",
+        ),
         ("peft_type", json!("LORA"), "no modules"),
         ("use_novel", json!(true), "use_novel"),
     ];
@@ -85,6 +90,18 @@ fn what_cannot_be_honoured_is_refused_by_its_field() {
     assert!(
         report.findings.iter().all(|f| f.rule == Rule::Shape),
         "{report}"
+    );
+    let tied = BaseShape {
+        tied_embeddings: true,
+        ..TINY
+    };
+    let whole = FullConfig::whole(&TINY);
+    let artifact = write(&whole, &deltas(&whole)).unwrap();
+    let report = read(&artifact, &tied, &Limits::default()).unwrap_err();
+    let text = serde_json::to_string(&report.findings).unwrap();
+    assert!(
+        text.contains("lm_head of a base whose output head"),
+        "{text}"
     );
     let mut lacking = deltas(&some());
     lacking.full.pop_first();

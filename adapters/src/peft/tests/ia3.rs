@@ -64,6 +64,7 @@ fn pefts_files_come_back_byte_for_byte() {
         kv_heads: 2,
         head_dim: 8,
         vocab: 320,
+        tied_embeddings: false,
     };
     for name in ["adapters/ia3", "adapters/ia3_wide", "train_ia3/final"] {
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden");

@@ -156,7 +156,8 @@ impl Side {
         let states = forward(&self.model, place, tokens, None, &mut self.workspace);
         let hidden = self.model.config().hidden;
         let last = states.part(states.len() - hidden..states.len());
-        self.model.logits(last, self.logits.all_mut());
+        let (ops, head) = (self.model.ops(), self.model.head());
+        ops.matmul(last, head, self.logits.all_mut());
         let best = match self.model.ops().on_host(&mut self.logits) {
             Some(logits) => best(logits),
             None => best(&read(&self.model, &self.logits)),
@@ -263,7 +264,7 @@ fn logits(model: &Model, states: &[f32]) -> Vec<f32> {
     let (ops, config) = (model.ops(), model.config());
     let mut logits = ops.exact();
     ops.resize(&mut logits, states.len() / config.hidden * config.vocab);
-    model.logits(written(model, states).all(), logits.all_mut());
+    model.logits(&written(model, states), &[], &mut logits);
     read(model, &logits)
 }
 

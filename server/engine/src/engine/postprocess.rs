@@ -15,7 +15,7 @@ use crate::classify;
 use crate::constraint::{self, Masker, Progress};
 use crate::error::EngineError;
 use crate::metrics;
-use crate::model_runner::Choice;
+use crate::model_runner::{Choice, OwnedStates};
 use crate::request::{Candidate, Delta, Event, FinishReason, Output, Priority, TokenLogprob};
 use crate::sampler::token_logprob;
 use crate::scheduler::SequenceId;
@@ -116,7 +116,16 @@ impl Engine {
         }
         if !draws.is_empty() {
             let plain: Vec<_> = draws.iter().map(Draw::plain).collect();
-            let choices = self.runner.choose(&drawing, &plain);
+            let states: Vec<_> = drawing
+                .into_iter()
+                .zip(&draws)
+                .map(|(rows, draw)| {
+                    let request = self.requests.get(&draw.sequence.request);
+                    let adapters = request.map(|request| &request.adapters);
+                    OwnedStates { rows, adapters }
+                })
+                .collect();
+            let choices = self.runner.choose(&states, &plain);
             self.clock.lap(|times| &mut times.logits);
             draw_rows(choices, &mut draws, &self.masker);
             self.clock.lap(|times| &mut times.sampling);
@@ -272,7 +281,12 @@ impl Engine {
         let vocab = self.model.config.vocab;
         for first in rows.clone().step_by(SCORED_ROWS) {
             let some = first..rows.end.min(first + SCORED_ROWS);
-            let logits = self.runner.logits(std::slice::from_ref(&some));
+            let request = self.requests.get(&key);
+            let states = OwnedStates {
+                rows: some,
+                adapters: request.map(|request| &request.adapters),
+            };
+            let logits = self.runner.logits(std::slice::from_ref(&states));
             let Some(sequence) = self.sequences.get_mut(&id) else {
                 return;
             };

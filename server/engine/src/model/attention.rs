@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use espalier_adapters::batch::{Pass, Thin};
-use espalier_adapters::config::{LayerTensor, Site};
+use espalier_adapters::config::{BaseTensor, LayerTensor, Site};
 use espalier_adapters::linear::{self, AdapterGrads, LoraLinear, RmsNorm};
 use espalier_adapters::ops::{
     AttentionGrads, AttentionSaved, AttentionShape, AttentionSpan, Buffer, KvRows, Ops,
@@ -115,7 +115,8 @@ impl<O: Ops> Attention<O> {
         let o = linear(Site::O, Part::O, None);
         let own = &weights.layers[layer];
         let norm = |weight: &[f32], tensor: LayerTensor, width: usize| {
-            RmsNorm::new(ops, weight, config.rms_eps, Some((layer, tensor)), width)
+            let at = BaseTensor::Layer(layer, tensor);
+            RmsNorm::new(ops, weight, config.rms_eps, at, width)
         };
         let of_heads = |weight: Option<&[f32]>, tensor: LayerTensor, width: usize| {
             weight.map(|weight| norm(weight, tensor, width))

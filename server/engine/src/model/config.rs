@@ -186,6 +186,7 @@ impl ModelConfig {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             vocab: self.vocab,
+            tied_embeddings: self.tie_embeddings,
         }
     }
 

@@ -3,9 +3,9 @@
 //! One decoder runs every family: what differs (biases, head norms, window, tied head) is read from the configuration.
 
 use espalier_adapters::batch::{Pass, Segment, Thin};
-use espalier_adapters::config::{LayerTensor, Site};
-use espalier_adapters::linear::{BaseSites, LoraLinear, RmsNorm};
-use espalier_adapters::ops::{AttentionSpan, Backend, Buffer, KvRows, NO_ROW, Ops, View, ViewMut};
+use espalier_adapters::config::{BaseTensor, LayerTensor, Site};
+use espalier_adapters::linear::{BaseSites, LoraLinear, RmsNorm, Vocabulary};
+use espalier_adapters::ops::{AttentionSpan, Backend, Buffer, KvRows, NO_ROW, Ops, View};
 use espalier_adapters::pace::{Stopped, Unpaced};
 
 use super::Batch;
@@ -24,10 +24,9 @@ use crate::kv_cache::{KvCache, LayerKv};
 pub struct Decoder<O: Ops> {
     pub(crate) ops: O,
     config: ModelConfig,
-    embed: O::Matrix,
+    pub(crate) vocabulary: Vocabulary<O>,
     pub(crate) blocks: Vec<Block<O>>,
     pub(crate) norm: RmsNorm<O>,
-    head: Option<O::Matrix>,
     pub(crate) rope: Rope<O>,
 }
 
@@ -235,25 +234,26 @@ impl<O: Ops> Decoder<O> {
     pub fn new(ops: O, config: ModelConfig, mut weights: ModelWeights) -> Result<Self, ModelError> {
         config.validate("configuration")?;
         weights.check(&config, "weights")?;
-        let head = match config.tie_embeddings {
+        let output = match config.tie_embeddings {
             true => None,
             false => Some(packed(&ops, &config, &mut weights, Slot::LmHead)),
         };
         let embed = packed(&ops, &config, &mut weights, Slot::Embed);
+        let vocabulary = Vocabulary::new(embed, output);
         let blocks = (0..config.layers)
             .map(|layer| Block {
                 attention: Attention::new(&ops, &config, layer, &mut weights),
                 mlp: Mlp::new(&ops, &config, layer, &mut weights),
             })
             .collect();
-        let norm = RmsNorm::new(&ops, &weights.norm, config.rms_eps, None, config.hidden);
+        let (eps, hidden) = (config.rms_eps, config.hidden);
+        let norm = RmsNorm::new(&ops, &weights.norm, eps, BaseTensor::FinalNorm, hidden);
         let rope = Rope::new(&ops, &config);
         Ok(Self {
             ops,
-            embed,
+            vocabulary,
             blocks,
             norm,
-            head,
             rope,
             config,
         })
@@ -269,7 +269,9 @@ impl<O: Ops> Decoder<O> {
         let sites = (0..self.config.layers).flat_map(|layer| Site::ALL.map(|site| (layer, site)));
         let blocks = sites.map(|(layer, site)| self.weight(layer, site));
         let mut formats = WeightFormats::default();
-        for matrix in blocks.chain([&self.embed]).chain(&self.head) {
+        let tables = [BaseTensor::Embedding, BaseTensor::Output];
+        let tables = tables.into_iter().filter_map(|table| self.matrix(table));
+        for matrix in blocks.chain(tables) {
             formats.add(self.ops.kind(matrix), self.ops.bytes(matrix));
         }
         formats
@@ -282,13 +284,14 @@ impl<O: Ops> Decoder<O> {
 
     /// The output head `[vocab, hidden]`.
     pub fn head(&self) -> &O::Matrix {
-        self.head.as_ref().unwrap_or(&self.embed)
+        self.vocabulary.output()
     }
 
     /// The stream begins with the tokens' embeddings.
-    pub(crate) fn embed(&self, ops: &O, tokens: &[u32], stream: &mut Stream<O>) {
-        let x = stream.begin(ops, tokens.len() * self.config.hidden);
-        ops.gather(&self.embed, ops.ids(tokens), x.all_mut());
+    pub(crate) fn embed(&self, pass: &Pass<'_, O>, tokens: &[u32], stream: &mut Stream<O>) {
+        let x = stream.begin(pass.ops, tokens.len() * self.config.hidden);
+        let (ops, segments) = (pass.ops, pass.segments);
+        self.vocabulary.embed((ops, segments), tokens, x);
     }
 
     /// One step: the states after the final norm, `[rows, hidden]`, and maybe rows of no meaning behind them. Writes the rows'
@@ -339,7 +342,7 @@ impl<O: Ops> Decoder<O> {
         tokens.resize(rows, NO_ROW);
         kv_rows.resize(rows, NO_ROW);
         positions.resize(rows, 0);
-        self.embed(ops, tokens, stream);
+        self.embed(&pass, tokens, stream);
         self.rope.angles(ops, positions, angles);
         ops.resize(hidden, stream.sum().len());
         let spans = batch.spans.iter().map(|span| AttentionSpan {
@@ -380,9 +383,9 @@ impl<O: Ops> Decoder<O> {
         hidden
     }
 
-    /// The logits `[n, vocab]`, exact, of states `[n, hidden]` after the final norm.
-    pub fn logits(&self, hidden: View<'_, O>, out: ViewMut<'_, O>) {
-        self.ops.matmul(hidden, self.head(), out);
+    /// The logits `[n, vocab]`, exact, of states `[n, hidden]` after the final norm, whose rows belong to `segments`.
+    pub fn logits(&self, states: &O::Buf, segments: &[Segment<O>], out: &mut O::Buf) {
+        self.vocabulary.logits((&self.ops, segments), states, out);
     }
 
     fn linear(&self, layer: usize, site: Site) -> &LoraLinear<O> {
@@ -420,7 +423,21 @@ impl<O: Ops> BaseSites<O> for Decoder<O> {
         self.linear(layer, site).weight()
     }
 
-    fn vector(&self, layer: usize, tensor: LayerTensor) -> Option<View<'_, O>> {
+    fn matrix(&self, tensor: BaseTensor) -> Option<&O::Matrix> {
+        match tensor {
+            BaseTensor::Layer(layer, LayerTensor::Weight(site)) if layer < self.layers() => {
+                Some(self.weight(layer, site))
+            }
+            table => self.vocabulary.matrix(table),
+        }
+    }
+
+    fn vector(&self, tensor: BaseTensor) -> Option<View<'_, O>> {
+        let (layer, tensor) = match tensor {
+            BaseTensor::Layer(layer, tensor) => (layer, tensor),
+            BaseTensor::FinalNorm => return Some(self.norm.weight()),
+            BaseTensor::Embedding | BaseTensor::Output => return None,
+        };
         let Block { attention, mlp } = self.blocks.get(layer)?;
         match tensor {
             LayerTensor::Weight(_) => None,

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use espalier_adapters::config::{LayerTensor, ScaleOn, Site};
+use espalier_adapters::config::{BaseTensor, LayerTensor, ScaleOn, Site};
 use espalier_adapters::linear::{merged, scaled};
 use espalier_adapters::weights::AdapterWeights;
 use serde_json::{Map, Value, json};
@@ -126,7 +126,7 @@ fn write_files(
         }) {
             values = scaled(&values, scale);
         }
-        if let Some(delta) = tensor_of(slot).and_then(|at| adapter.full.get(&at)) {
+        if let Some(delta) = adapter.full.get(&tensor_of(slot)) {
             let pairs = values.iter_mut().zip(&delta.values);
             pairs.for_each(|(w, d)| *w += *d);
         }
@@ -163,9 +163,12 @@ fn site_of(slot: Slot) -> Option<(usize, Site)> {
 }
 
 /// The tensor that an unfrozen version may have changed in this place.
-fn tensor_of(slot: Slot) -> Option<(usize, LayerTensor)> {
-    let Slot::Layer(layer, part) = slot else {
-        return None;
+fn tensor_of(slot: Slot) -> BaseTensor {
+    let (layer, part) = match slot {
+        Slot::Embed => return BaseTensor::Embedding,
+        Slot::Norm => return BaseTensor::FinalNorm,
+        Slot::LmHead => return BaseTensor::Output,
+        Slot::Layer(layer, part) => (layer, part),
     };
     let tensor = match part {
         Part::AttnNorm => LayerTensor::AttnNorm,
@@ -183,7 +186,7 @@ fn tensor_of(slot: Slot) -> Option<(usize, LayerTensor)> {
         Part::Up => LayerTensor::Weight(Site::Up),
         Part::Down => LayerTensor::Weight(Site::Down),
     };
-    Some((layer, tensor))
+    BaseTensor::Layer(layer, tensor)
 }
 
 /// The site whose vector multiplies what is in this place, and whether that is its bias.

@@ -1,7 +1,7 @@
 //! The MLP half of a block: norm, gate and up, SwiGLU, down.
 
 use espalier_adapters::batch::Pass;
-use espalier_adapters::config::{LayerTensor, Site};
+use espalier_adapters::config::{BaseTensor, LayerTensor, Site};
 use espalier_adapters::linear::{self, AdapterGrads, LoraLinear, RmsNorm};
 use espalier_adapters::ops::{Buffer, Ops};
 use espalier_adapters::pace::Stopped;
@@ -39,7 +39,7 @@ impl<O: Ops> Mlp<O> {
                 ops,
                 &weights.layers[layer].mlp_norm,
                 config.rms_eps,
-                Some((layer, LayerTensor::MlpNorm)),
+                BaseTensor::Layer(layer, LayerTensor::MlpNorm),
                 config.hidden,
             ),
         }

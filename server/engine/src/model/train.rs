@@ -78,7 +78,7 @@ impl<O: Ops> Decoder<O> {
             positions,
             ..
         } = workspace;
-        self.embed(ops, rows.tokens, stream);
+        self.embed(pass, rows.tokens, stream);
         act.resize(ops, config, count);
         scratch.resize(ops, config, count, false);
         positions.clear();
@@ -162,7 +162,10 @@ impl<O: Ops> Decoder<O> {
         scratch.resize(ops, config, rows.tokens.len(), true);
         let places = self.flat_places(pass, rows, angles);
         ops.clear(dx.all_mut());
+        let ends = (&saved.last, dhidden);
+        self.norm.gradients(pass, ends, grads, &mut scratch.thin);
         self.norm.backward(pass, &saved.last, dhidden, dx);
+        let reaches_tokens = self.vocabulary.is_embedding_trained(grads);
         for (layer, block) in self.blocks.iter().enumerate().skip(lowest).rev() {
             let act = if saved.inputs_only {
                 let input = &saved.inputs[layer - lowest];
@@ -172,12 +175,16 @@ impl<O: Ops> Decoder<O> {
             } else {
                 &mut saved.layers[layer - lowest]
             };
+            let last = layer == lowest && !reaches_tokens;
             block.mlp.backward(pass, act, dx, grads, scratch)?;
             block
                 .attention
-                .backward(pass, &places, act, (dx, layer == lowest), grads, scratch)?;
+                .backward(pass, &places, act, (dx, last), grads, scratch)?;
             pass.pace.breathe()?;
         }
+        let below = (rows.tokens, &*dx);
+        self.vocabulary
+            .embedding_gradients(pass, below, grads, &mut scratch.thin);
         Ok(())
     }
 }

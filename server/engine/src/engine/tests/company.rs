@@ -55,6 +55,11 @@ fn plan(number: u64) -> TrainPlan {
         adapter: Some(match number {
             6 => Ia3Config::default().into(),
             7 => FullConfig::new(vec![1]).into(),
+            8 => FullConfig {
+                modules: vec!["embed_tokens".to_owned(), "norm".to_owned()],
+                ..FullConfig::new(vec![0, 1])
+            }
+            .into(),
             _ => lora.into(),
         }),
         hp: HyperParameters {
@@ -95,7 +100,7 @@ fn end(job: &mut TrainingJob) -> (AdapterArtifact, TrainingImpact) {
 
 fn config() -> EngineConfig {
     EngineConfig {
-        max_training_jobs: 9,
+        max_training_jobs: 10,
         ..small()
     }
 }
@@ -103,7 +108,7 @@ fn config() -> EngineConfig {
 #[test]
 fn jobs_in_company_end_as_they_do_alone() {
     let quiet = fixture(config());
-    let alone: Vec<_> = (0..8)
+    let alone: Vec<_> = (0..9)
         .map(|number| end(&mut start(&quiet, number)))
         .collect();
     assert!(alone.iter().all(|(_, impact)| impact.shared_passes == 0));
@@ -111,8 +116,8 @@ fn jobs_in_company_end_as_they_do_alone() {
     let together = fixture(config());
     let ask = || together.ask(Some(0), sampled(prompt(5, 10), 5, 20));
     let before = ask();
-    let mut jobs: Vec<_> = (0..8).map(|number| start(&together, number)).collect();
-    let mut cancelled = start(&together, 8);
+    let mut jobs: Vec<_> = (0..9).map(|number| start(&together, number)).collect();
+    let mut cancelled = start(&together, 9);
     let during = ask();
     while !matches!(
         cancelled.events.blocking_recv(),

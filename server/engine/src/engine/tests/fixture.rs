@@ -114,16 +114,7 @@ pub(super) fn fixture(config: EngineConfig) -> Fixture {
 
 pub(super) fn fixture_on(config: EngineConfig, ops: Backend) -> Fixture {
     let loaded = model::load("tiny:1").unwrap();
-    let sizes = &loaded.config;
-    let base = BaseShape {
-        layers: sizes.layers,
-        hidden: sizes.hidden,
-        intermediate: sizes.intermediate,
-        heads: sizes.heads,
-        kv_heads: sizes.kv_heads,
-        head_dim: sizes.head_dim,
-        vocab: sizes.vocab,
-    };
+    let base = loaded.config.base_shape();
     let artifacts: Vec<_> = (0..6).map(|seed| adapter(seed, &base)).collect();
     let digests: Vec<_> = artifacts.iter().map(AdapterArtifact::digest).collect();
     let mut store: BTreeMap<_, _> = digests.iter().copied().zip(artifacts).collect();

@@ -84,7 +84,7 @@ fn together(model: &Decoder<Cpu>, with: [bool; 4]) -> [Vec<f32>; 4] {
         random_adapter(model, |_, _| true, false, 2),
         random_adapter(model, |_, _| true, true, 2),
         random_scales(model, |_, _| true, 2),
-        random_deltas(model, |_, _| true, 2),
+        random_deltas(model, |_| true, 2),
     ];
     let adapters = adapters.map(|weights| Arc::new(trainable(model, &weights)));
     let lens = [7, 9, 6, 8, 5];

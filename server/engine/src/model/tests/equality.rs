@@ -1,5 +1,6 @@
 //! Batch-mates are invisible, bit for bit; merged weights do what adapters do.
 
+use espalier_adapters::config::LayerTensor;
 use espalier_adapters::linear::merged;
 use espalier_adapters::ops::Cpu;
 use espalier_adapters::weights::Numbers;
@@ -41,9 +42,12 @@ pub(crate) fn rows_do_not_know_how_many_there_are<O: Ops>(on: &Under<O>, familie
                 .remove(0);
             assert_eq!(cut, whole, "{family:?} in chunks of {chunk}");
         }
-        let logits = logits_of(&model, &whole);
+        let logits = logits_of(&model, &[(&whole, &Mixture::default())]);
         for rows in [1, 2, 7] {
-            let some = logits_of(&model, &whole[..rows * config.hidden]);
+            let some = logits_of(
+                &model,
+                &[(&whole[..rows * config.hidden], &Mixture::default())],
+            );
             assert_eq!(some.len(), rows * config.vocab);
             assert_eq!(some, logits[..some.len()], "logits of {rows} rows");
         }
@@ -71,9 +75,12 @@ pub(crate) fn mixed_is_alone<O: Ops>(on: &Under<O>) {
         &random_adapter(&model, |_, _| true, true, 4),
     ));
     let ia3 = Some(resident(&model, &random_scales(&model, |_, _| true, 5)));
-    let whole = random_deltas(&model, |layer, _| layer != 1, 6);
-    let whole = Some(resident(&model, &whole));
-    let top = |layer, tensor| layer == 1 && tensor != LayerTensor::AttnNorm;
+    let whole = Some(resident(&model, &random_deltas(&model, |_| true, 6)));
+    let top = |tensor| match tensor {
+        BaseTensor::Layer(layer, part) => layer == 1 && part != LayerTensor::AttnNorm,
+        BaseTensor::FinalNorm => true,
+        BaseTensor::Embedding | BaseTensor::Output => false,
+    };
     let other = Some(resident(&model, &random_deltas(&model, top, 7)));
     let lens = [
         (6, &whole),
@@ -95,16 +102,20 @@ pub(crate) fn mixed_is_alone<O: Ops>(on: &Under<O>) {
         .collect();
     for chunk in [4, 32] {
         let together = on.states(&model, &mixed, chunk);
+        let states = together.iter().map(Vec::as_slice);
+        let parts = states.zip(mixed.iter().map(|part| &part.adapters));
+        let logits = logits_of(&model, &parts.collect::<Vec<_>>());
+        let mut logits = logits.chunks_exact(config.vocab);
         for (index, part) in mixed.iter().enumerate() {
             let one = Asked {
                 ids: part.ids.clone(),
                 adapters: part.adapters.clone(),
             };
-            assert_eq!(
-                on.states(&model, &[one], 32)[0],
-                together[index],
-                "sequence {index}"
-            );
+            let alone = &on.states(&model, std::slice::from_ref(&one), 32)[0];
+            assert_eq!(alone, &together[index], "sequence {index}");
+            for row in logits_of(&model, &[(alone, &one.adapters)]).chunks_exact(config.vocab) {
+                assert_eq!(Some(row), logits.next(), "logits of sequence {index}");
+            }
         }
     }
     let bare = Asked {
@@ -251,7 +262,7 @@ pub(crate) fn mixtures_are_sums<O: Ops>(on: &Under<O>) {
     let logits_of = |adapters: Mixture<O>| {
         let ids = ids.clone();
         let hidden = on.states(&model, &[Asked { ids, adapters }], 7).remove(0);
-        logits_of(&model, &hidden)
+        logits_of(&model, &[(&hidden, &Mixture::default())])
     };
     let residents = [&left, &right, &third].map(|adapter| resident(&model, adapter));
     let mixture = |weights: [f32; 3]| {

@@ -6,6 +6,7 @@ use espalier_adapters::batch::{Dropout, Pass};
 use espalier_adapters::linear::{AdapterGrads, Tensor};
 use espalier_adapters::ops::Reference;
 use espalier_adapters::pace::{Pace, Stopped, Unpaced};
+use espalier_adapters::train::loss::{Learning, LossBuffers, Target, linear_cross_entropy};
 
 use super::*;
 
@@ -29,12 +30,14 @@ struct Run<'a> {
     tokens: Vec<u32>,
     sequences: Vec<Range<usize>>,
     upstream: Vec<f64>,
+    /// Tokens to be predicted, in the place of `upstream`.
+    targets: Vec<Target>,
     dropout: Option<Dropout>,
     inputs_only: bool,
 }
 
 impl Run<'_> {
-    /// `sum(states * upstream)`, and its gradient in the adapter's parameters.
+    /// `sum(states * upstream)` or the cross-entropy of the targets, and its gradient in the adapter's parameters.
     fn loss(&self, adapter: &Arc<ResidentAdapter<Plain>>, gradient: bool) -> (f64, Vec<f64>) {
         let segments = [Segment {
             rows: 0..self.tokens.len(),
@@ -55,21 +58,40 @@ impl Run<'_> {
             .model
             .forward_train(&pass, rows, &mut saved, &mut workspace)
             .unwrap();
-        let states = read(ops, states);
-        let loss = states.iter().zip(&self.upstream).map(|(y, w)| y * w).sum();
         let mut grads = vec![Some(AdapterGrads::of(ops, adapter))];
+        let mut upstream = written(ops, &self.upstream);
+        let loss = if self.targets.is_empty() {
+            let states = read(ops, states);
+            states.iter().zip(&self.upstream).map(|(y, w)| y * w).sum()
+        } else {
+            upstream.fill(0.0);
+            let vocabulary = &self.model.vocabulary;
+            let own = vocabulary.own_output(adapter);
+            let learning = Learning {
+                states: &mut upstream,
+                output: grads[0].as_mut().zip(Some(vocabulary.output_tensor())),
+            };
+            let (head, targets) = (own.unwrap_or(self.model.head()), &self.targets);
+            let (on, buffers) = ((ops, &Breathless as &dyn Pace), &mut LossBuffers::new(ops));
+            let judged =
+                linear_cross_entropy(on, head, states, targets, Some(learning), buffers).unwrap();
+            let weighted = judged.iter().zip(targets);
+            weighted.map(|(j, t)| j.loss * f64::from(t.weight)).sum()
+        };
         if gradient {
             self.model
                 .backward(
                     &pass,
                     rows,
                     &mut saved,
-                    &written(ops, &self.upstream),
+                    &upstream,
                     &mut grads,
                     &mut workspace,
                 )
                 .unwrap();
         }
+        let grads_of = grads[0].as_mut().unwrap();
+        grads_of.settle(ops);
         (loss, grads[0].as_ref().unwrap().all().to_vec())
     }
 }
@@ -86,6 +108,7 @@ fn run(model: &Decoder<Plain>) -> Run<'_> {
         tokens,
         sequences: vec![0..8, 8..13],
         upstream,
+        targets: Vec::new(),
         dropout: None,
         inputs_only: false,
     }
@@ -262,13 +285,38 @@ fn snapped_model(family: Family) -> Decoder<Plain> {
 fn unfrozen() {
     for family in FAMILIES {
         let model = snapped_model(family);
-        let all = random_deltas(&model, |_, _| true, 2);
+        let inside = |tensor| matches!(tensor, BaseTensor::Layer(..));
+        let all = random_deltas(&model, inside, 2);
         check("unfrozen", &run(&model), &all);
-        let top = random_deltas(&model, |layer, _| layer == 1, 3);
+        let on_top = |tensor| matches!(tensor, BaseTensor::Layer(1, _));
+        let top = random_deltas(&model, on_top, 3);
         check("unfrozen on top", &run(&model), &top);
         // Few numbers, each of which is looked at: biases and norms beside matrices would hardly be drawn.
-        let vector = |_, tensor| !matches!(tensor, LayerTensor::Weight(_));
+        let vector = |tensor: BaseTensor| !tensor.is_matrix();
         check("vectors", &run(&model), &random_deltas(&model, vector, 4));
+        let predicts = Run {
+            targets: (0..13)
+                .filter(|row| row % 5 != 2)
+                .map(|row| Target {
+                    row,
+                    label: (7 * row % 11) as u32,
+                    weight: [0.5, 1.0, -0.25][row % 3],
+                })
+                .collect(),
+            // Tokens that come again, so that rows of the table are summed.
+            tokens: random_ids(model.config(), 13, 3)
+                .iter()
+                .map(|id| id % 6)
+                .collect(),
+            ..run(&model)
+        };
+        check("whole", &predicts, &random_deltas(&model, |_| true, 5));
+        for outside in BaseTensor::OUTSIDE {
+            let alone = random_deltas(&model, |tensor| tensor == outside, 6);
+            if !alone.full.is_empty() {
+                check(outside.module(), &predicts, &alone);
+            }
+        }
         let again = Run {
             inputs_only: true,
             ..run(&model)

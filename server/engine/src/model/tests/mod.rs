@@ -11,7 +11,7 @@ pub(crate) mod precision;
 use std::sync::Arc;
 
 use espalier_adapters::batch::{Mixture, Segment};
-use espalier_adapters::config::{LayerTensor, ScaleOn, Site};
+use espalier_adapters::config::{BaseTensor, FullConfig, ScaleOn, Site};
 use espalier_adapters::ops::{Backend, Buffer, Ops, Real};
 use espalier_adapters::weights::{AdapterWeights, Delta, SiteAdapter, SiteScale};
 use rand::{Rng, SeedableRng};
@@ -119,7 +119,8 @@ impl<O: Ops> Under<O> {
             ids: ids.to_vec(),
             adapters: adapter.into(),
         };
-        logits_of(model, &self.states(model, &[asked], 7).remove(0))
+        let states = self.states(model, std::slice::from_ref(&asked), 7);
+        logits_of(model, &[(&states[0], &asked.adapters)])
     }
 }
 
@@ -251,22 +252,19 @@ pub(crate) fn random_scales<O: Ops>(
 /// Deltas of the tensors that are asked for and that the model has, in steps that leave sums with snapped weights exact.
 pub(crate) fn random_deltas<O: Ops>(
     model: &Decoder<O>,
-    at: impl Fn(usize, LayerTensor) -> bool,
+    at: impl Fn(BaseTensor) -> bool,
     seed: u64,
 ) -> AdapterWeights {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let (shape, mut weights) = (model.config().base_shape(), AdapterWeights::default());
-    for layer in 0..model.layers() {
-        for tensor in LayerTensor::ALL.into_iter().filter(|t| at(layer, *t)) {
-            let is_weight = matches!(tensor, LayerTensor::Weight(_));
-            if is_weight || model.vector(layer, tensor).is_some() {
-                let dims = tensor.shape(&shape);
-                let rows = if is_weight { dims[0] } else { 1 };
-                let len: usize = dims.iter().product();
-                let values = (0..len).map(|_| snapped(rng.random_range(-0.2..0.2f32)));
-                let values = values.collect();
-                weights.full.insert((layer, tensor), Delta { rows, values });
-            }
+    for tensor in FullConfig::whole(&shape).tensors() {
+        if at(tensor) && (tensor.is_matrix() || model.vector(tensor).is_some()) {
+            let dims = tensor.shape(&shape);
+            let rows = if tensor.is_matrix() { dims[0] } else { 1 };
+            let len: usize = dims.iter().product();
+            let values = (0..len).map(|_| snapped(rng.random_range(-0.2..0.2f32)));
+            let values = values.collect();
+            weights.full.insert(tensor, Delta { rows, values });
         }
     }
     weights
@@ -312,12 +310,19 @@ pub(crate) struct Asked<O: Ops = Backend> {
     pub(crate) adapters: Mixture<O>,
 }
 
-/// The logits of states.
-pub(crate) fn logits_of<O: Ops>(model: &Decoder<O>, states: &[O::T]) -> Vec<O::T> {
+/// The logits of the states of several sequences, one after the other.
+pub(crate) fn logits_of<O: Ops>(model: &Decoder<O>, parts: &[(&[O::T], &Mixture<O>)]) -> Vec<O::T> {
     let (ops, config) = (model.ops(), model.config());
+    let runs = parts.iter().map(|(states, adapters)| {
+        let rows = states.len() / config.hidden;
+        (rows, (*adapters).clone())
+    });
+    let segments = Segment::join(runs);
+    let states: Vec<_> = parts.iter().map(|(states, _)| *states).collect();
+    let states = states.concat();
     let mut out = ops.exact();
     ops.resize(&mut out, states.len() / config.hidden * config.vocab);
-    model.logits(written(ops, states).all(), out.all_mut());
+    model.logits(&written(ops, &states), &segments, &mut out);
     read(ops, &out)
 }
 

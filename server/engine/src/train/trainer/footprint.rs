@@ -3,6 +3,7 @@
 //! It is a bound: rows as many as a micro-batch may have, and every buffer at its largest. Allocators and the host's copies of
 //! examples are not in it.
 
+use espalier_adapters::config::BaseTensor;
 use espalier_adapters::head::Pooling;
 use espalier_adapters::ops::{Backend, Ops};
 use espalier_adapters::train::examples::Examples;
@@ -31,6 +32,7 @@ impl Footprint {
         let state = learner.adapter.bytes() + (3 + best) * parameters * F32;
         // A checkpoint: weights, two moments and the best, as numbers and as a file, and one of them in between.
         let state = state + (2 * (3 + best) + 1) * parameters * F32;
+        let state = state + looked_up(learner, config);
         let rows = rows(plan, learner);
         let bytes =
             state + rows.passes(&learner.ops, config) + loss(plan, rows, &learner.ops, config);
@@ -39,6 +41,12 @@ impl Footprint {
             bytes: (bytes + cached_states(plan, config)) as u64,
         }
     }
+}
+
+/// The sums of rows that are looked up, which are kept apart where the table is the output head too.
+fn looked_up(learner: &Learner, config: &ModelConfig) -> usize {
+    let apart = config.tie_embeddings && learner.adapter.trains(BaseTensor::Embedding);
+    usize::from(apart) * config.vocab * config.hidden * F32
 }
 
 /// Rows of the largest passes.
@@ -67,9 +75,9 @@ fn rows(plan: &TrainPlan, learner: &Learner) -> Rows {
     let layers = lowest.map_or(0, |lowest| learner.layers() - lowest);
     let budget = learner.row_budget().max(train);
     Rows {
-        kept: match layers {
-            0 => 0,
-            _ => budget.min(train * plan.hp.batch_size),
+        kept: match lowest {
+            None => 0,
+            Some(_) => budget.min(train * plan.hp.batch_size),
         },
         layers,
         forward: match judged {

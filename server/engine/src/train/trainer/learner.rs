@@ -144,6 +144,9 @@ impl Learner {
             self.grads = share.grads;
             sum.add(share.sum);
         }
+        if let Some(grads) = &mut self.grads {
+            grads.settle(&self.ops);
+        }
         Ok(sum)
     }
 

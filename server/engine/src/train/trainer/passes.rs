@@ -10,7 +10,7 @@ use espalier_adapters::batch::{Dropout, Pass, Segment};
 use espalier_adapters::linear::{AdapterGrads, BaseSites};
 use espalier_adapters::ops::{Backend, Buffer, Ops};
 use espalier_adapters::pace::{Pace, Stopped};
-use espalier_adapters::train::loss::{LossBuffers, Target, linear_cross_entropy};
+use espalier_adapters::train::loss::{Learning, LossBuffers, Target, linear_cross_entropy};
 
 use super::head::HeadBuffers;
 use super::share::Share;
@@ -185,12 +185,24 @@ fn judge(
         ops.clear(dstates.all_mut());
     }
     let mut targets = Vec::new();
+    let on: (&Backend, &dyn Pace) = (ops, pass.pace);
     for ((share, rows), grads) in shares.iter_mut().zip(&joint.rows).zip(grads) {
         if share.adapter.labels().is_empty() {
-            targets.extend(share.wanted.targets.iter().map(|target| Target {
+            let own = share.wanted.targets.iter().map(|target| Target {
                 row: rows.start + target.row,
                 ..*target
-            }));
+            });
+            let Some(output) = model.vocabulary.own_output(&share.adapter) else {
+                targets.extend(own);
+                continue;
+            };
+            let learning = dstates.as_deref_mut().map(|states| Learning {
+                states,
+                output: grads.as_mut().zip(Some(model.vocabulary.output_tensor())),
+            });
+            let own: Vec<Target> = own.collect();
+            let judged = linear_cross_entropy(on, output, hidden, &own, learning, loss)?;
+            share.sum = judged.iter().collect();
             continue;
         }
         let gradients = dstates.as_deref_mut().zip(grads.as_mut());
@@ -210,11 +222,15 @@ fn judge(
             share.logits = head.read_logits(ops);
         }
     }
-    let on: (&Backend, &dyn Pace) = (ops, pass.pace);
-    let judged = linear_cross_entropy(on, model.head(), hidden, &targets, dstates, loss)?;
+    let learning = dstates.map(|states| Learning {
+        states,
+        output: None,
+    });
+    let judged = linear_cross_entropy(on, model.head(), hidden, &targets, learning, loss)?;
     let mut judged = judged.iter();
     for share in shares.iter_mut() {
-        if share.adapter.labels().is_empty() {
+        let own = model.vocabulary.own_output(&share.adapter).is_some();
+        if share.adapter.labels().is_empty() && !own {
             share.sum = judged.by_ref().take(share.wanted.targets.len()).collect();
         }
     }

@@ -531,8 +531,8 @@ impl TrainPlan {
             hash.update(format!("{} {:?}", site.path(*layer), scale.on));
             scale.l.iter().for_each(|x| hash.update(x.to_le_bytes()));
         }
-        for ((layer, tensor), delta) in self.init.iter().flat_map(|init| &init.full) {
-            hash.update(tensor.path(*layer));
+        for (tensor, delta) in self.init.iter().flat_map(|init| &init.full) {
+            hash.update(tensor.path());
             let values = delta.values.iter();
             values.for_each(|x| hash.update(x.to_le_bytes()));
         }

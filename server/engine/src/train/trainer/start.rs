@@ -2,7 +2,7 @@
 //! site's numbers are its own; or vectors of ones; or deltas of zeros.
 
 use espalier_adapters::config::{
-    AdapterConfig, FullConfig, Ia3Config, LayerTensor, LoraConfig, ScaleOn, Site,
+    AdapterConfig, BaseShape, BaseTensor, FullConfig, Ia3Config, LoraConfig, ScaleOn, Site,
 };
 use espalier_adapters::error::AdapterError;
 use espalier_adapters::linear::{BaseSites, row_norms};
@@ -164,23 +164,24 @@ fn ones(ia3: &Ia3Config, model: &Model) -> Result<AdapterWeights, TrainError> {
 /// Deltas of zeros, which leave the base as it is.
 fn zeros(full: &FullConfig, model: &Model) -> Result<AdapterWeights, TrainError> {
     let (shape, mut weights) = (model.config().base_shape(), AdapterWeights::default());
-    for (layer, tensor) in full.tensors() {
-        if layer >= shape.layers {
-            let reason = format!(
-                "layer {layer} does not exist: the base has {}",
-                shape.layers
-            );
+    for tensor in full.tensors() {
+        if let Some(absent) = tensor.absent(&shape) {
+            let reason = format!("{} does not exist: {absent}", tensor.path());
             return Err(TrainError::plan("adapter", reason));
         }
-        let is_weight = matches!(tensor, LayerTensor::Weight(_));
-        if is_weight || model.vector(layer, tensor).is_some() {
-            let dims = tensor.shape(&shape);
-            let rows = if is_weight { dims[0] } else { 1 };
-            let values = vec![0.0; dims.iter().product()];
-            weights.full.insert((layer, tensor), Delta { rows, values });
+        if tensor.is_matrix() || model.vector(tensor).is_some() {
+            weights.full.insert(tensor, nothing(tensor, &shape));
         }
     }
     Ok(weights)
+}
+
+fn nothing(tensor: BaseTensor, base: &BaseShape) -> Delta {
+    let dims = tensor.shape(base);
+    Delta {
+        rows: if tensor.is_matrix() { dims[0] } else { 1 },
+        values: vec![0.0; dims.iter().product()],
+    }
 }
 
 /// Whether anything but a head is changed.

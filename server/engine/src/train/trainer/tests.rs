@@ -3,10 +3,11 @@
 
 mod classification;
 mod device;
+mod whole;
 
 use std::cell::Cell;
 
-use espalier_adapters::config::{FullConfig, Ia3Config, LayerTensor, Site};
+use espalier_adapters::config::{BaseTensor, FullConfig, Ia3Config, LayerTensor, Site};
 use espalier_adapters::pace::Unpaced;
 use espalier_adapters::train::examples::Examples;
 use espalier_adapters::weights::{Delta, SiteScale};
@@ -141,12 +142,13 @@ fn class_plan(head_only: bool) -> TrainPlan {
 }
 
 /// One of each kind of run.
-fn every_plan() -> [TrainPlan; 14] {
+fn every_plan() -> [TrainPlan; 15] {
     [
         lm_plan(),
         dora_plan(),
         ia3_plan(),
         full_plan(),
+        whole::plan(),
         class_plan(false),
         class_plan(true),
         classification::labels_plan(false),
@@ -200,7 +202,13 @@ fn cutting_changes_no_bit() {
 }
 
 pub(crate) fn cuts_change_no_bit(on: &Under<Backend>) {
-    for plan in [lm_plan(), dora_plan(), ia3_plan(), full_plan()] {
+    for plan in [
+        lm_plan(),
+        dora_plan(),
+        ia3_plan(),
+        full_plan(),
+        whole::plan(),
+    ] {
         cuts_of_a_plan_change_no_bit(on, &plan);
     }
 }
@@ -633,11 +641,10 @@ fn layers_are_unfrozen_served_and_trained_again() {
     let (config, weights, _) =
         peft::read(&finished.artifact, &shape, &peft::Limits::default()).unwrap();
     assert_eq!(config, FullConfig::new(vec![1]).into());
-    assert!(weights.full.keys().all(|(layer, _)| *layer == 1));
-    assert!(
-        weights.full.contains_key(&(1, LayerTensor::QNorm)),
-        "{config:?}"
-    );
+    let inside = |tensor: &BaseTensor| matches!(tensor, BaseTensor::Layer(1, _));
+    assert!(weights.full.keys().all(inside));
+    let norm = BaseTensor::Layer(1, LayerTensor::QNorm);
+    assert!(weights.full.contains_key(&norm), "{config:?}");
     let moved = |delta: &Delta| delta.values.iter().filter(|d| **d != 0.0).count();
     let still = |delta: &&Delta| moved(delta) < delta.values.len();
     assert_eq!(
@@ -675,7 +682,7 @@ fn layers_are_unfrozen_served_and_trained_again() {
     beyond.adapter = Some(FullConfig::new(vec![3]).into());
     let error = Trainer::new(model(&on), beyond).unwrap_err().to_string();
     assert!(
-        error.contains("layer 3 does not exist: the base has 3"),
+        error.contains("does not exist: layer 3 of a base with 3 layers"),
         "{error}"
     );
 }
