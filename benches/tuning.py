@@ -41,6 +41,7 @@ WAYS = {
     "(IA)3": f"{VOICE} --ia3",
     "the last 2 layers": f"{VOICE} --unfreeze-last 2",
     "two modules of the last 8": f"{VOICE} --unfreeze-last 8 --targets o_proj,down_proj",
+    "the whole model": f"{VOICE} --unfreeze-all",
     "LoRA, base in 8 bits": VOICE,
     "LoRA, going on from a version": f"{CHATS} --from tuned --epochs 2",
 }

@@ -64,7 +64,7 @@ class Server:
         reply = self.must("generate", prompt, *target, "-m", TOKENS, "-t", 0, "--ignore-eos", "--no-stream", "--logprobs", json_reply=True)
         candidate = reply["candidates"][0]
         ids = candidate.get("token_ids") or candidate["tokenIds"]
-        return ids, [entry["logprob"] for entry in candidate["logprobs"]]
+        return ids, [entry.get("logprob", 0.0) for entry in candidate["logprobs"]]
 
 
 def dequantised(model, out):
