@@ -4,7 +4,7 @@
 usage: benches/quality.py ESPALIERD ESPALIER MODEL DATA HF_DIR PYTHON PER_CLASS EPOCHS WHAT...
 
 DATA holds train.csv and test.csv (text,category). PER_CLASS rows of each category are drawn once, the same for every run; 0 is
-all. WHAT is any of: head (a head alone, defaults), auto (LoRA and head, every number the server's), SEED (a number: LoRA r=16
+all. WHAT is any of: head (a head alone, defaults), mean (the same on the mean of all states), auto (LoRA and head, every number the server's), SEED (a number: LoRA r=16
 and head, EPOCHS passes of 16 rows at 1e-3, by Espalier) and peft:SEED (the same by PEFT, with PYTHON and the weights of HF_DIR).
 """
 
@@ -74,7 +74,8 @@ def main():
                 peer = [python, pathlib.Path(__file__).with_name("peft_banking77.py"), hf, file, data / "test.csv", str(epochs), seed]
                 found = json.loads(subprocess.run(peer, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
             else:
-                ways = {"head": ["--head-only", "--seed", "0"], "auto": ["--seed", "0"]}
+                head = ["--head-only", "--seed", "0"]
+                ways = {"head": head, "mean": [*head, "--pooling", "mean"], "auto": ["--seed", "0"]}
                 found = ours(programs, file, test, ways.get(what) or [*TUNED, "--epochs", str(epochs), "--seed", what])
             print(json.dumps(dict(what=what, per_class=per_class, **found)), flush=True)
 
