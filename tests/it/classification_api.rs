@@ -177,7 +177,9 @@ async fn several_labels_and_numbers_are_learned_and_answered() {
 async fn the_settings_go_out_and_come_in_again() {
     let server = TestServer::start(&[]).await;
     let acme = tenant(server.addr, "acme").await;
-    let job = start(&acme, spec(&acme, "one", lines(one), |_| ())).await;
+    // What PEFT's files can hold.
+    let last = |method: &mut v1::ClassificationMethod| method.set_pooling(v1::Pooling::Last);
+    let job = start(&acme, spec(&acme, "one", lines(one), last)).await;
     let job = succeeded(&acme, &job).await;
     let dir = tempfile::tempdir().unwrap();
     let first = acme

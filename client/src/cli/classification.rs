@@ -41,7 +41,7 @@ pub(crate) struct HeadArgs {
     /// What stands behind each hidden layer [usual: gelu].
     #[arg(long, value_enum, requires = "hidden_layers")]
     activation: Option<ActivationArg>,
-    /// Which of a text's states the head reads [usual: last].
+    /// Which of a text's states the head reads [usual: mean with --head-only, else last, which is what PEFT knows].
     #[arg(long, value_enum)]
     pooling: Option<PoolingArg>,
     /// Drop this share of the inputs of the head's layers in training [usual: 0].

@@ -371,10 +371,17 @@ fn quote(
         });
     }
     let at = material.circumstances(base);
+    let head_only = matches!(
+        request.method,
+        JobMethod::Classification {
+            head_only: true,
+            ..
+        }
+    );
     let options = match &request.method {
         JobMethod::Classification { options, .. } => {
             let summary = from.as_ref().map(|version| &version.content.summary);
-            let options = options.stacked(summary, &mut choices)?;
+            let options = options.stacked((summary, head_only), &mut choices)?;
             let options = options.settled(problem_of(material.kind()), at.validated)?;
             let labels = material.train.labels.as_deref().unwrap_or_default();
             // Found to be wrong now rather than when the job begins.
@@ -383,13 +390,6 @@ fn quote(
         }
         _ => ClassOptions::default(),
     };
-    let head_only = matches!(
-        request.method,
-        JobMethod::Classification {
-            head_only: true,
-            ..
-        }
-    );
     if let (
         JobMethod::Unsupervised {
             window_tokens: None,

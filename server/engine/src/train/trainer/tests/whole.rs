@@ -4,12 +4,15 @@ use crate::model::BaseSites as _;
 
 use super::*;
 
-/// The first layers, which every base of the tests has, and what stands outside of one with an output head of its own.
+/// The first layers, which every base of the tests has, and what stands outside of one with an output head of its own; at a rate
+/// for whole tensors, which are not small beside their base.
 pub(super) fn plan() -> TrainPlan {
-    of(FullConfig {
+    let mut plan = of(FullConfig {
         modules: BaseTensor::OUTSIDE.map(|t| t.module().to_owned()).to_vec(),
         ..FullConfig::new(vec![0, 1])
-    })
+    });
+    plan.hp.learning_rate = Some(2e-3);
+    plan
 }
 
 fn of(config: FullConfig) -> TrainPlan {
